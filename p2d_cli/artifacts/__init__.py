@@ -1,0 +1,1 @@
+"""Artifacts: the one layer that reads and writes what a stage leaves on disk."""

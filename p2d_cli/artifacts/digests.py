@@ -1,0 +1,82 @@
+"""SHA-256 of files, remembered for large files that have not changed since.
+
+Touching a file changes its time but not its digest; the remembered digest is then computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+REMEMBERED_BYTES = 16 * 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def digest_text(text: str) -> str:
+    """Return the SHA-256 of `text` as UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """Return the SHA-256 of a JSON value in canonical form: sorted keys, no spaces."""
+    return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes.
+
+    A file of 16 MiB or more is read only if its size, time or inode changed since its digest was remembered. A file in
+    a hub cache is a link to a blob that is named by its own SHA-256, which is taken as it stands.
+    """
+    if path.is_symlink() and _SHA256.fullmatch(name := path.readlink().name):
+        return name
+    status = path.stat()
+    if status.st_size < REMEMBERED_BYTES:
+        return _read_digest(path)
+    stamp = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    memory = _memory_file()
+    remembered = _recall(memory)
+    if stamp not in remembered:
+        remembered[stamp] = _read_digest(path)
+        _remember(memory, remembered)
+    return remembered[stamp]
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """Return one digest for several files: of their names and contents, in the order of their names."""
+    return digest_json(sorted((file.name, digest_file(file)) for file in files))
+
+
+def _read_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _memory_file() -> Path:
+    base = os.environ.get("P2D_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d"
+    return Path(base) / "digests.json"
+
+
+def _recall(memory: Path) -> dict[str, str]:
+    try:
+        remembered = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
+
+
+def _remember(memory: Path, remembered: dict[str, str]) -> None:
+    """Write the digests aside and rename; a home that cannot be written only costs the time saved."""
+    newest = dict(list(remembered.items())[-1000:])
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as stream:
+            json.dump(newest, stream)
+        Path(stream.name).replace(memory)
+    except OSError:
+        return

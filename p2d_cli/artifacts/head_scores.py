@@ -1,0 +1,75 @@
+"""The payload of a heads artifact: one safetensors file.
+
+Legend: R repeats, L layers, H query heads a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.errors import ArtifactError
+
+HEAD_SCORES_NAME = "head_scores.safetensors"
+METADATA_KEY = "p2d"
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores and selection of every head of a model."""
+
+    scores_LH: NDArray[np.float32]
+    """Higher is more important; the mean over the repeats."""
+    selected_LH: NDArray[np.bool_]
+    repeats_RLH: NDArray[np.float32]
+    method: str
+    geometry: HeadGeometry
+
+
+def save_head_scores(folder: Path, heads: HeadScores) -> None:
+    """Write `head_scores.safetensors`; equal heads give equal bytes."""
+    described = {"method": heads.method, "geometry": vars(heads.geometry)}
+    save_file(
+        {
+            "scores": np.ascontiguousarray(heads.scores_LH, dtype=np.float32),
+            "selected": np.ascontiguousarray(heads.selected_LH, dtype=np.bool_),
+            "repeats": np.ascontiguousarray(heads.repeats_RLH, dtype=np.float32),
+        },
+        folder / HEAD_SCORES_NAME,
+        # One key only: safetensors orders several by a hash that varies from run to run.
+        metadata={METADATA_KEY: json.dumps(described, sort_keys=True)},
+    )
+
+
+def load_head_scores(folder: Path) -> HeadScores:
+    """Read `head_scores.safetensors`.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or its tensors do not fit together.
+    """
+    path = folder / HEAD_SCORES_NAME
+    try:
+        with safe_open(path, framework="numpy") as file:
+            described = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in ("scores", "selected", "repeats")}
+        geometry = HeadGeometry(**described["geometry"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
+        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
+    shape = (geometry.num_layers, geometry.num_heads)
+    if tensors["scores"].shape != shape or tensors["selected"].shape != shape:
+        found = tensors["scores"].shape, tensors["selected"].shape
+        raise ArtifactError(f"{path}: expected scores and selected of shape {shape}, found {found}")
+    return HeadScores(
+        scores_LH=tensors["scores"],
+        selected_LH=tensors["selected"].astype(np.bool_),
+        repeats_RLH=tensors["repeats"],
+        method=described["method"],
+        geometry=geometry,
+    )

@@ -1,0 +1,202 @@
+"""The manifest: what an artifact is, what made it, from what, at what cost.
+
+`manifest.json` is the last file written into an artifact's folder. Where it stands and verifies, the artifact is
+complete; a folder without it is not an artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from p2d_cli.artifacts.digests import digest_file, digest_json
+from p2d_cli.errors import ArtifactError
+from p2d_cli.pipeline import ArtifactKind
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSIONS: dict[ArtifactKind, int] = dict.fromkeys(get_args(ArtifactKind), 1)
+"""The version that this p2d writes of each kind, and the newest that it reads."""
+
+_SCHEMA = re.compile(r"p2d\.(\w+)/(\d+)")
+
+
+class OutputFile(BaseModel):
+    """One file of the payload."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    bytes: int
+    content: bool = True
+    """Whether the file is part of what the artifact says; pictures and logs are not."""
+
+
+class InputEntry(BaseModel):
+    """One input, identified by digest; `source` is where it lay, and is not part of its identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    digest: str
+    source: str
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelIdentity(BaseModel):
+    """Which base model an artifact belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    revision: str | None
+    digest: str
+    """Of the config and the weights."""
+    tokenizer_digest: str | None
+    """Of the tokenizer's files and chat template; None for a folder without a tokenizer."""
+    model_type: str
+
+    def describe(self) -> str:
+        """Return a short text for messages."""
+        tokenizer = (self.tokenizer_digest or "none")[:12]
+        return f"{self.source} ({self.model_type}, weights {self.digest[:12]}, tokenizer {tokenizer})"
+
+
+class Manifest(BaseModel):
+    """Everything known about an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    schema_: str = Field(alias="schema")
+    key: str
+    """Digest of all that determines the result; equal keys mean that nothing needs to be done."""
+    identity: dict[str, Any]
+    """What the key was computed from."""
+    created_at: str
+    status: str
+    exit_code: int
+    config: dict[str, dict[str, Any]]
+    inputs: dict[str, InputEntry]
+    outputs: dict[str, OutputFile]
+    model: ModelIdentity | None
+    seed: int
+    seconds: dict[str, float]
+    tokens: int
+    peak_memory_gib: dict[str, float]
+    hardware: dict[str, Any]
+    precision: str
+    versions: dict[str, str]
+    summary: dict[str, Any]
+    """The figures that the stage reports."""
+    ledger: list[dict[str, Any]]
+    """The costs of this artifact and of all that it was made from (`p2d_cli.core.aer.StageCost`)."""
+
+    @field_validator("outputs")
+    @classmethod
+    def _plain_names(cls, outputs: dict[str, OutputFile]) -> dict[str, OutputFile]:
+        for name in outputs:
+            parts = Path(name).parts
+            if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name:
+                raise ValueError(f"output name {name!r} leaves the folder")
+        return outputs
+
+    @property
+    def kind(self) -> str:
+        """The kind of the artifact: the middle of its schema's name."""
+        return self.schema_.split(".", 1)[1].split("/", 1)[0]
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of what the artifact says: equal for equal results, whenever and wherever they were made."""
+        return digest_json({name: file.sha256 for name, file in self.outputs.items() if file.content})
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+
+
+def artifact_key(identity: dict[str, Any]) -> str:
+    """Return the digest of all that determines an artifact."""
+    return digest_json(identity)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Say whether `folder` holds a manifest, valid or not."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def read_manifest(folder: Path, *, kind: ArtifactKind | None = None) -> Manifest:
+    """Read a folder's manifest, without looking at the payload.
+
+    Raises:
+        ArtifactError: no manifest, not valid, of a newer schema, or of another kind than `kind`.
+    """
+    path = folder / MANIFEST_NAME
+    expected = f"a {kind} artifact" if kind else "an artifact"
+    if not path.is_file():
+        found = "an unfinished or foreign folder: it has no manifest.json" if folder.is_dir() else "nothing there"
+        hint = f"give the folder that {_writer_of(kind)} wrote" if kind else "give a folder that p2d wrote"
+        raise ArtifactError(f"expected {expected} at {folder}, found {found}", hint=hint)
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as problem:
+        raise ArtifactError(f"{path} is not valid JSON: {problem}", hint="rerun the stage that wrote it") from None
+    _check_schema(fields, path, kind)
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(
+            f"{path} is not a valid manifest: {where}: {first['msg']}", hint="rerun the stage that wrote it"
+        ) from None
+
+
+def _check_schema(fields: Any, path: Path, kind: ArtifactKind | None) -> None:
+    schema = fields.get("schema") if isinstance(fields, dict) else None
+    match = _SCHEMA.fullmatch(schema) if isinstance(schema, str) else None
+    if match is None or match[1] not in SCHEMA_VERSIONS:
+        raise ArtifactError(f"{path} names no schema that p2d knows: {schema!r}")
+    found, version = match[1], int(match[2])
+    known = SCHEMA_VERSIONS[found]
+    if version > known:
+        raise ArtifactError(
+            f"{path} has schema {schema}, and this p2d reads up to p2d.{found}/{known}", hint="upgrade p2d"
+        )
+    if kind is not None and found != kind:
+        raise ArtifactError(
+            f"expected a {kind} artifact at {path.parent}, found one of kind {found}",
+            hint=f"give the folder that {_writer_of(kind)} wrote",
+        )
+
+
+def _writer_of(kind: str | None) -> str:
+    from p2d_cli.pipeline import EXPORT, STAGES
+
+    return next(f"p2d {stage.name}" for stage in (*STAGES, EXPORT) if stage.writes == kind)
+
+
+def verify_outputs(folder: Path, manifest: Manifest) -> None:
+    """Compare every payload file with its size and digest.
+
+    Raises:
+        ArtifactError: naming the first file that is missing or differs.
+    """
+    for name, expected in manifest.outputs.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing", hint="rerun the stage that wrote it")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise ArtifactError(
+                f"{path} is damaged: expected {expected.bytes} bytes, found {size}",
+                hint="rerun the stage that wrote it",
+            )
+        if (found := digest_file(path)) != expected.sha256:
+            raise ArtifactError(
+                f"{path} is damaged: expected sha256 {expected.sha256[:16]}..., found {found[:16]}...",
+                hint="rerun the stage that wrote it",
+            )

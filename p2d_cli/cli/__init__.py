@@ -1,0 +1,1 @@
+"""The command line: flags to config, config to stage, result to words."""

@@ -1,0 +1,155 @@
+"""The commands: settings to config, config to stage, result to words."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from p2d_cli.cli.options import Invocation
+from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
+from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError
+from p2d_cli.pipeline import stage_named
+
+Parameters = ParamSpec("Parameters")
+DEBUG_VARIABLE = "P2D_DEBUG"
+
+
+def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Catch every error once, at the command boundary, and end with the documented exit code."""
+
+    @wraps(command)
+    def boundary(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except P2DError as problem:
+            _fail(problem)
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted; what was finished is kept, run the same command again to go on\n")
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except OSError as problem:
+            _fail(StorageError(f"{problem}"))
+        except typer.Exit:
+            raise
+        except Exception as problem:  # noqa: BLE001 - the one place where every error ends
+            _fail_internally(problem)
+
+    return boundary
+
+
+def _fail_internally(problem: Exception) -> None:
+    """Report a defect of p2d itself: one line, and the traceback only for those who ask."""
+    if DEBUG_VARIABLE in os.environ:
+        traceback.print_exc()
+    described = f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
+    _fail(P2DError(f"internal error: {described}", hint=f"set {DEBUG_VARIABLE}=1 for the traceback, and report it"))
+
+
+def _fail(problem: P2DError) -> None:
+    from p2d_cli.cli.render import print_error, print_json
+
+    if "--json" in sys.argv:
+        print_json(
+            {
+                "status": "error",
+                "exit_code": problem.exit_code,
+                "meaning": EXIT_CODES[problem.exit_code],
+                "message": problem.message,
+                "hint": problem.hint,
+            }
+        )
+    print_error(problem)
+    raise typer.Exit(problem.exit_code)
+
+
+def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
+    """Return what the command of one stage does with its flags."""
+
+    def body(settings: dict[str, Any], invocation: Invocation) -> None:
+        table = read_recipe(invocation.config).table(name) if invocation.config is not None else {}
+        resolved = resolve(STAGE_CONFIGS[name], flags=settings, recipe=table)
+        if invocation.print_config:
+            _print_config(resolved, as_json=invocation.json)
+            return
+        from p2d_cli.cli.render import print_json, print_result, result_document
+
+        stage = importlib.import_module(stage_named(name).module)
+        result = stage.run(resolved, _run_options(invocation))
+        if invocation.json:
+            print_json(result_document(result))
+        else:
+            print_result(result)
+
+    return body
+
+
+def _run_options(invocation: Invocation) -> Any:
+    from p2d_cli.cli.render import progress_for
+    from p2d_cli.stages.execution import RunOptions
+
+    return RunOptions(force=invocation.force, dry_run=invocation.dry_run, progress=progress_for(quiet=invocation.quiet))
+
+
+def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
+    from p2d_cli.cli.render import out, print_json
+
+    provenance = resolved.provenance()
+    if as_json:
+        print_json(provenance)
+        return
+    for name, setting in provenance.items():
+        out.print(f"{name:<20} {setting['value']!s:<32} [dim]{setting['origin']}[/]", soft_wrap=True)
+
+
+def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
+    """Do a whole recipe."""
+    from p2d_cli.cli.render import print_json, print_result, result_document
+    from p2d_cli.stages.run import run
+
+    overrides = dict(settings)
+    recipe = read_recipe(Path(overrides.pop("recipe")))
+    if invocation.print_config:
+        print_json(recipe.model_dump(mode="json", by_alias=True))
+        return
+    options = _run_options(invocation)
+    outcome = run(recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"))
+    if invocation.json:
+        print_json({"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]})
+        return
+    for result in outcome.stages if invocation.verbose or invocation.dry_run else outcome.stages[-1:]:
+        print_result(result)
+    skipped = sum(result.status == "up-to-date" for result in outcome.stages)
+    sys.stdout.write(f"{len(outcome.stages)} stages, {skipped} of them up to date, in {outcome.out}\n")
+
+
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.", metavar="ARTIFACT")],
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON document.")] = False,
+) -> None:
+    """Verify an artifact and show what made it: inputs, settings, cost; for heads a heat map, for rows the best."""
+    from p2d_cli.cli.render import err, print_extremes, print_heat_map, print_json, print_manifest
+    from p2d_cli.stages.inspection import inspect
+
+    found = inspect(artifact)
+    if json:
+        print_json({"folder": str(artifact), "verified": True, **found.manifest.model_dump(mode="json", by_alias=True)})
+        return
+    print_manifest(artifact, found.manifest)
+    if found.heads is not None:
+        print_heat_map(found.heads.scores_LH, found.heads.selected_LH)
+    if found.best_rows:
+        print_extremes(list(found.best_rows), "best rows")
+    if found.last_rows:
+        print_extremes(list(found.last_rows), "last rows chosen")
+    for warning in found.warnings:
+        err.print(f"[yellow]warning:[/] {warning}")

@@ -1,0 +1,155 @@
+"""Flags made from config models: one name, one default, one description for each setting."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from p2d_cli.config import StageConfig, flag_name
+
+SHORT_FLAGS = {"out": "-o", "model": "-m"}
+REPEATABLE = {"metric", "stop", "tracker"}
+"""Settings with several values whose flag is given once a value (or once, with commas)."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a command was called, apart from the stage's settings."""
+
+    json: bool
+    dry_run: bool
+    print_config: bool
+    force: bool
+    config: Path | None
+    quiet: bool
+    verbose: int
+
+
+_INVOCATION_FLAGS: dict[str, Any] = {
+    "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="Run")],
+    "dry_run": Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.", rich_help_panel="Run")
+    ],
+    "print_config": Annotated[
+        bool,
+        typer.Option("--print-config", help="Print every setting and where it came from.", rich_help_panel="Run"),
+    ],
+    "force": Annotated[
+        bool,
+        typer.Option("--force", "-f", help="Redo it, replacing the artifact that is there.", rich_help_panel="Run"),
+    ],
+    "config": Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="FILE", help="Take settings from this recipe.", rich_help_panel="Run"),
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Run")],
+    "verbose": Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="More on stderr.", rich_help_panel="Run"),
+    ],
+}
+
+StageCommand = Callable[[dict[str, Any], Invocation], None]
+
+
+def command_for(
+    model: type[StageConfig],
+    body: StageCommand,
+    *,
+    doc: str,
+    arguments: tuple[str, ...] = (),
+    only: frozenset[str] | None = None,
+) -> Callable[..., None]:
+    """Return a Typer command with one flag for each field of `model`, and those that every command has.
+
+    Args:
+        model: the config whose fields become flags.
+        body: called with the settings that were given, by field, and with the invocation.
+        doc: the command's help text.
+        arguments: fields that are positional.
+        only: restrict the flags to these fields.
+    """
+
+    def command(**given: Any) -> None:
+        invocation = Invocation(**{name: given.pop(name) for name in _INVOCATION_FLAGS})
+        settings = {name: _plain(value) for name, value in given.items() if value is not None and value != []}
+        body(settings, invocation)
+
+    fields = {name: field for name, field in model.model_fields.items() if only is None or name in only}
+    ordered = [*arguments, *(name for name in fields if name not in arguments)]
+    parameters = [_parameter(name, fields[name], positional=name in arguments) for name in ordered]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_absent(name), annotation=annotation)
+        for name, annotation in _INVOCATION_FLAGS.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = doc
+    return command
+
+
+def _absent(name: str) -> Any:
+    return {"config": None, "verbose": 0}.get(name, False)
+
+
+def _plain(value: Any) -> Any:
+    """Join a repeated flag's values, each of which may hold several separated by commas."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    if positional:
+        several = get_origin(field.annotation) is tuple
+        argument = typer.Argument(help=field.description, metavar=name.upper() + ("..." if several else ""))
+        words: Any = list[str] if several else str
+        return inspect.Parameter(name, kind, annotation=Annotated[words, argument])
+    annotation = _flag_type(name, field.annotation) | None
+    panel = dict(field.json_schema_extra or {}).get("panel", "Run")  # type: ignore[arg-type]  # always a dict here
+    option = typer.Option(
+        *_declarations(name, field.annotation),
+        help=f"{field.description}{_default_text(field.default)}",
+        show_default=False,
+        metavar="VALUE" if name in REPEATABLE else None,
+        rich_help_panel=str(panel),
+    )
+    return inspect.Parameter(name, kind, annotation=Annotated[annotation, option], default=None)
+
+
+def _declarations(name: str, annotation: Any) -> tuple[str, ...]:
+    flag = flag_name(name)
+    if annotation is bool:
+        return (f"{flag}/--no-{flag[2:]}",)
+    return (flag, SHORT_FLAGS[name]) if name in SHORT_FLAGS else (flag,)
+
+
+def _flag_type(name: str, annotation: Any) -> Any:
+    """Return the type that Typer parses the flag's text as; pydantic checks the ranges."""
+    if get_origin(annotation) is Annotated:
+        return _flag_type(name, get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
+        return _flag_type(name, next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is tuple:
+        return list[str] if name in REPEATABLE else str
+    if get_origin(annotation) is Literal:
+        return annotation
+    return annotation if annotation in (str, int, float, bool, Path) else str
+
+
+def _default_text(default: Any) -> str:
+    """Return what the help adds to a description; a setting may still come from a variable or a recipe."""
+    if default is PydanticUndefined:
+        return " (required)"
+    if default is None or default == () or default is False:
+        return ""
+    if default is True:
+        return " (default on)"
+    return f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"

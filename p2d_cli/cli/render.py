@@ -1,0 +1,299 @@
+"""Results in words: tables and heat maps on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from p2d_cli.artifacts.manifest import Manifest
+from p2d_cli.errors import P2DError
+from p2d_cli.runtime.distributed import is_main_process
+from p2d_cli.runtime.progress import Advance, SilentProgress
+from p2d_cli.runtime.progress import Progress as ProgressProtocol
+from p2d_cli.stages.execution import StageResult
+
+SECONDS_BETWEEN_LINES = 10.0
+SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
+"""xterm colours from low to high, readable on light and dark."""
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class BarProgress:
+    """Bars on a terminal."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Show a bar of `total` units while the body runs."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err, transient=True) as bars:
+            bar = bars.add_task(label, total=total)
+            yield lambda units: bars.advance(bar, units)
+
+    def note(self, message: str) -> None:
+        """Write one line."""
+        err.print(f"[dim]note:[/] {escape(message)}", soft_wrap=True)
+
+
+class LineProgress:
+    """A line now and then, for logs."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Write a line every ten seconds while the body runs."""
+        started = last = self._clock()
+        done = 0
+
+        def advance(units: int) -> None:
+            nonlocal done, last
+            done += units
+            now = self._clock()
+            if now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                left = (now - started) / done * (total - done) if done else float("nan")
+                self.note(f"{label}: {done}/{total}, {now - started:.0f} s, about {left:.0f} s left")
+
+        yield advance
+
+    def note(self, message: str) -> None:
+        """Write one line."""
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+
+
+def progress_for(*, quiet: bool) -> ProgressProtocol:
+    """Return bars on a terminal, lines elsewhere, nothing when quiet or on a rank that is not the first."""
+    if quiet or not is_main_process():
+        return SilentProgress()
+    return BarProgress() if err.is_terminal else LineProgress()
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_error(problem: P2DError) -> None:
+    """Write what went wrong and what to do next."""
+    err.print(Text("error: ", style="bold red") + Text(problem.message), soft_wrap=True)
+    if problem.hint:
+        err.print(Text("  try: ", style="bold") + Text(problem.hint), soft_wrap=True)
+
+
+# --- results of stages
+
+STATUS_WORDS = {
+    "done": "done",
+    "up-to-date": "up to date",
+    "would-run": "would run",
+    "would-skip": "would skip: up to date",
+}
+
+
+def result_document(result: StageResult) -> dict[str, Any]:
+    """Return a stage's result for `--json`."""
+    document: dict[str, Any] = {
+        "stage": result.stage,
+        "status": result.status,
+        "out": str(result.out),
+        "key": result.key,
+        "inputs": {name: entry.model_dump(mode="json") for name, entry in result.inputs.items()},
+        "wall_seconds": round(result.wall_seconds, 3),
+    }
+    if result.manifest is not None:
+        document |= {"seconds": result.manifest.seconds, "summary": result.manifest.summary}
+    return document
+
+
+def print_result(result: StageResult) -> None:
+    """Write a stage's result: what was done, its main figures, where it is."""
+    seconds = f"{result.wall_seconds:.1f} s"
+    line = Text.assemble(
+        (result.stage, "bold"), f" {STATUS_WORDS[result.status]}", (f"  {seconds}", "dim"), f"  {result.out}"
+    )
+    out.print(line, soft_wrap=True)
+    if result.manifest is None:
+        for name, entry in result.inputs.items():
+            out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
+        return
+    print_summary(result.manifest)
+
+
+def print_summary(manifest: Manifest) -> None:
+    """Write the main figures of an artifact."""
+    describe: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
+        "heads": _heads_lines,
+        "subset": _subset_lines,
+        "adapter": _adapter_lines,
+        "evaluation": _evaluation_lines,
+        "report": _report_lines,
+        "model": lambda summary: [f"{summary['parameters']:,} parameters, {summary['dtype']}, base {summary['base']}"],
+    }
+    for line in describe[manifest.kind](manifest.summary):
+        if isinstance(line, str):
+            out.print("  " + escape(line), soft_wrap=True)
+        else:
+            out.print(line)
+
+
+def _heads_lines(summary: dict[str, Any]) -> list[Any]:
+    lines = [
+        f"{summary['heads_selected']} of {summary['heads_total']} heads by {summary['method']}, in"
+        f" {summary['layers_touched']} layers and {summary['groups_touched']} of {summary['groups_total']} KV groups"
+    ]
+    if (share := summary.get("best_target_share")) is not None:
+        lines.append(
+            f"best head looks at the target demo {share:.0%} of the time, chance {summary['chance_target_share']:.0%}"
+        )
+    if "proxy_first_loss" in summary:
+        lines.append(
+            f"proxy: {summary['proxy_steps']} updates on {summary['proxy_rows']} rows,"
+            f" loss {summary['proxy_first_loss']:.3f} -> {summary['proxy_last_loss']:.3f}"
+        )
+    if (repeat := summary.get("repeatability")) is not None:
+        lines.append(
+            f"between {repeat['draws']} draws: rank correlation {repeat['mean_spearman']:.2f},"
+            f" overlap {repeat['mean_jaccard']:.2f} (chance {repeat['chance_jaccard']:.2f})"
+        )
+    return lines
+
+
+def _subset_lines(summary: dict[str, Any]) -> list[Any]:
+    lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {summary['method']}"]
+    if "episodes" in summary:
+        lines.append(f"{summary['episodes']:,} episodes, {summary['heads_read']} heads read")
+    if summary.get("truncated_demos"):
+        lines.append(f"{summary['truncated_demos']} demos were cut to fit the context")
+    if summary.get("unparsed_answers"):
+        lines.append(f"{summary['unparsed_answers']} generated answers could not be parsed and were left out")
+    if summary["rows_without_score"]:
+        lines.append(f"{summary['rows_without_score']} rows could not be scored and come last")
+    return lines
+
+
+def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
+    first = summary["first_loss"]
+    started = "" if first is None else f"loss {first:.3f} -> {summary['final_loss']:.3f}, "
+    return [
+        f"scope {summary['scope']}: {started}{summary['updates']} updates on {summary['rows']:,} rows,"
+        f" peak lr {summary['learning_rate']:g}",
+        f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
+        f" ({summary['trainable_share']:.2%})",
+    ]
+
+
+def _evaluation_lines(summary: dict[str, Any]) -> list[Any]:
+    lines = [
+        f"{name:<20} {metric['value']:.4f}  [{metric['low']:.4f}, {metric['high']:.4f}]  {metric['count']} rows"
+        for name, metric in summary["metrics"].items()
+    ]
+    lines += [f"{name}: {count}" for name, count in summary.items() if name.endswith("_unparsed")]
+    return lines
+
+
+def _report_lines(summary: dict[str, Any]) -> list[Any]:
+    metric = next(iter(summary["rows"][0]["metrics"]), None)
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in ("run", metric or "score", "AER", "speed-up", "STR", "seconds", "params"):
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=heading != "run")
+    for row in summary["rows"]:
+        table.add_row(*_report_cells(row, metric), style="bold" if row["is_reference"] else None)
+    lines: list[Any] = [table]
+    if summary["reference"]["extrapolated"]:
+        lines.append("the reference's time is extrapolated from measured steps")
+    lines.append("* control, = reference, ! other hardware, precision or epochs")
+    lines += [f"warning: {warning}" for warning in summary["warnings"]]
+    return lines
+
+
+def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:
+    marks = "=" * row["is_reference"] + "*" * row["is_control"] + "!" * bool(row["mixed"])
+    score = row["metrics"].get(metric)
+    speedup = row["speedup"]
+    share = row.get("trainable_share")
+    return [
+        f"{row['name']}{' ' + marks if marks else ''}",
+        "" if score is None else _with_margin(score),
+        f"{row['aer']:.3f}",
+        "" if speedup is None else f"{speedup:.1f}x",
+        f"{row['str_ratio']:.3f}",
+        f"{row['total_seconds']:.1f}",
+        "" if share is None else f"{share:.2%}",
+    ]
+
+
+def _with_margin(score: dict[str, Any]) -> str:
+    if score["low"] is None or score["high"] is None:
+        return f"{score['value']:.3f}"
+    return f"{score['value']:.3f} ±{(score['high'] - score['low']) / 2:.3f}"
+
+
+# --- inspect
+
+
+def print_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write what an artifact is and what made it."""
+    out.print(Text.assemble((f"{manifest.kind} artifact", "bold"), f"  {folder}"), soft_wrap=True)
+    out.print(f"  {manifest.schema_}, made {manifest.created_at}, {len(manifest.outputs)} files verified")
+    print_summary(manifest)
+    if manifest.model is not None:
+        out.print(f"\n[bold]model[/]  {escape(manifest.model.describe())}", soft_wrap=True)
+    out.print("\n[bold]inputs[/]")
+    for name, entry in manifest.inputs.items():
+        out.print(f"  {name:<14} {entry.kind:<11} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
+    out.print("\n[bold]settings[/] (those that are not defaults)")
+    for name, setting in manifest.config.items():
+        if setting["origin"] != "default":
+            out.print(f"  {name:<18} {setting['value']!s:<24} [dim]{setting['origin']}[/]", soft_wrap=True)
+    phases = ", ".join(f"{name} {value:.2f} s" for name, value in manifest.seconds.items())
+    peak = ", ".join(f"{name} {value:.2f} GiB" for name, value in manifest.peak_memory_gib.items())
+    out.print("\n[bold]cost[/]")
+    out.print(f"  {phases or 'none'}; {manifest.tokens:,} tokens; peak memory {peak}", soft_wrap=True)
+    out.print(f"  {escape(manifest.hardware['label'])}, {manifest.precision}", soft_wrap=True)
+
+
+def print_heat_map(scores_LH: Any, selected_LH: Any) -> None:
+    """Draw heads as coloured cells, layers downward; `#` marks a selected head."""
+    low, high = float(scores_LH.min()), float(scores_LH.max())
+    span = high - low or 1.0
+    out.print("\n[bold]heads[/] (layers downward, heads across; # selected)")
+    for layer in range(scores_LH.shape[0]):
+        line = Text(f"  {layer:>3} ")
+        for head in range(scores_LH.shape[1]):
+            level = int((float(scores_LH[layer, head]) - low) / span * (len(SHADES) - 1))
+            mark = "#" if selected_LH[layer, head] else " "
+            line.append(f"{mark}{mark}", style=f"bold black on color({SHADES[level]})")
+        out.print(line)
+    scale = Text("      ")
+    for shade in SHADES:
+        scale.append("  ", style=f"on color({shade})")
+    out.print(scale + Text(f"  {low:.3g} to {high:.3g}"))
+
+
+def print_extremes(rows: list[tuple[str, float, str]], title: str) -> None:
+    """Write rows with their scores, one a line, cut to the width of the terminal."""
+    out.print(f"\n[bold]{title}[/]")
+    for identifier, score, text in rows:
+        shown = " ".join(text.split())[: max(20, out.width - 32)]
+        out.print(f"  {score:>10.4g}  {escape(identifier)}  [dim]{escape(shown)}[/]", overflow="ellipsis", no_wrap=True)

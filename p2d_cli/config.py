@@ -1,0 +1,475 @@
+"""Every setting of every stage: one frozen model a stage, and where each value came from.
+
+The flags of the command line, the `P2D_*` variables and the tables of a recipe are all made from these
+models, so that a setting has one name, one default and one description. Torch-free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from p2d_cli.errors import DataError, UsageError
+
+Origin = Literal["flag", "variable", "recipe", "default"]
+HeadMethod = Literal["auto", "pad", "taylor", "contrast", "random", "uniform"]
+DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "full"]
+Scope = Literal["heads", "attention", "lora", "full"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+MetricName = Literal["exact_match", "token_f1", "number_match", "rougeL", "accuracy", "perplexity"]
+PathSpec = str
+"""A file, a folder, an artifact, or a hub id `owner/name[@revision]`."""
+
+INPUT_FIELDS = frozenset(
+    {"model", "task_model", "target", "pool", "data", "heads", "adapter", "reference", "evaluations", "choices"}
+)
+"""Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
+
+
+def _split_commas(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+CommaList = BeforeValidator(_split_commas)
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+def setting(default: Any, description: str, *, identity: bool = True, panel: str = "Method") -> Any:
+    """Declare one setting: its default, its help text, and whether a change of it changes the result."""
+    extra: dict[str, JsonValue] = {"identity": identity, "panel": panel}
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+REQUIRED: Any = PydanticUndefined
+
+
+class StageConfig(BaseModel):
+    """What every stage has in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    out: Path = setting(REQUIRED, "Folder to write the artifact to.", identity=False, panel="Input and output")
+    seed: int = setting(0, "The one seed; each stage derives its own from it.", panel="Run")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", identity=False, panel="Run")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision; auto is bfloat16 where the hardware is fast at it.", panel="Run"
+    )
+    max_length: Positive | None = setting(
+        None, "Longest sequence in tokens; by default the model's context, at most 2048.", panel="Run"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change the result, without the inputs, which count by their digests."""
+        fields = type(self).model_fields
+        chosen = {
+            name
+            for name, field in fields.items()
+            if name not in INPUT_FIELDS and dict(field.json_schema_extra or {}).get("identity")  # type: ignore[arg-type]
+        }
+        return self.model_dump(mode="json", include=chosen)
+
+
+class RowOptions(StageConfig):
+    """How rows are read and shown to the model."""
+
+    split: str | None = setting(None, "Split of a hub data set, or of a folder with several.", panel="Rows")
+    revision: str | None = setting(None, "Revision of a hub data set.", panel="Rows")
+    prompt_column: str | None = setting(None, "Column with the prompt, if not found by itself.", panel="Rows")
+    completion_column: str | None = setting(None, "Column with the answer, likewise.", panel="Rows")
+    skip_bad_rows: bool = setting(False, "Leave unreadable rows out, counted, instead of stopping.", panel="Rows")
+    template: Literal["auto", "chat", "plain"] = setting(
+        "auto", "How a row becomes text; auto is the tokenizer's chat template if it has one.", panel="Rows"
+    )
+    token_budget: Positive = setting(
+        8192, "Tokens of one forward batch, padding included.", identity=False, panel="Run"
+    )
+
+
+class ScoreHeadsConfig(RowOptions):
+    """Settings of `p2d score-heads`."""
+
+    model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
+    target: PathSpec | None = setting(None, "Rows of the target task.", panel="Input and output")
+    pool: PathSpec | None = setting(None, "Pool rows, for contrast.", panel="Input and output")
+    method: HeadMethod = setting(
+        "auto", "pad, taylor, contrast, random or uniform; auto is contrast with a pool, else pad."
+    )
+    ratio: Ratio = setting(0.1, "Share of all heads to select.")
+    repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
+    task_model: PathSpec | None = setting(
+        None, "A fine-tuned model to compare with (pad); otherwise p2d tunes a proxy.", panel="Input and output"
+    )
+    weights: Literal["product", "qkv"] = setting("product", "pad: what of a head's weights is compared.", panel="pad")
+    distance: Literal["w1", "kl", "js", "cosine", "l2", "relative-l2"] = setting(
+        "w1", "pad: distance between the two.", panel="pad"
+    )
+    temperature: Annotated[float, Field(gt=0)] = setting(1.0, "pad: softmax temperature.", panel="pad")
+    proxy_samples: Positive = setting(100, "Rows that the proxy is tuned on; also the rows of taylor.", panel="pad")
+    proxy_epochs: Positive = setting(1, "pad: epochs of the proxy.", panel="pad")
+    proxy_lr: Annotated[float, Field(gt=0)] = setting(1e-4, "pad: learning rate of the proxy.", panel="pad")
+    proxy_batch_size: Positive = setting(8, "pad: rows a step of the proxy.", panel="pad")
+    episodes: Positive = setting(192, "contrast: few-shot episodes to look at.", panel="contrast")
+    demos: Annotated[int, Field(ge=2)] = setting(
+        5, "contrast: demos an episode, one from the target.", panel="contrast"
+    )
+
+
+class MineDataConfig(RowOptions):
+    """Settings of `p2d mine-data`."""
+
+    model: PathSpec = setting(REQUIRED, "Model that reads the rows: folder or hub id.", panel="Input and output")
+    heads: PathSpec | None = setting(None, "heads artifact (for p2d).", panel="Input and output")
+    pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
+    target: PathSpec | None = setting(
+        None, "Rows of the target task; without them two halves of the pool query each other.", panel="Input and output"
+    )
+    method: DataMethod = setting("p2d", "p2d, data-whisperer, random, loss, ifd, embedding, lexical or full.")
+    ratio: Ratio | None = setting(None, "Share of the pool to keep (0.1 if --count is not given).")
+    count: Positive | None = setting(None, "Number of rows to keep, instead of --ratio.")
+    perf: Literal["likelihood", "generate", "none"] = setting(
+        "likelihood", "How well an episode answers: likelihood of the reference, a generated answer's metric, or 1."
+    )
+    perf_metric: Literal["exact_match", "token_f1", "rougeL", "number_match"] = setting(
+        "token_f1", "Metric of a generated answer (with --perf generate)."
+    )
+    draws: Positive = setting(2, "Episodes that each pool row is a demo of.")
+    demos: Positive = setting(5, "Demos an episode.")
+    queries: Positive = setting(1, "Target rows an episode.")
+    normalise: Literal["pooled", "per-head"] = setting(
+        "pooled", "Share of attention: of the heads' sum, or the mean of each head's own."
+    )
+    layer: Annotated[int, Field(ge=0)] | None = setting(
+        None, "data-whisperer: the layer to read, from 0; the middle one by default."
+    )
+    max_new_tokens: Positive = setting(64, "Longest generated answer (with --perf generate).")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> MineDataConfig:
+        if self.ratio is not None and self.count is not None:
+            raise ValueError("--ratio and --count exclude each other: give one of them")
+        return self
+
+
+class TrainConfig(RowOptions):
+    """Settings of `p2d train`."""
+
+    model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
+    data: PathSpec = setting(REQUIRED, "subset artifact, file, folder or hub id.", panel="Input and output")
+    heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
+    scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
+    projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
+        ("q", "k", "v"), "Projections of the selected heads to train, of q,k,v,o."
+    )
+    epochs: Annotated[float, Field(gt=0)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
+    max_steps: Positive | None = setting(
+        None, "Stop after so many updates; a reference cut short is extrapolated by report-aer.", panel="Optimisation"
+    )
+    lr: Annotated[float, Field(gt=0)] | None = setting(
+        None, "Peak learning rate; the default depends on the scope.", panel="Optimisation"
+    )
+    batch_size: Positive = setting(16, "Rows an update, over all devices' micro-batches.", panel="Optimisation")
+    accumulation: Positive = setting(1, "Micro-batches an update; batch-size is divided by it.", panel="Optimisation")
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "Learning-rate schedule after warm-up.", panel="Optimisation"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.03, "Share of the updates that warm up.", panel="Optimisation"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "AdamW weight decay.", panel="Optimisation")
+    max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, "Clip gradients to this norm.", panel="Optimisation")
+    lora_rank: Positive = setting(16, "Rank (for --scope lora).", panel="LoRA")
+    lora_alpha: Positive = setting(32, "Alpha (for --scope lora).", panel="LoRA")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "Dropout (for --scope lora).", panel="LoRA")
+    checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
+    )
+    tracker: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], CommaList] = setting(
+        (), "Send the loss to these trackers too.", identity=False, panel="Run"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.scope == "heads" and self.heads is None:
+            raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulation {self.accumulation}")
+        if not self.projections:
+            raise ValueError("--projections is empty: name some of q,k,v,o")
+        return self
+
+    @property
+    def resolved_scope(self) -> Scope:
+        """The scope given, or the one that follows from the inputs."""
+        return self.scope or ("heads" if self.heads is not None else "lora")
+
+
+class EvalConfig(RowOptions):
+    """Settings of `p2d eval`."""
+
+    model: PathSpec = setting(REQUIRED, "Model: folder, fully trained artifact or hub id.", panel="Input and output")
+    data: PathSpec = setting(REQUIRED, "Rows to be scored on.", panel="Input and output")
+    adapter: PathSpec | None = setting(None, "adapter artifact or PEFT folder.", panel="Input and output")
+    metric: Annotated[tuple[MetricName, ...], CommaList] = setting(
+        ("exact_match", "token_f1"),
+        "exact_match, token_f1, number_match, rougeL, accuracy or perplexity; repeat or separate by commas.",
+    )
+    limit: Positive | None = setting(None, "Only the first so many rows.")
+    max_new_tokens: Positive = setting(128, "Longest answer to generate.")
+    stop: tuple[str, ...] = setting((), "Cut answers at this string; can be repeated.")
+    choices: PathSpec | None = setting(
+        None, "JSON list of the answers to choose from (for accuracy), where rows bring none of their own."
+    )
+    confidence: Annotated[float, Field(gt=0, lt=1)] = setting(0.95, "Level of the bootstrap intervals.")
+
+    @model_validator(mode="after")
+    def _some_metric(self) -> EvalConfig:
+        if not self.metric:
+            raise ValueError("--metric is empty: name at least one metric")
+        return self
+
+
+class ReportAerConfig(StageConfig):
+    """Settings of `p2d report-aer`."""
+
+    evaluations: tuple[PathSpec, ...] = setting(REQUIRED, "evaluation artifacts to compare.", panel="Input and output")
+    reference: PathSpec = setting(REQUIRED, "evaluation artifact of the full fine-tuning.", panel="Input and output")
+    allow_mixed: bool = setting(False, "Compare runs of other hardware, precision or epochs too, flagged.")
+
+
+class ExportConfig(StageConfig):
+    """Settings of `p2d export`."""
+
+    adapter: PathSpec = setting(REQUIRED, "adapter artifact or PEFT folder.", panel="Input and output")
+    model: PathSpec | None = setting(
+        None, "Base model, if it is no longer where the adapter was trained.", panel="Input and output"
+    )
+
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "score-heads": ScoreHeadsConfig,
+    "mine-data": MineDataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "report-aer": ReportAerConfig,
+    "export": ExportConfig,
+}
+
+
+class Grid(BaseModel):
+    """The axes of a cross-ablation; every combination is one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    heads: tuple[Literal["auto", "pad", "taylor", "contrast", "random", "uniform", "all"], ...] = Field(
+        (), description="Head methods, or `all` for every head; by default the method of [score-heads]."
+    )
+    data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
+    seed: tuple[int, ...] = Field((), description="Seeds; by default the recipe's own.")
+    scope: tuple[Scope, ...] = Field((), description="Scopes; by default `heads`.")
+
+
+class Recipe(BaseModel):
+    """A whole pipeline in one TOML file; each stage's table holds that stage's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field("run", description="Shown in the report.")
+    out: Path | None = Field(None, description="Folder for all artifacts, relative to the working directory.")
+    defaults: dict[str, Any] = Field(default_factory=dict, description="Settings of every stage that has them.")
+    score_heads: dict[str, Any] = Field(default_factory=dict, alias="score-heads")
+    mine_data: dict[str, Any] = Field(default_factory=dict, alias="mine-data")
+    train: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
+    report_aer: dict[str, Any] = Field(default_factory=dict, alias="report-aer")
+    grid: Grid = Grid()
+    reference: dict[str, Any] = Field(
+        default_factory=dict, description="[train] settings of the full fine-tuning that is the reference."
+    )
+    controls: bool = Field(
+        True, description="Add random heads on random rows at the same sizes if the grid lacks them."
+    )
+
+    def table(self, stage: str, scope: Scope | None = None) -> dict[str, Any]:
+        """Return the settings that this recipe gives to `stage`: its own table over the defaults.
+
+        Args:
+            stage: the stage's name.
+            scope: for train, the scope whose own table, as `[train.full]`, goes over `[train]`.
+        """
+        fields = STAGE_CONFIGS[stage].model_fields
+        shared = {key: value for key, value in self.defaults.items() if key.replace("-", "_") in fields}
+        own: dict[str, Any] = getattr(self, stage.replace("-", "_"), {})
+        settings = shared | {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
+        if stage == "train" and (chosen := scope or settings.get("scope")):
+            settings |= own.get(chosen, {})
+        return {key.replace("-", "_"): value for key, value in settings.items()}
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[ConfigT]):
+    """A config together with where each of its values came from."""
+
+    config: ConfigT
+    origins: dict[str, Origin]
+
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Return `{field: {"value": ..., "origin": ...}}` in plain JSON types, for the manifest."""
+        values = self.config.model_dump(mode="json")
+        return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}
+
+
+def resolve(
+    model: type[ConfigT],
+    *,
+    flags: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Resolved[ConfigT]:
+    """Merge flag > `P2D_*` variable > recipe > default into a checked config.
+
+    Raises:
+        UsageError: for unknown keys, with the nearest known one, and for all bad values together.
+    """
+    fields = model.model_fields
+    sources: dict[Origin, dict[str, Any]] = {
+        "recipe": _known_keys(recipe or {}, fields, where="recipe"),
+        "variable": _variables(os.environ if environ is None else environ, fields),
+        "flag": dict(flags),
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = dict.fromkeys(fields, "default")
+    for origin, settings in sources.items():
+        values |= settings
+        origins |= dict.fromkeys(settings, origin)
+    try:
+        return Resolved(model(**values), origins)
+    except ValidationError as problems:
+        raise UsageError(_explain(problems, origins)) from None
+
+
+def _known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise UsageError(f"unknown key '{key}' in the {where}", hint=suggestion(name, fields))
+        known[name] = value
+    return known
+
+
+def _variables(environ: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    every_field = {name for config in STAGE_CONFIGS.values() for name in config.model_fields}
+    found: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith("P2D_"):
+            continue
+        name = variable.removeprefix("P2D_").lower()
+        if name in fields:
+            found[name] = value
+        elif name not in every_field and (near := difflib.get_close_matches(name, every_field, n=1, cutoff=0.8)):
+            raise UsageError(f"unknown variable {variable}", hint=f"did you mean P2D_{near[0].upper()}?")
+    return found
+
+
+def suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return `did you mean ...?`, or the whole list where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else "known are: " + ", ".join(sorted(known))
+
+
+def flag_name(field: str) -> str:
+    """Return the flag of a field: `max_length` is `--max-length`."""
+    return "--" + field.replace("_", "-")
+
+
+def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
+    lines = []
+    for problem in problems.errors():
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            lines.append(f"{flag_name(field)} is required")
+        elif not field:
+            lines.append(text)
+        else:
+            origin = origins.get(field, "flag")
+            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {problem['input']!r} ({origin})")
+    if len(lines) == 1:
+        return lines[0]
+    return "several settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe and make its relative input paths relative to the recipe's own folder.
+
+    Raises:
+        DataError: the file is missing or is not TOML.
+        UsageError: it has keys that p2d does not know.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no recipe at {path}", hint="give the path of a .toml file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise DataError(f"{path} is not valid TOML: {problem}") from None
+    _check_recipe_keys(table)
+    _anchor_paths(table, path.parent)
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as problems:
+        lines = [
+            f"[{'.'.join(str(part) for part in problem['loc'])}] {problem['msg']}; got {problem['input']!r}"
+            for problem in problems.errors()
+        ]
+        raise UsageError(f"the recipe {path} is wrong:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _check_recipe_keys(table: Mapping[str, Any]) -> None:
+    known = {field.alias or name: name for name, field in Recipe.model_fields.items()}
+    for key, value in table.items():
+        if key not in known:
+            raise UsageError(f"unknown key '{key}' in the recipe", hint=suggestion(key, known))
+        if key not in STAGE_CONFIGS or not isinstance(value, dict):
+            continue
+        by_scope = {name: table for name, table in value.items() if key == "train" and name in SCOPES}
+        own = {name: setting for name, setting in value.items() if name not in by_scope}
+        _known_keys(own, STAGE_CONFIGS[key].model_fields, where=f"recipe's [{key}]")
+        for name, table in by_scope.items():
+            _known_keys(table, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
+    if isinstance(reference := table.get("reference"), dict):
+        _known_keys(reference, TrainConfig.model_fields, where="recipe's [reference]")
+    if isinstance(grid := table.get("grid"), dict):
+        _known_keys(grid, Grid.model_fields, where="recipe's [grid]")
+    if isinstance(defaults := table.get("defaults"), dict):
+        every_field = {name: None for config in STAGE_CONFIGS.values() for name in config.model_fields}
+        _known_keys(defaults, every_field, where="recipe's [defaults]")
+
+
+def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
+    for settings in table.values():
+        if not isinstance(settings, dict):
+            continue
+        for key, value in settings.items():
+            if key.replace("-", "_") in INPUT_FIELDS and isinstance(value, str):
+                settings[key] = _anchored(value, folder)
+
+
+def _anchored(spec: str, folder: Path) -> str:
+    candidate = folder / Path(spec).expanduser()
+    return str(candidate) if candidate.exists() else spec

@@ -1,0 +1,403 @@
+"""The adaptation efficiency ratio: what a run cost, selection included, over what a full fine-tuning costs.
+
+`AER = (t_score_heads + t_mine_data + t_train) / t_reference`, lower is better (P2D, arXiv:2605.21558), speedup
+`1 / AER`, and `STR = (t_score_heads + t_mine_data) / t_reference` (selection-to-tuning ratio, Data Whisperer,
+arXiv:2505.12212). All times are device-synchronised wall seconds, read from manifests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from p2d_cli.errors import ArtifactError, UsageError
+
+StageName = Literal["score-heads", "mine-data", "train", "eval"]
+CHARGED_STAGES: tuple[StageName, ...] = ("score-heads", "mine-data", "train")
+UNCHARGED_PHASES = frozenset({"load", "compile", "evaluate"})
+"""Phases that every run has alike, or that are no part of adapting: timed, shown, and left out of AER."""
+STEPS_PHASE = "train"
+"""The phase of the train stage whose time grows with the optimizer's updates."""
+CONTROL_HEADS = frozenset({"random", "uniform"})
+CONTROL_DATA = frozenset({"random", "full"})
+LOWER_IS_BETTER = frozenset({"perplexity"})
+_RELATIVE_EPOCHS = 1e-6  # epochs that differ by less are the same number, written differently
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What making one artifact cost; one entry of a manifest's ledger."""
+
+    stage: str
+    """`score-heads`, `mine-data`, `train` or `eval`."""
+    artifact: str
+    """Digest of the artifact; two entries with the same one are the same work, and are charged once."""
+    seconds: dict[str, float]
+    """Wall seconds by phase."""
+    hardware: str
+    precision: str
+    epochs: float | None = None
+    """Epochs planned (train)."""
+    steps_done: int | None = None
+    """Optimizer updates made (train)."""
+    steps_planned: int | None = None
+    """Optimizer updates that all epochs would have taken (train)."""
+    model: str = ""
+    """Identity of the base model."""
+    tokens: int | None = None
+    peak_gib: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What a report says about the stage: the method, and for a training which heads and rows it trained."""
+
+    @property
+    def charged_seconds(self) -> float:
+        """Seconds of all phases but those in `UNCHARGED_PHASES`."""
+        return math.fsum(value for phase, value in self.seconds.items() if phase not in UNCHARGED_PHASES)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether training stopped before the updates that were planned."""
+        return self.steps_done is not None and self.steps_planned is not None and self.steps_done < self.steps_planned
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry in plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> StageCost:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ArtifactError: a required key is missing or one is not known, named; or the seconds are no numbers.
+        """
+        known = {item.name for item in fields(cls)}
+        required = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
+        if wrong := sorted((required - set(entry)) | (set(entry) - known)):
+            raise ArtifactError(
+                f"reading a cost entry: expected the keys {', '.join(sorted(known))}; missing or not known:"
+                f" {', '.join(wrong)}",
+                hint="redo the stage with --force, or read it with the version of p2d that wrote it",
+            )
+        try:
+            seconds = {str(phase): float(value) for phase, value in entry["seconds"].items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ArtifactError(
+                f"reading a cost entry: expected seconds by phase, found {entry['seconds']!r}"
+            ) from None
+        return cls(**{**entry, "seconds": seconds, "settings": dict(entry.get("settings", {}))})
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric's mean over rows with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """Rows it was computed on."""
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """One evaluated run: its scores, and the costs of all stages that led to it."""
+
+    name: str
+    stages: tuple[StageCost, ...]
+    metrics: dict[str, MetricValue]
+    """The first one is the run's main metric."""
+    path: str
+
+    def stages_of(self, stage: str) -> tuple[StageCost, ...]:
+        """Return the entries of one stage, each artifact once, the first entry of it."""
+        distinct: dict[str, StageCost] = {}
+        for cost in self.stages:
+            if cost.stage == stage:
+                distinct.setdefault(cost.artifact, cost)
+        return tuple(distinct.values())
+
+    def seconds_of(self, stage: str) -> float:
+        """Return the charged seconds of one stage over all distinct artifacts of it; 0 if it did not run."""
+        return math.fsum(cost.charged_seconds for cost in self.stages_of(stage))
+
+    @property
+    def selection_seconds(self) -> float:
+        """Seconds spent on scoring heads and mining data."""
+        return self.seconds_of("score-heads") + self.seconds_of("mine-data")
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent on training."""
+        return self.seconds_of("train")
+
+    @property
+    def total_seconds(self) -> float:
+        """Selection and training together: the numerator of AER."""
+        return self.selection_seconds + self.train_seconds
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The denominator of AER: the time of full fine-tuning on all the data."""
+
+    seconds: float
+    extrapolated: bool
+    """Whether `seconds` was scaled up from a training that was cut short."""
+    measured_steps: int | None
+    planned_steps: int | None
+    hardware: str = ""
+    precision: str = ""
+
+
+@dataclass(frozen=True)
+class AerRow:
+    """One run in the comparison; shares are None where the run's settings do not say."""
+
+    name: str
+    path: str
+    score_heads_seconds: float
+    mine_data_seconds: float
+    train_seconds: float
+    total_seconds: float
+    aer: float
+    speedup: float | None
+    """`1 / AER`; None for a run that cost nothing, such as the untrained model."""
+    str_ratio: float
+    metrics: dict[str, MetricValue]
+    head_share: float | None
+    row_share: float | None
+    trainable_share: float | None
+    peak_gib: float | None
+    is_control: bool
+    is_reference: bool
+    mixed: tuple[str, ...]
+    """Fields in which the run differs from the reference: hardware, precision, epochs, model."""
+
+
+@dataclass(frozen=True)
+class AerReport:
+    """All runs against one reference."""
+
+    reference: Reference
+    rows: tuple[AerRow, ...]
+    """By AER, lowest first."""
+    flags: tuple[str, ...]
+    """What makes figures in it not strictly comparable: mixed runs, an extrapolated reference."""
+    warnings: tuple[str, ...]
+    """What a reader must know before believing a ranking, such as a control that does as well."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report in plain JSON types; a number that JSON cannot hold (nan, infinity) becomes None."""
+        document: dict[str, Any] = _plain(asdict(self))
+        return document
+
+
+def reference_seconds(run: RunCost) -> Reference:
+    """Return the time of a full fine-tuning: that of its training alone, whatever prepared its rows.
+
+    If the training was cut short (`steps_done < steps_planned`), the time of its updates is scaled to the planned
+    ones and the result says so. Other charged phases do not grow with the updates and are taken as they are; if
+    the stage was not timed with a phase `train`, all of it is scaled.
+
+    Raises:
+        UsageError: the run has no training, or none with a positive time.
+    """
+    trainings = run.stages_of("train")
+    if len(trainings) != 1 or not trainings[0].charged_seconds > 0 or trainings[0].steps_done == 0:
+        timed = (f"{cost.charged_seconds:g} s for {cost.steps_done} updates" for cost in trainings)
+        found = ", ".join(timed) or "no training"
+        raise UsageError(
+            f"reference run '{run.name}' ({run.path}): expected one timed training, found {found}",
+            hint="--reference is the evaluation of a full fine-tuning: train --scope full on all rows, then eval",
+        )
+    training = trainings[0]
+    seconds = training.charged_seconds
+    if training.is_cut_short and training.steps_done and training.steps_planned:
+        measured = training.seconds.get(STEPS_PHASE, seconds)
+        seconds += measured * (training.steps_planned / training.steps_done - 1.0)
+    return Reference(
+        seconds=seconds,
+        extrapolated=training.is_cut_short,
+        measured_steps=training.steps_done,
+        planned_steps=training.steps_planned,
+        hardware=training.hardware,
+        precision=training.precision,
+    )
+
+
+def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = False) -> AerReport:
+    """Compare runs with a full fine-tuning, by cost and by score.
+
+    Args:
+        runs: The runs; the reference may be among them (known by its path) and is added if it is not.
+        reference: The full fine-tuning.
+        allow_mixed: Compare runs of other hardware, precision, epochs or model too, and flag them.
+
+    Raises:
+        UsageError: the reference has no usable training time, or runs are mixed and `allow_mixed` is not set;
+            names each run, field and both values.
+    """
+    denominator = reference_seconds(reference)
+    if all(run.path != reference.path for run in runs):
+        runs = [*runs, reference]
+    differences = [_differences(run, reference) for run in runs]
+    flags = [text for found in differences for text in found.values()]
+    if flags and not allow_mixed:
+        raise UsageError(
+            "these runs cannot be compared with the reference:\n" + "\n".join(f"  {text}" for text in flags),
+            hint="repeat them under the same conditions, or pass --allow-mixed to have them flagged",
+        )
+    if denominator.extrapolated:
+        flags.append(
+            f"t_reference is extrapolated from {denominator.measured_steps} of {denominator.planned_steps} updates;"
+            f" the scores of '{reference.name}' are those of an unfinished training"
+        )
+    rows = [
+        _reference_row(run, denominator) if run.path == reference.path else _row(run, denominator.seconds, tuple(found))
+        for run, found in zip(runs, differences, strict=True)
+    ]
+    rows.sort(key=lambda row: (row.aer, row.name, row.path))
+    warnings = [*_reference_warnings(reference), *_unfinished_warnings(runs, reference), *_control_warnings(rows)]
+    return AerReport(denominator, tuple(rows), tuple(flags), tuple(warnings))
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> tuple[int, ...]:
+    """Return the indices of the points that no other point beats, cheapest first.
+
+    A point is `(cost, score)`; one is beaten by another that costs no more and scores no less, and is better in
+    one of the two. Equal points stay together; a point with a nan is left out.
+    """
+    known = [(cost, -score, index) for index, (cost, score) in enumerate(points) if not math.isnan(cost + score)]
+    front: list[int] = []
+    best = (math.inf, math.inf)
+    for cost, loss, index in sorted(known):
+        if not front or loss < best[1] or (cost, loss) == best:
+            front.append(index)
+            best = (cost, loss)
+    return tuple(front)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _differences(run: RunCost, reference: RunCost) -> dict[str, str]:
+    """Return, by field, how a run's charged stages differ from the reference's training."""
+    if run.path == reference.path:
+        return {}
+    expected = reference.stages_of("train")[0]
+    found: dict[str, str] = {}
+    for cost in (cost for stage in CHARGED_STAGES for cost in run.stages_of(stage)):
+        for name in ("hardware", "precision", "epochs", "model"):
+            ours, theirs = getattr(cost, name), getattr(expected, name)
+            if name not in found and not _is_same(ours, theirs):
+                found[name] = f"run '{run.name}', {cost.stage}: {name} is {ours}, the reference's is {theirs}"
+    return found
+
+
+def _is_same(ours: str | float | None, theirs: str | float | None) -> bool:
+    if ours in (None, "") or theirs in (None, ""):
+        return True  # not recorded: nothing to compare
+    if isinstance(ours, float | int) and isinstance(theirs, float | int):
+        return math.isclose(ours, theirs, rel_tol=_RELATIVE_EPOCHS)
+    return ours == theirs
+
+
+def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
+    charged = [cost for stage in CHARGED_STAGES for cost in run.stages_of(stage)]
+    peaks = [cost.peak_gib for cost in charged if cost.peak_gib is not None]
+    return AerRow(
+        name=run.name,
+        path=run.path,
+        score_heads_seconds=run.seconds_of("score-heads"),
+        mine_data_seconds=run.seconds_of("mine-data"),
+        train_seconds=run.train_seconds,
+        total_seconds=run.total_seconds,
+        aer=run.total_seconds / seconds,
+        speedup=seconds / run.total_seconds if run.total_seconds > 0 else None,
+        str_ratio=run.selection_seconds / seconds,
+        metrics=run.metrics,
+        head_share=_trained(run, "head_share"),
+        row_share=_trained(run, "row_share"),
+        trainable_share=_trained(run, "trainable_share"),
+        peak_gib=max(peaks, default=None),
+        is_control=_is_control(run),
+        is_reference=False,
+        mixed=mixed,
+    )
+
+
+def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
+    """Return the reference's own row: its training alone, at AER 1 by definition."""
+    training_only = RunCost(run.name, run.stages_of("train"), run.metrics, run.path)
+    return replace(
+        _row(training_only, denominator.seconds, ()),
+        train_seconds=denominator.seconds,
+        total_seconds=denominator.seconds,
+        aer=1.0,
+        speedup=1.0,
+        is_control=False,
+        is_reference=True,
+    )
+
+
+def _trained(run: RunCost, key: str) -> Any:
+    """Return a setting of the run's training, or None.
+
+    What heads and rows were trained stands with the training itself: the heads that mined the rows may be others.
+    """
+    trainings = run.stages_of("train")
+    return trainings[-1].settings.get(key) if trainings else None
+
+
+def _is_control(run: RunCost) -> bool:
+    return _trained(run, "heads_method") in CONTROL_HEADS or _trained(run, "data_method") in CONTROL_DATA
+
+
+def _reference_warnings(reference: RunCost) -> list[str]:
+    found = []
+    scope, row_share = _trained(reference, "scope"), _trained(reference, "row_share")
+    if scope not in (None, "full"):
+        found.append(f"the reference '{reference.name}' is no full fine-tuning: it was trained with scope '{scope}'")
+    if row_share is not None and row_share < 1.0:
+        found.append(f"the reference '{reference.name}' was trained on {row_share:.1%} of the rows, not on all")
+    return found
+
+
+def _unfinished_warnings(runs: Sequence[RunCost], reference: RunCost) -> list[str]:
+    return [
+        f"'{run.name}' stopped after {cost.steps_done} of {cost.steps_planned} updates: its cost and score are those"
+        " of an unfinished training"
+        for run in runs
+        if run.path != reference.path
+        for cost in run.stages_of("train")
+        if cost.is_cut_short
+    ]
+
+
+def _control_warnings(rows: Sequence[AerRow]) -> list[str]:
+    """Say of each method which controls cost no more than it and score no worse on its main metric."""
+    controls = [row for row in rows if row.is_control and not row.is_reference]
+    found = []
+    for row in rows:
+        if row.is_control or row.is_reference or not row.metrics:
+            continue
+        metric = next(iter(row.metrics))
+        rivals = [control.name for control in controls if control.aer <= row.aer and _as_good(control, row, metric)]
+        if rivals:
+            names = ", ".join(f"'{name}'" for name in rivals)
+            found.append(f"'{row.name}' is not better than a control: {names} cost no more, with {metric} no worse")
+    return found
+
+
+def _as_good(control: AerRow, row: AerRow, metric: str) -> bool:
+    if metric not in control.metrics:
+        return False
+    ours, theirs = control.metrics[metric].value, row.metrics[metric].value
+    return ours <= theirs if metric in LOWER_IS_BETTER else ours >= theirs

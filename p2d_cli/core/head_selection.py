@@ -1,0 +1,186 @@
+"""From head scores to a selection of heads, and how well such a selection repeats.
+
+Axes: L layers, H query heads a layer, E episodes, K heads, R repeats. A head is the pair `(layer, head)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from p2d_cli.errors import NonFiniteError, UsageError
+
+
+def select_top(scores_LH: ArrayLike, count: int) -> NDArray[np.bool_]:
+    """Return the `count` heads of highest score as bool [L, H]; among equal scores the earlier head wins.
+
+    Args:
+        scores_LH: Finite scores, [L, H], higher is more important.
+        count: Heads to select, 1 to `L * H`.
+
+    Raises:
+        NonFiniteError: a score is nan or infinite; names the first such `(layer, head)`.
+        UsageError: `count` is out of range.
+    """
+    scores = np.asarray(scores_LH, dtype=np.float64)
+    if not np.isfinite(scores).all():
+        layer, head = (int(axis[0]) for axis in np.nonzero(~np.isfinite(scores)))
+        raise NonFiniteError(
+            f"selecting heads: expected finite scores, found {scores[layer, head]} for (layer {layer}, head {head})",
+            hint="a weight, activation or gradient of this model is not finite; try --dtype float32",
+        )
+    best = np.argsort(-scores, axis=None, kind="stable")[: _checked_count(count, scores.size)]
+    return _mask(best, *scores.shape)
+
+
+def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bool_]:
+    """Return `count` heads spread evenly over depth and, within a layer, over its heads: a control.
+
+    The heads are evenly spaced in `(layer, head)` order, hence the counts of two layers differ by at most one.
+    """
+    total = num_layers * num_heads
+    places = np.arange(_checked_count(count, total))
+    return _mask((2 * places + 1) * total // (2 * count), num_layers, num_heads)
+
+
+def select_random(num_layers: int, num_heads: int, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Return `count` heads drawn without replacement, each set equally likely: a control."""
+    total = num_layers * num_heads
+    return _mask(rng.choice(total, size=_checked_count(count, total), replace=False), num_layers, num_heads)
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Return Spearman's rank correlation of two equally large arrays, with average ranks for ties.
+
+    Returns:
+        A number in [-1, 1]; nan if either array is constant, has fewer than two entries, or holds a nan.
+    """
+    x, y = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
+    if x.size != y.size:
+        raise ValueError(f"cannot correlate {x.size} with {y.size} values")
+    if np.isnan(x).any() or np.isnan(y).any():
+        return math.nan
+    x_ranks, y_ranks = _centred_ranks(x), _centred_ranks(y)
+    spread = math.sqrt(float(x_ranks @ x_ranks) * float(y_ranks @ y_ranks))
+    if spread == 0.0:
+        return math.nan
+    return min(1.0, max(-1.0, float(x_ranks @ y_ranks) / spread))
+
+
+def jaccard(a: ArrayLike, b: ArrayLike) -> float:
+    """Return the share of two selections (bool, same shape) that they have in common, `|a & b| / |a | b|`.
+
+    Two empty selections are the same selection: 1.
+    """
+    x, y = np.asarray(a, dtype=np.bool_), np.asarray(b, dtype=np.bool_)
+    if x.shape != y.shape:
+        raise ValueError(f"cannot compare selections of shapes {list(x.shape)} and {list(y.shape)}")
+    union = int(np.count_nonzero(x | y))
+    return int(np.count_nonzero(x & y)) / union if union else 1.0
+
+
+def expected_jaccard(total: int, count: int) -> float:
+    """Return the expected Jaccard overlap of two independent random selections of `count` out of `total`.
+
+    Exact: the common part X is hypergeometric, and the value is `E[X / (2 * count - X)]`.
+    """
+    if not 0 <= count <= total:
+        raise ValueError(f"cannot select {count} of {total}")
+    if count == 0:
+        return 1.0
+    common = range(max(0, 2 * count - total), count + 1)
+    log_sets = _log_choose(total, count)
+    return math.fsum(
+        math.exp(_log_choose(count, x) + _log_choose(total - count, count - x) - log_sets) * x / (2 * count - x)
+        for x in common
+    )
+
+
+@dataclass(frozen=True)
+class Repeatability:
+    """How far rankings from re-drawn samples agree: means over all pairs of repeats."""
+
+    mean_spearman: float
+    """Mean rank correlation, in [-1, 1]; nan if no pair has one."""
+    mean_jaccard: float
+    """Mean overlap of the selections, in [0, 1]."""
+    chance_jaccard: float
+    """Overlap that random selections of the same size would have."""
+    draws: int
+    """Number of repeats."""
+
+
+def repeatability(repeats_RLH: ArrayLike, count: int) -> Repeatability | None:
+    """Compare the rankings and the selections of `count` heads between repeats.
+
+    Args:
+        repeats_RLH: Scores of each repeat, [R, L, H].
+        count: Heads that a selection takes.
+
+    Returns:
+        The agreement, or None if there are fewer than two repeats.
+
+    Raises:
+        NonFiniteError: a score is not finite.
+    """
+    repeats = np.asarray(repeats_RLH, dtype=np.float64)
+    if len(repeats) < 2:
+        return None
+    selections = [select_top(scores_LH, count) for scores_LH in repeats]
+    correlations = [spearman(a, b) for a, b in combinations(repeats, 2)]
+    known = [value for value in correlations if not math.isnan(value)]
+    return Repeatability(
+        mean_spearman=math.fsum(known) / len(known) if known else math.nan,
+        mean_jaccard=float(np.mean([jaccard(a, b) for a, b in combinations(selections, 2)])),
+        chance_jaccard=expected_jaccard(selections[0].size, count),
+        draws=len(repeats),
+    )
+
+
+def contrast_scores(target_share: ArrayLike, num_demos: int) -> NDArray[np.float64]:
+    """Return how far each head favours the target demo over chance: mean share over episodes minus `1/S`.
+
+    p2d's own score: in each episode one of `num_demos` demos comes from the target task, and a head that knows
+    the task looks at that one from the query.
+
+    Args:
+        target_share: Share of a head's attention from query to demos that falls on the target demo, in [0, 1];
+            [E, K] or [E, L, H].
+        num_demos: Demos an episode, S.
+
+    Returns:
+        float64 without the first axis, in [-1/S, 1 - 1/S]; 0 is chance.
+    """
+    shares = np.asarray(target_share, dtype=np.float64)
+    if len(shares) == 0 or num_demos < 1:
+        raise ValueError(f"contrast needs episodes and demos, found {len(shares)} and {num_demos}")
+    scores: NDArray[np.float64] = shares.mean(axis=0) - 1.0 / num_demos
+    return scores
+
+
+def _checked_count(count: int, total: int) -> int:
+    if not 1 <= count <= total:
+        raise UsageError(f"selecting heads: expected a number from 1 to {total}, found {count}")
+    return count
+
+
+def _mask(flat: NDArray[Any], num_layers: int, num_heads: int) -> NDArray[np.bool_]:
+    selected = np.zeros(num_layers * num_heads, dtype=np.bool_)
+    selected[flat] = True
+    return selected.reshape(num_layers, num_heads)
+
+
+def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    average = np.cumsum(sizes) - (sizes - 1) / 2
+    ranks: NDArray[np.float64] = average[place] - (values.size + 1) / 2
+    return ranks
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -1,0 +1,75 @@
+"""From pool scores to a subset of rows. Axes: N pool rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from p2d_cli.core.geometry import share_count
+from p2d_cli.errors import DataError, UsageError
+
+DEFAULT_RATIO = 0.1
+
+
+def resolve_count(num_rows: int, ratio: float | None = None, count: int | None = None) -> int:
+    """Return how many of `num_rows` rows to keep.
+
+    Args:
+        num_rows: Rows of the pool.
+        ratio: Share of them, in (0, 1]: `ceil(ratio * N)`. 0.1 if neither this nor `count` is given.
+        count: The number itself, 1 to N.
+
+    Raises:
+        DataError: the pool is empty.
+        UsageError: both are given, or the one given is out of range.
+    """
+    if num_rows < 1:
+        raise DataError("choosing rows: the pool has no rows")
+    if ratio is not None and count is not None:
+        raise UsageError("choosing rows: a share and a number exclude each other", hint="give --ratio or --count")
+    if count is None:
+        return share_count(DEFAULT_RATIO if ratio is None else ratio, num_rows)
+    return _checked_count(count, num_rows)
+
+
+def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
+    """Return each row's rank, int64 [N]: 0 for the highest score, ties in row order, rows without a score last.
+
+    Args:
+        scores: [N]; infinities are scores like others, nan is a row without one.
+
+    Raises:
+        DataError: no row has a score.
+    """
+    order = _order(scores)
+    ranks = np.empty(order.size, dtype=np.int64)
+    ranks[order] = np.arange(order.size)
+    return ranks
+
+
+def select_rows(scores: ArrayLike, count: int) -> NDArray[np.int64]:
+    """Return the indices of the `count` best rows, best first; int64 [count].
+
+    Raises:
+        DataError: no row has a score.
+        UsageError: `count` is not 1 to N.
+    """
+    order = _order(scores)
+    return order[: _checked_count(count, order.size)]
+
+
+def _order(scores: ArrayLike) -> NDArray[np.int64]:
+    values = np.asarray(scores, dtype=np.float64)
+    is_missing = np.isnan(values)
+    if is_missing.all():
+        raise DataError(f"ranking rows: none of the {values.size} rows of the pool has a score")
+    return np.lexsort((np.where(is_missing, 0.0, -values), is_missing)).astype(np.int64)
+
+
+def _checked_count(count: int, num_rows: int) -> int:
+    if not 1 <= count <= num_rows:
+        raise UsageError(
+            f"choosing rows: expected a number from 1 to {num_rows}, the size of the pool, found {count}",
+            hint="lower --count, or give a share with --ratio",
+        )
+    return count

@@ -1,0 +1,1 @@
+"""Rows: where they lie, what they say, how they are prompted and batched."""

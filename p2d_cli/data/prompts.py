@@ -1,0 +1,326 @@
+"""How a row becomes text, and text becomes tokens.
+
+A tokenizer is any fast tokenizer of `transformers`, passed in; this module does not import that library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from p2d_cli.data.records import Message, Record
+from p2d_cli.errors import DataError, UsageError
+
+TemplateName = Literal["chat", "plain"]
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
+
+# Templates of the Llama 3 family print today's date unless they are given one, and tokens must not depend on the
+# day; this is the date that those templates fall back to themselves.
+_TEMPLATE_DATE = "26 Jul 2024"
+_PLAIN_HINT = "use --template plain"
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A row as tokens: the prompt as inference sees it, then the completion."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    """Tokens before the completion; at least 1."""
+    truncated: int
+    """Tokens that were cut to fit; 0 where the row is whole."""
+
+
+@dataclass(frozen=True)
+class PlacedText:
+    """A conversation as one text, and where each message's content stands in it."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    r"""The way from a row to text: the tokenizer's chat template, or plain text.
+
+    Plain is `{system}\n\n` (if any), `{prompt}\n`, and for the completion `{completion}{eos}`.
+    """
+
+    name: TemplateName
+    chat_template: str | None = None
+    """The Jinja source (chat only)."""
+    _skeletons: dict[tuple[str, ...], _Skeleton | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides how rows are rendered."""
+        return hashlib.sha256(f"{self.name}\n{self.chat_template or ''}".encode()).hexdigest()
+
+    def render_prompt(self, tokenizer: Any, record: Record) -> str:
+        """Return the text that the model is to continue with the completion.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
+        messages = self.conversation(tokenizer, record)
+        return _plain_text(messages).text if self.name == "plain" else self._render(tokenizer, messages, answer=True)
+
+    def render_example(self, tokenizer: Any, record: Record) -> tuple[str, str]:
+        """Return prompt text and completion text, the end-of-turn token included.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or changes the prompt once it is answered.
+        """
+        prompt = self.render_prompt(tokenizer, record)
+        if self.name == "plain":
+            return prompt, record.completion + (tokenizer.eos_token or "")
+        answered = [*self.conversation(tokenizer, record), Message("assistant", record.completion)]
+        whole = self._render(tokenizer, answered, answer=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"{record.where}: this model's chat template cannot be split into prompt and completion: "
+                "the answered conversation does not begin with the unanswered one",
+                hint=_PLAIN_HINT,
+            )
+        return prompt, _without_trailing_space(tokenizer, whole[len(prompt) :])
+
+    def encode_prompt(self, tokenizer: Any, record: Record, max_length: int | None = None) -> list[int]:
+        """Return the prompt's token ids.
+
+        Chat text holds its special tokens already; plain text gets the tokenizer's BOS, if it has that habit,
+        and never an EOS. A prompt that is too long loses the start of its content, not the template's head.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
+        ids = self.tokenize(tokenizer, self.render_prompt(tokenizer, record))[0]
+        return ids if max_length is None else self._shorten(tokenizer, record, ids, max_length)
+
+    def encode_example(self, tokenizer: Any, record: Record, max_length: int) -> EncodedExample:
+        """Return prompt and completion as tokens; the prompt's are those of `encode_prompt`, if they fit.
+
+        Too long an example loses prompt tokens first, as `encode_prompt` does; a completion that does not fit
+        by itself beside one prompt token loses its end.
+
+        Raises:
+            DataError: the chat template refuses the conversation or cannot be split.
+            UsageError: `max_length` is below 2.
+        """
+        if max_length < 2:
+            raise UsageError(f"--max-length {max_length} has no room for a prompt and a completion")
+        prompt_text, completion_text = self.render_example(tokenizer, record)
+        prompt_ids = self.tokenize(tokenizer, prompt_text)[0]
+        whole_ids = self.tokenize(tokenizer, prompt_text + completion_text)[0]
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            completion_ids = whole_ids[len(prompt_ids) :]
+        else:  # a token reaches over the border; at inference the prompt ends there all the same
+            completion_ids = _call(tokenizer, completion_text, add_special_tokens=False)["input_ids"]
+        kept = completion_ids[: max_length - 1]
+        shown = self._shorten(tokenizer, record, prompt_ids, max_length - len(kept))
+        cut = len(prompt_ids) + len(completion_ids) - len(shown) - len(kept)
+        return EncodedExample(input_ids=(*shown, *kept), prompt_length=len(shown), truncated=cut)
+
+    def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+        """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
+        plain = self.name == "plain"
+        encoded = _call(
+            tokenizer,
+            text,
+            add_special_tokens=plain,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=plain,
+        )
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        added = encoded["special_tokens_mask"] if plain else []
+        stop = len(ids)
+        while added and stop and added[stop - 1]:
+            stop -= 1
+        return ids[:stop], spans[:stop]
+
+    def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
+        """Return the context as this template takes it.
+
+        Plain text has one user's turn. A chat template that knows no system role gets the system message at the
+        start of the first turn.
+        """
+        messages = list(record.messages)
+        if self.name == "plain":
+            system = [message for message in messages if message.role == "system"]
+            return [*system, Message("user", record.prompt)]
+        return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
+
+    def takes_system(self, tokenizer: Any) -> bool:
+        """Whether a system message can be shown in its own place."""
+        return self.name == "plain" or self._skeleton(tokenizer, ("system", "user")) is not None
+
+    def place(self, tokenizer: Any, messages: Sequence[Message]) -> PlacedText:
+        """Render a conversation up to where the model answers, and find every message's content in it.
+
+        The chat template is rendered once; the text is then checked, character by character, against the
+        template's own parts between the contents. These are taken once for each sequence of roles, from a
+        conversation of marks. Contents that the template trims are found trimmed.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or changes contents in other ways.
+        """
+        if self.name == "plain":
+            return _plain_text(messages)
+        skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
+        text = self._render(tokenizer, messages, answer=True)
+        spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
+        if not spans:
+            raise DataError(
+                "this model's chat template drops or changes messages, so that they cannot be told apart in its text",
+                hint=_PLAIN_HINT,
+            )
+        return PlacedText(text, spans)
+
+    def _render(self, tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
+        import jinja2
+
+        try:
+            text: str = tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=answer,
+                date_string=_TEMPLATE_DATE,
+            )
+        except jinja2.TemplateError as problem:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"this model's chat template refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT
+            ) from None
+        return text
+
+    def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
+        if roles not in self._skeletons:
+            marked = [Message(role, _mark(index)) for index, role in enumerate(roles)]
+            try:
+                text = self._render(tokenizer, marked, answer=True)
+            except DataError:
+                self._skeletons[roles] = None
+            else:
+                self._skeletons[roles] = _Skeleton.of(text, len(roles))
+        return self._skeletons[roles]
+
+    def _shorten(self, tokenizer: Any, record: Record, ids: list[int], room: int) -> list[int]:
+        """Cut tokens out behind the template's head, or from the left where the head would fill half the room."""
+        if len(ids) <= room:
+            return ids
+        head = self._head_length(tokenizer, record)
+        if 2 * head > room:
+            head = 0
+        return ids[:head] + ids[len(ids) - (room - head) :]
+
+    def _head_length(self, tokenizer: Any, record: Record) -> int:
+        """Return how many tokens stand before the first turn's content."""
+        messages = self.conversation(tokenizer, record)
+        try:
+            placed = self.place(tokenizer, messages)
+        except DataError:
+            return 0
+        starts = [span[0] for span, message in zip(placed.spans, messages, strict=True) if message.role != "system"]
+        _, spans = self.tokenize(tokenizer, placed.text)
+        return sum(end <= starts[0] for _, end in spans)
+
+
+def resolve_template(tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto") -> PromptTemplate:
+    """Choose how rows are shown: `auto` is the tokenizer's chat template, if it has one.
+
+    Raises:
+        UsageError: `chat` is asked for, and the tokenizer has no chat template.
+    """
+    if requested == "plain" or (requested == "auto" and not tokenizer.chat_template):
+        return PromptTemplate("plain")
+    if not tokenizer.chat_template:
+        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=_PLAIN_HINT)
+    return PromptTemplate("chat", str(tokenizer.get_chat_template()))
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Put the system message at the start of the first other message, two line breaks between them."""
+    system = "".join(f"{message.content}\n\n" for message in messages if message.role == "system")
+    first, *rest = (message for message in messages if message.role != "system")
+    return [Message(first.role, system + first.content), *rest]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A chat template's own text around the contents of a conversation."""
+
+    literals: tuple[str, ...]
+    """One more than there are messages."""
+    order: tuple[int, ...]
+    """The message that stands behind each literal but the last; some templates move the system message."""
+
+    @classmethod
+    def of(cls, text: str, count: int) -> _Skeleton | None:
+        """Take a rendered conversation of marks apart; `None` unless each mark stands in it exactly once."""
+        if any(text.count(_mark(index)) != 1 for index in range(count)):
+            return None
+        order = sorted(range(count), key=lambda index: text.index(_mark(index)))
+        literals = []
+        for index in order:
+            literal, text = text.split(_mark(index))
+            literals.append(literal)
+        return cls((*literals, text), tuple(order))
+
+    def find_spans(self, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
+        """Return each content's characters if `text` is exactly this skeleton filled with the contents."""
+        spans: list[Span] = [(0, 0)] * len(contents)
+        if not text.startswith(self.literals[0]):
+            return None
+        cursor = len(self.literals[0])
+        for index, literal in zip(self.order, self.literals[1:], strict=True):
+            shown = next((form for form in _forms(contents[index]) if text.startswith(form + literal, cursor)), None)
+            if shown is None:
+                return None
+            spans[index] = (cursor, cursor + len(shown))
+            cursor += len(shown) + len(literal)
+        return tuple(spans) if cursor == len(text) else None
+
+
+def _mark(index: int) -> str:
+    """Return a content that no template writes by itself (private-use characters)."""
+    return f"\ue000{index}\ue001"
+
+
+def _forms(content: str) -> Iterator[str]:
+    """Yield the forms in which chat templates are known to show a content: trimmed, or without its reasoning."""
+    yield content
+    yield content.strip()
+    yield content.lstrip()
+    yield content.rstrip()
+    yield content.strip("\n")
+    yield content.lstrip("\n")
+    if "</think>" in content:
+        yield content.split("</think>")[-1].lstrip("\n")
+        yield content.split("</think>")[-1].strip()
+
+
+def _plain_text(messages: Sequence[Message]) -> PlacedText:
+    text, spans = "", []
+    for message in messages:
+        spans.append((len(text), len(text) + len(message.content)))
+        text += message.content + ("\n" if message.role == "user" else "\n\n")
+    return PlacedText(text, tuple(spans))
+
+
+def _without_trailing_space(tokenizer: Any, completion: str) -> str:
+    """Drop the white space that templates write behind the end-of-turn token; a model never gets to generate it."""
+    bare = completion.rstrip()
+    if bare == completion:
+        return completion
+    closing = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return bare if closing and bare.endswith(closing) else completion
+
+
+def _call(tokenizer: Any, text: str, **options: Any) -> Any:
+    # verbose=False: p2d sees to the length itself, and needs no advice about it.
+    return tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)

@@ -1,0 +1,324 @@
+"""What a row says: a context that ends with a user's message, and the completion that answers it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from p2d_cli.data.sources import BadRow, RawRow, RowSource, scan_rows
+from p2d_cli.errors import DataError
+
+_PROMPT_NAMES = ("prompt", "question", "instruction")
+_COMPLETION_NAMES = ("completion", "answer", "output")
+_FLAGS = "name them with --prompt-column and --completion-column"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row that p2d can show to a model."""
+
+    id: str
+    """The row's own id, else its `where`; unique within a `RecordSet`."""
+    messages: tuple[Message, ...]
+    """The context; the last message is a user's."""
+    completion: str
+    """The answer to learn or to compare with; empty only where none was needed."""
+    choices: tuple[str, ...] | None
+    """Answers to choose from, where the row brings its own."""
+    fields: dict[str, Any]
+    """The row's columns as they came."""
+    where: str
+    """`file:line` (from 1) or `file#row` (from 0)."""
+
+    @property
+    def system(self) -> str | None:
+        """The system message, if there is one."""
+        return next((message.content for message in self.messages if message.role == "system"), None)
+
+    @property
+    def prompt(self) -> str:
+        """The context without the system message, a line break between the turns."""
+        return "\n".join(message.content for message in self.messages if message.role != "system")
+
+    @property
+    def text(self) -> str:
+        """Prompt and completion, a line break between them."""
+        return f"{self.prompt}\n{self.completion}"
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Columns named by the user; `None` leaves one to be found.
+
+    Found by themselves are `prompt`/`completion`, `messages`, `instruction`/`input`/`output` and
+    `question`/`answer`, and beside any of them `id`, `system` (a text) and `choices` (a list of texts).
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    system: str | None = None
+    choices: str | None = None
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """The rows that were read, and what there is to tell about the reading."""
+
+    records: tuple[Record, ...]
+    skipped: tuple[str, ...]
+    """The problem of each row left out, in order."""
+    notes: tuple[str, ...]
+
+
+def read_records(
+    source: RowSource,
+    *,
+    columns: ColumnMap | None = None,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    need_completion: bool = True,
+) -> RecordSet:
+    """Read the rows of a source as records.
+
+    The first row decides which columns hold what; later rows must have these columns too.
+
+    Args:
+        source: where the rows lie.
+        columns: columns named by the user.
+        limit: stop after so many records.
+        skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
+        need_completion: whether a row without an answer is a bad row.
+
+    Raises:
+        DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
+        UnavailableError: a hub data set that is neither cached nor reachable.
+    """
+    wanted = columns or ColumnMap()
+    layout: _Layout | None = None
+    records: list[Record] = []
+    skipped: list[str] = []
+    for row in scan_rows(source):
+        if limit is not None and len(records) >= limit:
+            break
+        try:
+            if isinstance(row, BadRow):
+                raise row.problem
+            layout = layout or _find_layout(row, wanted, need_completion=need_completion)
+            records.append(_to_record(row, layout, need_completion=need_completion))
+        except _AmbiguousColumnsError:
+            raise
+        except DataError as problem:
+            if not skip_bad_rows:
+                raise
+            skipped.append(problem.message)
+    if not records:
+        first = f"; {len(skipped)} bad rows, the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"no usable rows in {source.spec}{first}")
+    named, notes = _with_unique_ids(records)
+    return RecordSet(records=named, skipped=tuple(skipped), notes=notes)
+
+
+def _with_unique_ids(records: list[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
+    [(commonest, times)] = Counter(record.id for record in records).most_common(1)
+    if times == 1:
+        return tuple(records), ()
+    note = f"ids repeat ('{commonest}' stands {times} times): rows are named by their place in the file instead"
+    return tuple(replace(record, id=record.where) for record in records), (note,)
+
+
+# --- which column holds what
+
+
+class _AmbiguousColumnsError(DataError):
+    """Several shapes fit; no later row can settle it."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The columns of one data set. The first row must have those of prompt, completion and messages, if not `None`;
+    the others are looked for in every row.
+    """
+
+    prompt: str | None = None
+    input: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    system: str | None = None
+    choices: str | None = None
+    choices_named: bool = False
+    """Whether the user named that column, so that it must hold choices."""
+
+
+_SHAPES: dict[str, _Layout] = {
+    "prompt/completion": _Layout(prompt="prompt", completion="completion"),
+    "messages": _Layout(messages="messages"),
+    "instruction/input/output": _Layout(prompt="instruction", input="input", completion="output"),
+    "question/answer": _Layout(prompt="question", completion="answer"),
+}
+
+
+def _find_layout(row: RawRow, wanted: ColumnMap, *, need_completion: bool) -> _Layout:
+    _require_columns(row, [name for name in vars(wanted).values() if name is not None])
+    if wanted.messages is not None:
+        layout = _Layout(messages=wanted.messages)
+    elif wanted.prompt is not None or wanted.completion is not None:
+        layout = _Layout(
+            prompt=wanted.prompt or _only_known(row, _PROMPT_NAMES, "prompt"),
+            completion=wanted.completion
+            or _only_known(row, _COMPLETION_NAMES, "completion", optional=not need_completion),
+        )
+    else:
+        layout = _only_shape(row, need_completion=need_completion)
+    return replace(
+        layout,
+        id=wanted.id or "id",
+        system=wanted.system or "system",
+        choices=wanted.choices or "choices",
+        choices_named=wanted.choices is not None,
+    )
+
+
+def _only_shape(row: RawRow, *, need_completion: bool) -> _Layout:
+    def fits(shape: _Layout, *, whole: bool) -> bool:
+        needed = [shape.prompt, shape.messages, shape.completion if whole else None]
+        return all(name in row.fields for name in needed if name is not None)
+
+    fitting = [name for name, shape in _SHAPES.items() if fits(shape, whole=True)]
+    if not fitting and not need_completion:
+        fitting = [name for name, shape in _SHAPES.items() if fits(shape, whole=False)]
+    if len(fitting) == 1:
+        shape = _SHAPES[fitting[0]]
+        return shape if shape.completion in row.fields else replace(shape, completion=None)
+    found = _list_columns(row)
+    if fitting:
+        message = f"{row.where}: the columns fit {' and '.join(fitting)}; found {found}"
+        raise _AmbiguousColumnsError(message, hint=_FLAGS)
+    message = f"{row.where}: expected the columns of {', '.join(_SHAPES)}; found {found}"
+    raise DataError(message, hint=_FLAGS)
+
+
+def _only_known(row: RawRow, names: Iterable[str], role: str, *, optional: bool = False) -> str | None:
+    present = [name for name in names if name in row.fields]
+    if len(present) == 1:
+        return present[0]
+    if optional and not present:
+        return None
+    message = f"{row.where}: expected one column for the {role}; found {_list_columns(row)}"
+    raise DataError(message, hint=f"name it with --{role}-column")
+
+
+def _require_columns(row: RawRow, names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in row.fields]
+    if missing:
+        raise DataError(f"{row.where}: no column '{missing[0]}'; found {_list_columns(row)}", hint=_FLAGS)
+
+
+def _list_columns(row: RawRow) -> str:
+    return ", ".join(row.fields) or "no columns"
+
+
+# --- from row to record
+
+
+def _to_record(row: RawRow, layout: _Layout, *, need_completion: bool) -> Record:
+    if layout.messages is not None:
+        context, completion = _split_messages(row, layout.messages, need_completion=need_completion)
+    else:
+        context, completion = _pair(row, layout, need_completion=need_completion)
+    system = _text(row, layout.system, optional=True)
+    if system and all(message.role != "system" for message in context):
+        context = (Message("system", system), *context)
+    if need_completion and not completion.strip():
+        raise DataError(f"{row.where}: the completion is empty")
+    return Record(
+        id=_own_id(row, layout.id),
+        messages=context,
+        completion=completion,
+        choices=_choices(row, layout),
+        fields=row.fields,
+        where=row.where,
+    )
+
+
+def _pair(row: RawRow, layout: _Layout, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
+    prompt = _text(row, layout.prompt)
+    extra = _text(row, layout.input, optional=True)
+    if not prompt.strip():
+        raise DataError(f"{row.where}: column '{layout.prompt}' is empty; expected the prompt")
+    completion = _text(row, layout.completion, optional=not need_completion)
+    return (Message("user", f"{prompt}\n{extra}" if extra.strip() else prompt),), completion
+
+
+def _text(row: RawRow, column: str | None, *, optional: bool = False) -> str:
+    """Return a column's text; an optional one may be absent or null, and is then empty."""
+    if column is None:
+        return ""
+    if not optional:
+        _require_columns(row, [column])
+    value = row.fields.get(column)
+    if value is None and optional:
+        return ""
+    return _require_text(row, value, f"column '{column}'")
+
+
+def _require_text(row: RawRow, value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise DataError(f"{row.where}: {what} must be a text; found {found}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        message = f"{row.where}: {what} holds half of a surrogate pair, which is no Unicode text"
+        raise DataError(message) from None
+    return value
+
+
+def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
+    _require_columns(row, [column])
+    turns = row.fields[column]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.where}: column '{column}' must be a list of messages with role and content")
+    messages = tuple(_message(row, turn, f"{column}[{index}]") for index, turn in enumerate(turns))
+    completion = ""
+    if messages[-1].role == "assistant":
+        *context, last = messages
+        messages, completion = tuple(context), last.content
+    elif need_completion:
+        raise DataError(f"{row.where}: the last message is from {messages[-1].role}; expected the assistant's answer")
+    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        raise DataError(f"{row.where}: no user's message before the assistant's answer")
+    return messages, completion
+
+
+def _message(row: RawRow, turn: Any, what: str) -> Message:
+    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+        raise DataError(f"{row.where}: {what} must have role and content; found {turn!r:.60}")
+    role, content = turn["role"], turn["content"]
+    return Message(_require_text(row, role, f"{what}.role"), _require_text(row, content, f"{what}.content"))
+
+
+def _own_id(row: RawRow, column: str | None) -> str:
+    value = None if column is None else row.fields.get(column)
+    return str(value) if isinstance(value, str | int) and str(value) else row.where
+
+
+def _choices(row: RawRow, layout: _Layout) -> tuple[str, ...] | None:
+    value = None if layout.choices is None else row.fields.get(layout.choices)
+    if isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
+        return tuple(value)
+    if layout.choices_named and value is not None:
+        raise DataError(f"{row.where}: column '{layout.choices}' must be a list of texts; found {value!r:.60}")
+    return None

@@ -1,0 +1,530 @@
+"""Where rows lie, and reading them with file and line.
+
+`locate` looks at names only and is quick; `read_rows` opens files. Neither imports torch, transformers or
+`datasets` for local files, and pyarrow only for Parquet and Arrow.
+
+A row is named by `file:line`, with lines counted from 1, or by `file#row`, with rows counted from 0, where the
+format has no lines. The file is named relative to the folder that was asked for, so that a row keeps its name when
+the data moves.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError
+
+SourceKind = Literal["files", "dataset-folder", "hub"]
+RowFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "hub"]
+
+_FORMATS: dict[str, RowFormat] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_TEXT_FORMATS = frozenset({"jsonl", "json", "csv", "tsv"})
+_NOT_ROWS = frozenset({"dataset_info.json", "state.json", "dataset_dict.json", "manifest.json"})
+_SPLIT_NAMES = frozenset({"train", "training", "validation", "valid", "val", "dev", "eval", "test"})
+_SHARD_NUMBER = re.compile(r"[-_.]\d+(-of-\d+)?$")
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<config>[\w][\w.+-]*))?", re.ASCII
+)
+_PROBE_SECONDS = 5.0
+_LONGEST_CELL = 2**31 - 1
+_KNOWN_SUFFIXES = "known are " + ", ".join(_FORMATS) + ", and .gz of the text formats"
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows are to be read from."""
+
+    spec: str
+    """As the user wrote it."""
+    kind: SourceKind
+    format: RowFormat
+    files: tuple[Path, ...] = ()
+    """In reading order; empty for a hub data set."""
+    repo: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    config_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it came."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read, though the ones after it may be."""
+
+    where: str
+    problem: DataError
+
+
+def locate(spec: str, *, split: str | None = None, revision: str | None = None) -> RowSource:
+    """Find out what `spec` names, without reading rows.
+
+    Args:
+        spec: a file, a folder (one data set, or one file a split), a `save_to_disk` folder, or a hub id
+            `owner/name[@revision][:config]`. A path that exists wins over a hub id.
+        split: which split of a folder or hub data set. A single file has none, and ignores it.
+        revision: revision of a hub data set, instead of `@revision`.
+
+    Raises:
+        DataError: no such file, no data in the folder, an unknown format, or a split that is missing or not chosen.
+        UsageError: two different revisions.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _locate_folder(spec, path, split)
+    if path.exists():
+        return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
+    hub_id = _HUB_ID.fullmatch(spec)
+    if hub_id is None or spec.startswith((".", "/", "~")) or _format_of(path) is not None:
+        raise DataError(f"no such file or folder: {spec}", hint=_near_names(path))
+    if revision is not None and hub_id["revision"] not in (None, revision):
+        raise UsageError(f"{spec} asks for revision {hub_id['revision']}, but --revision is {revision}")
+    return RowSource(
+        spec=spec,
+        kind="hub",
+        format="hub",
+        repo=hub_id["repo"],
+        revision=hub_id["revision"] or revision,
+        split=split,
+        config_name=hub_id["config"],
+    )
+
+
+def read_rows(source: RowSource) -> Iterator[RawRow]:
+    """Yield the rows of a source in order.
+
+    Raises:
+        DataError: the first row that cannot be read, by file and line, or a source without rows.
+        UnavailableError: a hub data set that is neither cached nor reachable.
+        StorageError: a file that the system does not let p2d read.
+    """
+    for row in scan_rows(source):
+        if isinstance(row, BadRow):
+            raise row.problem
+        yield row
+
+
+def scan_rows(source: RowSource) -> Iterator[RawRow | BadRow]:
+    """Yield the rows of a source, with unreadable ones as `BadRow` where reading can go on behind them.
+
+    Raises:
+        DataError: a file that cannot be read any further, or a source without rows.
+        UnavailableError: a hub data set that is neither cached nor reachable.
+        StorageError: a file that the system does not let p2d read.
+    """
+    empty = True
+    rows = _read_hub(source) if source.kind == "hub" else _read_files(source)
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{source.spec} holds no rows")
+
+
+# --- finding
+
+
+def _format_of(path: Path) -> RowFormat | None:
+    name = path.name.lower()
+    row_format = _FORMATS.get(Path(name.removesuffix(".gz")).suffix)
+    return None if name.endswith(".gz") and row_format not in _TEXT_FORMATS else row_format
+
+
+def _require_format(path: Path) -> RowFormat:
+    row_format = _format_of(path)
+    if row_format is None:
+        raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
+    return row_format
+
+
+def _near_names(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either"
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"nothing of a similar name lies in {folder}"
+
+
+def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_json_object(folder / "dataset_dict.json").get("splits", [])
+        chosen = _choose_split(spec, {name: [folder / name] for name in splits}, split)
+        return _saved_dataset(spec, folder / chosen, chosen)
+    if (folder / "state.json").is_file():
+        return _saved_dataset(spec, folder, split)
+    files = _data_files(folder) or _data_files(folder / "data")
+    if not files:
+        raise DataError(f"no files with rows in {spec}", hint=_KNOWN_SUFFIXES)
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        groups.setdefault(_split_name(path), []).append(path)
+    formats = {_format_of(path) for path in files}
+    if split is None and len(formats) == 1 and not _SPLIT_NAMES & {name.lower() for name in groups}:
+        chosen_files = files
+    else:
+        chosen_files = groups[_choose_split(spec, groups, split)]
+    return _one_format(spec, chosen_files, split)
+
+
+def _one_format(spec: str, files: Sequence[Path], split: str | None) -> RowSource:
+    formats = {path.name: _require_format(path) for path in files}
+    if len(set(formats.values())) > 1:
+        raise DataError(
+            f"{spec} holds rows in several formats: {', '.join(formats)}", hint="name one of the files instead"
+        )
+    return RowSource(spec=spec, kind="files", format=_require_format(files[0]), files=tuple(files), split=split)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and _format_of(path) and path.name not in _NOT_ROWS and not path.name.startswith((".", "_"))
+    )
+
+
+def _split_name(path: Path) -> str:
+    name = path.name
+    while Path(name).suffix.lower() in (*_FORMATS, ".gz"):
+        name = Path(name).stem
+    return _SHARD_NUMBER.sub("", name)
+
+
+def _choose_split(spec: str, splits: dict[str, list[Path]], split: str | None) -> str:
+    known = ", ".join(sorted(splits))
+    if split is None:
+        if len(splits) == 1:
+            return next(iter(splits))
+        raise DataError(f"{spec} has several splits: {known}", hint="choose one with --split, or name one file")
+    if split not in splits:
+        raise DataError(f"{spec} has no split '{split}'; found: {known}")
+    return split
+
+
+def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
+    """Describe a folder that `Dataset.save_to_disk` wrote; its state names the files in order."""
+    listed = _read_json_object(folder / "state.json").get("_data_files", [])
+    files = tuple(folder / entry["filename"] for entry in listed)
+    missing = [path.name for path in files if not path.is_file()]
+    if not files or missing:
+        raise DataError(
+            f"{spec} is a saved data set without {', '.join(missing) or 'data files'}", hint="save it again"
+        )
+    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise DataError(f"cannot read {path}: {problem}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {_json_kind(value)}")
+    return value
+
+
+# --- reading files
+
+
+def _read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
+    reader = {
+        "jsonl": _read_json_lines,
+        "json": _read_json,
+        "csv": _read_csv,
+        "tsv": _read_csv,
+        "parquet": _read_parquet,
+        "arrow": _read_arrow,
+    }[source.format]
+    for path in source.files:
+        with _explain_file_errors(path):
+            yield from reader(path)
+
+
+@contextmanager
+def _explain_file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error) as problem:
+        raise DataError(f"{path}: damaged or cut-off gzip file: {problem}") from None
+    except OSError as problem:
+        if problem.errno is None:  # not the system's, but gzip's or pyarrow's for bytes that make no sense
+            raise DataError(f"{path}: damaged file: {problem}") from None
+        raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    # gzip.open is typed as a union over its modes.
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _text_lines(path: Path, start: int = 1) -> Iterator[tuple[str, str | BadRow]]:
+    """Yield `(file:line, text)`, split at line feeds only: U+2028 and the like may stand inside a JSON string."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=start):
+            where = f"{path.name}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield where, line.decode("utf-8")
+            except UnicodeDecodeError as problem:
+                found = f"byte 0x{line[problem.start]:02x} at byte {problem.start + 1} of the line"
+                hint = "save the file as UTF-8"
+                yield where, BadRow(where, DataError(f"{where}: not valid UTF-8: {found}", hint=hint))
+
+
+def _read_json_lines(path: Path) -> Iterator[RawRow | BadRow]:
+    for where, text in _text_lines(path):
+        if isinstance(text, BadRow):
+            yield text
+        elif text.strip():
+            yield _parse_json_row(where, text)
+
+
+def _parse_json_row(where: str, text: str) -> RawRow | BadRow:
+    try:
+        value = json.loads(text.rstrip())
+    except json.JSONDecodeError as problem:
+        return BadRow(where, DataError(f"{where}: not valid JSON: {problem.msg} at column {problem.colno}"))
+    except (ValueError, RecursionError) as problem:
+        return BadRow(where, DataError(f"{where}: JSON that Python cannot hold: {problem}"))
+    return _object_row(where, value)
+
+
+def _object_row(where: str, value: Any) -> RawRow | BadRow:
+    if isinstance(value, dict):
+        return RawRow(where, value)
+    hint = "a JSON array of rows belongs into a .json file" if isinstance(value, list) else None
+    return BadRow(where, DataError(f"{where}: expected a JSON object, found {_json_kind(value)}", hint=hint))
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
+    """Read an array of objects, or what is JSON Lines but for its name."""
+    with _open(path) as stream:
+        content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    if not content.lstrip().startswith(b"["):
+        yield from _read_json_lines(path) if _first_line_is_row(content) else [_refuse_json(path, content)]
+        return
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except json.JSONDecodeError as problem:
+        raise DataError(f"{path.name}:{problem.lineno}: not valid JSON: {problem.msg}") from None
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{path.name}: cannot be read as JSON: {problem}") from None
+    for number, row in enumerate(rows):
+        yield _object_row(f"{path.name}#{number}", row)
+
+
+def _first_line_is_row(content: bytes) -> bool:
+    first = content.lstrip().split(b"\n", 1)[0]
+    try:
+        return not first or isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse_json(path: Path, content: bytes) -> BadRow:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        found = "neither"
+    else:
+        keys = f" with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
+        found = f"{_json_kind(value)}{keys}"
+    message = f"{path.name}: expected an array of objects, or JSON Lines; found {found}"
+    return BadRow(path.name, DataError(message))
+
+
+def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
+    csv.field_size_limit(_LONGEST_CELL)  # the default of 131,072 characters cuts into long documents
+    reader = csv.reader(_require_text(path), delimiter="\t" if _format_of(path) == "tsv" else ",", strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path.name}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as problem:
+            raise DataError(f"{where}: not valid CSV: {problem}") from None
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = _check_header(where, cells)
+        elif len(cells) != len(header):
+            message = f"{where}: expected {len(header)} cells as in the header, found {len(cells)}"
+            yield BadRow(where, DataError(message))
+        else:
+            yield RawRow(where, dict(zip(header, cells, strict=True)))
+
+
+def _require_text(path: Path) -> Iterator[str]:
+    for _, text in _text_lines(path):
+        if isinstance(text, BadRow):
+            raise text.problem
+        yield text
+
+
+def _check_header(where: str, cells: list[str]) -> list[str]:
+    repeated = sorted({name for name in cells if cells.count(name) > 1})
+    if repeated:
+        raise DataError(f"{where}: columns repeat in the header: {', '.join(repeated)}")
+    return cells
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow | BadRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            yield from _rows_of_batches(path, table.iter_batches(batch_size=1024))
+    except pa.ArrowException as problem:
+        raise DataError(f"{path}: not a readable Parquet file: {problem}") from None
+
+
+def _read_arrow(path: Path) -> Iterator[RawRow | BadRow]:
+    """Read an Arrow stream, as `datasets` writes it, or an Arrow file (Feather)."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as stream:
+            is_file = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            if is_file:
+                reader = pa.ipc.open_file(stream)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(stream))
+            yield from _rows_of_batches(path, batches)
+    except pa.ArrowException as problem:
+        raise DataError(f"{path}: not a readable Arrow file: {problem}") from None
+
+
+def _rows_of_batches(path: Path, batches: Iterator[Any]) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for fields in batch.to_pylist():
+            yield RawRow(f"{path.name}#{number}", fields)
+            number += 1
+
+
+# --- the hub
+
+
+def _read_hub(source: RowSource) -> Iterator[RawRow]:
+    import datasets
+    from huggingface_hub import errors
+
+    # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
+    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+    offline = bool(datasets.config.HF_HUB_OFFLINE)
+    if not offline:
+        _probe_hub(source)
+    try:
+        with _silenced():
+            rows, split = _load_hub(source)
+    except (DataError, UnavailableError):
+        raise
+    except ValueError as problem:
+        if offline:
+            raise _unavailable(source, str(problem), offline=True) from None
+        raise DataError(f"cannot read data set {source.spec}: {problem}") from None
+    except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
+        raise _unavailable(source, str(problem), offline=offline) from None
+    for number, fields in enumerate(rows):
+        yield RawRow(f"{source.repo}/{split}#{number}", dict(fields))
+
+
+def _load_hub(source: RowSource) -> tuple[Any, str]:
+    """Load one split; which splits there are is asked before anything is downloaded."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(source.repo, source.config_name, revision=source.revision)
+    known: dict[str, list[Path]] = {name: [] for name in builder.info.splits or {}}
+    split = source.split
+    if known and (split is None or "[" not in split):
+        split = _choose_split(source.spec, known, split)
+    rows = datasets.load_dataset(source.repo, source.config_name, split=split, revision=source.revision)
+    if split is None:
+        split = _choose_split(source.spec, {name: [] for name in rows}, None)
+        rows = rows[split]
+    return rows, split
+
+
+def _probe_hub(source: RowSource) -> None:
+    """Fail within seconds where there is no network; the hub's own client tries again for half a minute."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()  # an answer all the same
+    except OSError as problem:
+        reason = getattr(problem, "reason", problem)
+        if not isinstance(reason, ssl.SSLError):  # a certificate is the hub client's affair, not ours
+            raise _unavailable(source, f"{ENDPOINT} cannot be reached ({reason})", offline=False) from None
+
+
+def _unavailable(source: RowSource, reason: str, *, offline: bool) -> UnavailableError:
+    if offline:
+        advice = "it is not in the cache: unset HF_HUB_OFFLINE to download it, or give a local file"
+    else:
+        advice = "check the name and the network, set HF_HUB_OFFLINE=1 to use the cache alone, or give a local file"
+    message = f"data set {source.spec} is not available (and no such file or folder exists): {reason.strip()}"
+    return UnavailableError(message, hint=advice)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the bars and advice of `datasets` off the terminal; p2d shows its own progress."""
+    import datasets
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets_bars, hub_bars = datasets.are_progress_bars_disabled(), are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not datasets_bars:
+            datasets.enable_progress_bars()
+        if not hub_bars:
+            enable_progress_bars()

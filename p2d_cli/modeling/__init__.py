@@ -1,0 +1,1 @@
+"""Models: loading, head layouts, attention capture, adapters, generation."""

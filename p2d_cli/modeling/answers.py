@@ -1,0 +1,144 @@
+"""Log-likelihood of answer tokens, with logits for the positions that predict them and for no others.
+
+A vocabulary is 50 to 500 times as wide as a hidden state, so logits are what a forward spends its memory on; only a few
+positions of a few-shot prompt need them.
+
+Axes: B batch, T tokens, D hidden size, V vocabulary, n kept positions in (row, position) order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from p2d_cli.errors import UsageError
+
+_ROWS_IN_FP32 = 512  # rows of logits that are upcast at a time
+
+
+def forward_inputs(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Any]:
+    """Make the arguments of a forward without cache whose rows do not depend on the side or amount of padding.
+
+    Without `position_ids`, models with learned positions would count a row's left padding.
+
+    Args:
+        input_ids_BT: `[B, T]` token ids.
+        attention_mask_BT: `[B, T]`, 1 for tokens and 0 for padding.
+
+    Returns:
+        Keyword arguments for the model.
+    """
+    position_ids_BT = (attention_mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+    return {
+        "input_ids": input_ids_BT,
+        "attention_mask": attention_mask_BT,
+        "position_ids": position_ids_BT,
+        "use_cache": False,
+    }
+
+
+@contextmanager
+def answer_logits_only(model: Any, keep_mask_BT: Tensor) -> Iterator[None]:
+    """Make the forwards of the `with` block return logits `[1, n, V]` of the kept positions only.
+
+    The hidden states are gathered in front of the model's own output embedding, so that its head, a bias and a final
+    soft cap are all the model's own.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        keep_mask_BT: `[B, T]` bool, n positions true.
+
+    Raises:
+        UsageError: The model has no output embedding.
+    """
+
+    def gather(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_BTD, *rest = arguments
+        return (hidden_BTD[keep_mask_BT.to(device=hidden_BTD.device, dtype=torch.bool)][None], *rest)
+
+    handle = output_embedding(model).register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def output_embedding(model: Any) -> nn.Module:
+    """Find the module that maps hidden states to logits.
+
+    Raises:
+        UsageError: The model has none.
+    """
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"{model.config.model_type} has no output embedding: expected a causal language model",
+            hint="give a model with a language-modelling head",
+        )
+    return module
+
+
+def answer_token_logprobs(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, answer_mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability of each answer token given all tokens before it, in the caller's gradient mode.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        input_ids_BT: `[B, T]` token ids, padded on either side.
+        attention_mask_BT: `[B, T]`, 1 for tokens and 0 for padding.
+        answer_mask_BT: `[B, T]` bool, true at the answer tokens. A row's first token has no past and is not scored.
+
+    Returns:
+        `logprob_BT` float32 in nats, 0 where nothing is scored, and `scored_BT` bool.
+
+    Raises:
+        UsageError: The model has no output embedding.
+    """
+    is_token_BT = attention_mask_BT.bool()
+    scored_BT = answer_mask_BT.to(device=is_token_BT.device, dtype=torch.bool) & is_token_BT
+    # The hidden state at t predicts token t + 1.
+    scored_BT = functional.pad(scored_BT[:, 1:] & is_token_BT[:, :-1], (1, 0))
+    with answer_logits_only(model, scored_BT.roll(-1, dims=1)):
+        logits_nV = model(**forward_inputs(input_ids_BT, attention_mask_BT)).logits[0]
+    logprob_n = _logprob_of(logits_nV, input_ids_BT[scored_BT].to(logits_nV.device))
+    zeros_BT = logprob_n.new_zeros(input_ids_BT.shape)
+    scored_BT = scored_BT.to(zeros_BT.device)
+    return zeros_BT.masked_scatter(scored_BT, logprob_n), scored_BT
+
+
+@torch.no_grad()
+def completion_log_likelihood(
+    model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, answer_mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum up the log-probabilities of each row's answer tokens, without gradient.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        input_ids_BT: `[B, T]` token ids, padded on either side.
+        attention_mask_BT: `[B, T]`, 1 for tokens and 0 for padding.
+        answer_mask_BT: `[B, T]` bool, true at the answer tokens. A row's first token has no past and is not scored.
+
+    Returns:
+        `sum_logprob_B` float32 in nats, and `count_B` int64, the answer tokens that were scored; both are 0 for a row
+        without an answer.
+
+    Raises:
+        UsageError: The model has no output embedding.
+    """
+    logprob_BT, scored_BT = answer_token_logprobs(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
+    return logprob_BT.sum(dim=1), scored_BT.sum(dim=1)
+
+
+def _logprob_of(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
+    """Log-softmax at the targets, `[n]` float32, with few rows in fp32 at a time."""
+    parts = []
+    for logits, targets in zip(*(torch.split(x, _ROWS_IN_FP32) for x in (logits_nV, targets_n)), strict=True):
+        upcast = logits.float()
+        parts.append(upcast.gather(1, targets[:, None])[:, 0] - upcast.logsumexp(dim=1))
+    return torch.cat(parts)

@@ -1,0 +1,385 @@
+"""How much chosen heads attend from chosen query tokens to segments of the context, beside the model's own kernel.
+
+A model that runs with the attention implementation `p2d_capture` computes its outputs as with `sdpa`. While a capture
+is active, each captured layer also runs its chosen heads' query rows, and nothing else, through a second call of the
+fused kernel, whose "values" are the one-hot segments of the tokens: its output is the attention mass on every segment.
+So the attention of a head is never held as a matrix, and its softmax is the kernel's own, accumulated in fp32.
+
+Axes: B batch, T tokens, H query heads, G key/value groups, d head_dim, K captured heads, R query rows, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from p2d_cli.errors import UsageError
+from p2d_cli.modeling.answers import forward_inputs
+
+CAPTURE_ATTENTION = "p2d_capture"
+
+# What some families hand to their attention and `sdpa` ignores, or adds to the scores behind the capture's back.
+_UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks", "position_bias": "a learned position bias"}
+
+
+class _ForwardStopped(Exception):
+    """The deepest captured layer has been captured: the rest of the forward has no reader."""
+
+
+class SegmentAttention:
+    """The result of one forward under `capture_segments`."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._shares: dict[int, Tensor | None] = dict.fromkeys(layers)
+
+    @property
+    def attention_BKS(self) -> Tensor:
+        """Mean attention over query rows x tokens of a segment, `[B, K, S]` float32 on the CPU, in (layer, head) order.
+
+        An example without query rows and a segment without tokens have 0.
+
+        Raises:
+            RuntimeError: The forward has not run, or it ended before a captured layer.
+        """
+        missing = [layer for layer, share in self._shares.items() if share is None]
+        if missing:
+            raise RuntimeError(f"no forward of the model has reached the captured layers {missing} yet")
+        return torch.cat([cast(Tensor, share).cpu() for share in self._shares.values()], dim=1)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is captured, prepared for one device, dtype and head_dim."""
+
+    rows_BR: Tensor  # the query rows of each example, filled up with others to the longest count
+    is_row_BR: Tensor
+    row_count_B1: Tensor  # at least 1
+    segments_BTS: Tensor  # one-hot
+    segment_size_BS: Tensor  # at least 1
+
+    @classmethod
+    def prepare(cls, query_mask_BT: Tensor, segment_BT: Tensor, num_segments: int, like: Tensor) -> _Request:
+        query_mask_BT = query_mask_BT.to(device=like.device, dtype=torch.bool)
+        count_B = query_mask_BT.sum(dim=1)
+        longest = max(int(count_B.max()), 1)
+        rows_BR = query_mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        slots_S = torch.arange(num_segments, device=like.device)
+        segments_BTS = segment_BT.to(like.device)[:, :, None] == slots_S
+        return cls(
+            rows_BR=rows_BR,
+            is_row_BR=torch.arange(longest, device=like.device) < count_B[:, None],
+            row_count_B1=count_B.clamp(min=1)[:, None].float(),
+            segments_BTS=segments_BTS.to(like.dtype),
+            segment_size_BS=segments_BTS.sum(dim=1).clamp(min=1).float(),
+        )
+
+
+@dataclass
+class _Capture:
+    """The state of one `capture_segments`: what it asks for, and what its forward has delivered."""
+
+    heads: dict[int, tuple[int, ...]]
+    query_mask_BT: Tensor
+    segment_BT: Tensor
+    num_segments: int
+    stop_after: int | None
+    result: SegmentAttention
+    requests: dict[torch.device, _Request] = field(default_factory=dict)
+    # Layers share their masks: the rows of each are gathered once. The mask is kept so that its id stays its own.
+    mask_rows: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+    def request(self, query_BHTd: Tensor) -> _Request:
+        if query_BHTd.device not in self.requests:
+            self.requests[query_BHTd.device] = _Request.prepare(
+                self.query_mask_BT, self.segment_BT, self.num_segments, query_BHTd
+            )
+        return self.requests[query_BHTd.device]
+
+    def bias(self, mask: Tensor | None, is_causal: bool, query_BHTd: Tensor) -> Tensor | None:
+        key = (id(mask), query_BHTd.device)
+        if key not in self.mask_rows:
+            self.mask_rows[key] = (mask, _bias_rows(mask, is_causal, self.request(query_BHTd).rows_BR, query_BHTd))
+        return self.mask_rows[key][1]
+
+    @torch.no_grad()
+    def take(self, layer: int, query_BHTd: Tensor, key_BGTd: Tensor, bias: Tensor | None, **scores: Any) -> None:
+        """Capture one layer; `scores` holds `scaling` and `softcap`."""
+        self._check(layer, query_BHTd, key_BGTd)
+        request = self.request(query_BHTd)
+        query_BKRd, key_BKTd = _chosen(query_BHTd, key_BGTd, self.heads[layer], request.rows_BR)
+        mass_of = _segment_mass if scores["softcap"] is None else _segment_mass_softcapped
+        mass_BKRS = mass_of(query_BKRd, key_BKTd, request.segments_BTS, bias, **scores)
+        # The rows that fill up are no queries: they may be padding.
+        mass_BKRS = mass_BKRS.float().masked_fill(~request.is_row_BR[:, None, :, None], 0.0)
+        mean_BKS = mass_BKRS.sum(dim=2) / request.row_count_B1[:, :, None]
+        self.result._shares[layer] = mean_BKS / request.segment_size_BS[:, None]
+        if layer == self.stop_after:
+            raise _ForwardStopped
+
+    def _check(self, layer: int, query_BHTd: Tensor, key_BGTd: Tensor) -> None:
+        batch, num_heads, length, _ = query_BHTd.shape
+        if (batch, length) != self.query_mask_BT.shape or key_BGTd.shape[2] != length:
+            raise ValueError(
+                f"the capture is for a batch of shape {tuple(self.query_mask_BT.shape)} without past, "
+                f"but the forward has {batch} x {length} queries and {key_BGTd.shape[2]} keys"
+            )
+        if self.heads[layer][-1] >= num_heads:
+            raise ValueError(f"layer {layer} has {num_heads} heads, but head {self.heads[layer][-1]} is to be captured")
+        if self.result._shares[layer] is not None:
+            raise RuntimeError("a capture takes one forward of the model, but a second one has begun")
+
+
+_ACTIVE: ContextVar[_Capture | None] = ContextVar("p2d_active_capture", default=None)
+
+
+def register_capture() -> None:
+    """Make `p2d_capture` known to transformers, with the masks of `sdpa`; calling it again changes nothing."""
+    AttentionInterface.register(CAPTURE_ATTENTION, _capturing_attention)
+    # Without a mask function of that name the mask would be None, and padding would be attended to.
+    AttentionMaskInterface.register(CAPTURE_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def capture_segments(
+    model: Any,
+    heads: Mapping[int, Sequence[int]],
+    query_mask_BT: Tensor,
+    segment_BT: Tensor,
+    num_segments: int,
+    *,
+    stop_after_last: bool = False,
+) -> Iterator[SegmentAttention]:
+    """Capture, in the one forward of the `with` block, the attention of chosen heads from query tokens to segments.
+
+    The model is switched to `p2d_capture` and back. Its outputs are those of `sdpa` (for soft-capped scores, which
+    `sdpa` does not know, those of `eager`). No gradient flows through the capture.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        heads: Layer -> its heads to capture. Of K heads in all.
+        query_mask_BT: `[B, T]`, true where a token is a query row. Padding is never one.
+        segment_BT: `[B, T]` integers in `[-1, num_segments)`: the segment of each token, -1 for none.
+        num_segments: S.
+        stop_after_last: End the `with` block as soon as the deepest captured layer has been captured: no deeper layer,
+            no output embedding, and no statement behind the forward runs.
+
+    Yields:
+        The result, to be read once the forward has run.
+
+    Raises:
+        UsageError: The model's attention does not go through transformers' attention interface, or adds to the scores
+            something that the capture does not compute.
+        ValueError: The forward has another batch shape than the masks, or a head does not exist.
+        RuntimeError: A second forward begins in the block.
+    """
+    ordered = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
+    capture = _Capture(
+        heads=ordered,
+        query_mask_BT=query_mask_BT,
+        segment_BT=segment_BT,
+        num_segments=num_segments,
+        stop_after=max(ordered, default=None) if stop_after_last else None,
+        result=SegmentAttention(tuple(ordered)),
+    )
+    with _capturing_model(model):
+        token = _ACTIVE.set(capture)
+        try:
+            yield capture.result
+        except _ForwardStopped:
+            pass
+        finally:
+            _ACTIVE.reset(token)
+
+
+def run_captured(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    heads: Mapping[int, Sequence[int]],
+    query_mask_BT: Tensor,
+    segment_BT: Tensor,
+    num_segments: int,
+) -> Tensor:
+    """Run the model up to the deepest layer of `heads`, without gradient, and returns the captured attention.
+
+    Args:
+        model: As for `capture_segments`.
+        batch: `input_ids` and `attention_mask`, `[B, T]`, padded on either side.
+        heads: As for `capture_segments`, and so are the others.
+        query_mask_BT: `[B, T]` bool.
+        segment_BT: `[B, T]` integers.
+        num_segments: S.
+
+    Returns:
+        `[B, K, S]` float32 on the CPU, as `SegmentAttention.attention_BKS`.
+
+    Raises:
+        UsageError, ValueError: As for `capture_segments`.
+    """
+    inputs = forward_inputs(batch["input_ids"], batch["attention_mask"])
+    with (
+        torch.no_grad(),
+        capture_segments(model, heads, query_mask_BT, segment_BT, num_segments, stop_after_last=True) as attention,
+    ):
+        model(**inputs)
+    return attention.attention_BKS
+
+
+@contextmanager
+def _capturing_model(model: Any) -> Iterator[None]:
+    register_capture()
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(CAPTURE_ATTENTION)
+    try:
+        if model.config._attn_implementation != CAPTURE_ATTENTION:
+            raise UsageError(
+                f"the attention of {model.config.model_type} cannot be captured: expected a model whose attention goes "
+                "through transformers' attention interface"
+            )
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def _capturing_attention(
+    module: nn.Module,
+    query_BHTd: Tensor,
+    key_BGTd: Tensor,
+    value_BGTd: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute the output `[B, T, H, d]` as `sdpa` does, and the capture on the way."""
+    _refuse_unsupported(module, kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
+    capture, layer = _ACTIVE.get(), getattr(module, "layer_idx", None)
+    if capture is not None and layer in capture.heads:
+        bias = capture.bias(attention_mask, causal, query_BHTd)
+        capture.take(layer, query_BHTd, key_BGTd, bias, scaling=scaling, softcap=softcap)
+    if softcap is not None:
+        bias = _bias(attention_mask, causal, query_BHTd, key_BGTd.shape[2])
+        return _softcapped_attention(query_BHTd, key_BGTd, value_BGTd, bias, dropout, scaling, softcap), None
+    attend = cast(Callable[..., tuple[Tensor, None]], sdpa_attention_forward)
+    return attend(
+        module,
+        query_BHTd,
+        key_BGTd,
+        value_BGTd,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+
+
+def _refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    for name, meaning in _UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise UsageError(f"the attention of {type(module).__name__} cannot be captured: it uses {meaning} ({name})")
+
+
+def _chosen(query_BHTd: Tensor, key_BGTd: Tensor, heads: tuple[int, ...], rows_BR: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick the query rows of the chosen heads, `[B, K, R, d]`, and the keys that each reads, `[B, K, T, d]`."""
+    batch, num_heads, _, _ = query_BHTd.shape
+    heads_K = torch.tensor(heads, device=query_BHTd.device)
+    examples_B = torch.arange(batch, device=query_BHTd.device)
+    query_BKRd = query_BHTd[examples_B[:, None, None], heads_K[None, :, None], rows_BR[:, None, :]]
+    groups = [head * key_BGTd.shape[1] // num_heads for head in heads]
+    if groups == list(range(key_BGTd.shape[1])):
+        return query_BKRd, key_BGTd
+    return query_BKRd, key_BGTd[:, torch.tensor(groups, device=key_BGTd.device)]
+
+
+def _segment_mass(
+    query_BKRd: Tensor, key_BKTd: Tensor, segments_BTS: Tensor, bias: Tensor | None, *, scaling: float, softcap: None
+) -> Tensor:
+    """Sum each query row's attention over each segment, `[B, K, R, S]`: the kernel with one-hot segments as values."""
+    del softcap
+    width, num_heads = query_BKRd.shape[-1], query_BKRd.shape[1]
+    masses = []
+    # The fused kernels want values as wide as the keys, and not all of them take a stride of zero.
+    for part_BTs in torch.split(segments_BTS, width, dim=-1):
+        values_BTd = functional.pad(part_BTs, (0, width - part_BTs.shape[-1]))
+        values_BKTd = values_BTd[:, None].repeat(1, num_heads, 1, 1)
+        mass_BKRd = functional.scaled_dot_product_attention(
+            query_BKRd, key_BKTd, values_BKTd, attn_mask=bias, scale=scaling
+        )
+        masses.append(mass_BKRd[..., : part_BTs.shape[-1]])
+    return torch.cat(masses, dim=-1)
+
+
+def _segment_mass_softcapped(
+    query_BKRd: Tensor, key_BKTd: Tensor, segments_BTS: Tensor, bias: Tensor | None, *, scaling: float, softcap: float
+) -> Tensor:
+    """As `_segment_mass`, for scores under a soft cap, which the fused kernels do not offer."""
+    weights_BKRT = _softcapped_weights(query_BKRd, key_BKTd, bias, scaling, softcap)
+    return weights_BKRT @ segments_BTS[:, None].float()
+
+
+def _softcapped_weights(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float) -> Tensor:
+    """Softmax weights in fp32; the scores are capped in the model's dtype, as Gemma 2's own attention does."""
+    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(dim=-1, dtype=torch.float32)
+
+
+def _softcapped_attention(
+    query_BHTd: Tensor,
+    key_BGTd: Tensor,
+    value_BGTd: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Compute the layer's output `[B, T, H, d]` as the family's own `eager` attention computes it."""
+    repeats = query_BHTd.shape[1] // key_BGTd.shape[1]
+    weights_BHTT = _softcapped_weights(query_BHTd, repeat_kv(key_BGTd, repeats), bias, scaling, softcap)
+    weights_BHTT = functional.dropout(weights_BHTT.to(query_BHTd.dtype), p=dropout, training=dropout > 0)
+    return (weights_BHTT @ repeat_kv(value_BGTd, repeats)).transpose(1, 2).contiguous()
+
+
+def _bias_rows(mask: Tensor | None, is_causal: bool, rows_BR: Tensor, like: Tensor) -> Tensor | None:
+    """Make the additive mask of the query rows, `[B, 1, R, T]`, or None where every token sees all."""
+    batch, length = like.shape[0], like.shape[2]
+    if mask is not None:
+        examples_B = torch.arange(batch, device=like.device)
+        return _additive(mask.expand(batch, -1, -1, -1)[examples_B[:, None], 0, rows_BR][:, None], like)
+    if not is_causal:
+        return None
+    # No mask means no padding, and a sequence shorter than any sliding window: sdpa_mask builds one otherwise.
+    visible_BRT = torch.arange(length, device=like.device) <= rows_BR[:, :, None]
+    return _additive(visible_BRT[:, None], like)
+
+
+def _bias(mask: Tensor | None, is_causal: bool, like: Tensor, num_keys: int) -> Tensor | None:
+    """Make the additive mask of all rows, `[B or 1, 1, T, keys]`; with a past, the queries are the last rows."""
+    if mask is not None:
+        return _additive(mask, like)
+    if not is_causal:
+        return None
+    visible = torch.ones(like.shape[2], num_keys, dtype=torch.bool, device=like.device)
+    return _additive(visible.tril(diagonal=num_keys - like.shape[2])[None, None], like)
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Turn a bool mask (true: visible) into zeros and the lowest number; an additive one stays as it is."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, lowest)

@@ -1,0 +1,122 @@
+"""Weights of a checkpoint one tensor at a time, so that comparing two models needs neither of them in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.errors import ArtifactError
+from p2d_cli.modeling.layouts import LayerLayout, layer_weights
+from p2d_cli.modeling.loading import load_config, quiet_transformers
+from p2d_cli.modeling.model_files import locate_model
+
+
+class CheckpointReader:
+    """Reads single tensors of a safetensors checkpoint, whole or in shards, by parameter name.
+
+    Some checkpoints were saved from the bare decoder (`h.0.attn...`), others with a head (`transformer.h.0.attn...`);
+    a name is found in spite of a prefix that is missing or too much.
+
+    Args:
+        path: model folder, or hub id with an optional `@revision`.
+
+    Raises:
+        UnavailableError: neither on disk nor reachable.
+        DataError: not a model folder, or without safetensors.
+        ArtifactError: a weight file is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        files = locate_model(str(path))
+        self.spec = files.spec
+        self._open: tuple[Path, Any] | None = None
+        self._file_of: dict[str, Path] = {}
+        for file in files.weights:
+            for name in self._handle(file).keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                self._file_of[name] = file
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names as they are stored."""
+        return tuple(self._file_of)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU in its stored dtype.
+
+        Raises:
+            ArtifactError: the checkpoint has no such tensor, or cannot be read.
+        """
+        stored = self._stored_name(name)
+        try:
+            tensor: torch.Tensor = self._handle(self._file_of[stored]).get_tensor(stored)
+        except SafetensorError as problem:
+            raise ArtifactError(f"reading {stored} of {self.spec} failed: {problem}") from problem
+        return tensor
+
+    def _stored_name(self, name: str) -> str:
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self._file_of:
+                return candidate
+        longer = [stored for stored in self._file_of if stored.endswith(f".{name}")]
+        if len(longer) == 1:
+            return longer[0]
+        raise ArtifactError(
+            f"{self.spec} has no tensor {name}" if not longer else f"{self.spec} has several {name}: {longer}",
+            hint="the checkpoint must be of the same architecture as the base model",
+        )
+
+    def _handle(self, file: Path) -> Any:
+        # One shard is kept open at a time: neighbouring layers mostly share it.
+        if self._open is None or self._open[0] != file:
+            try:
+                self._open = (file, safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as problem:
+                raise ArtifactError(
+                    f"{file} is not a readable safetensors file: {problem}", hint="copy or download it again"
+                ) from problem
+        return self._open[1]
+
+
+def skeleton(path: Path | str) -> Any:
+    """Build a model on the meta device from its config alone: modules and shapes, but no weights.
+
+    Args:
+        path: model folder, or hub id with an optional `@revision`.
+
+    Raises:
+        UnavailableError, DataError, UsageError: see `load_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    auto_model: Any = AutoModelForCausalLM
+    with quiet_transformers(), torch.device("meta"):
+        return auto_model.from_config(config)
+
+
+def read_layer_weights(checkpoint: CheckpointReader, layer: LayerLayout) -> LayerWeights:
+    """Read the q, k and v weights of one layer, cut into heads.
+
+    Raises:
+        ArtifactError: the checkpoint lacks them, or is of another shape than the layout.
+    """
+    read: dict[str, torch.Tensor] = {}
+
+    def tensor(name: str) -> torch.Tensor:
+        # A fused projection is asked for three times.
+        if name not in read:
+            read[name] = checkpoint.tensor(name)
+        return read[name]
+
+    try:
+        return layer_weights(layer, tensor)
+    except (RuntimeError, IndexError) as problem:
+        raise ArtifactError(
+            f"the attention of layer {layer.layer} in {checkpoint.spec} has another shape than the base model's: "
+            f"{problem}",
+            hint="compare a model with a fine-tuned copy of itself",
+        ) from problem

@@ -1,0 +1,218 @@
+"""What a model says, how likely it finds a given answer, and how it represents a text: each batch by batch.
+
+The callers make the batches (lists of row indices) and get one result a batch, so that they can show progress.
+
+Axes: B batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from p2d_cli.modeling.answers import completion_log_likelihood, forward_inputs, output_embedding
+
+# A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
+_TOKENS_PER_CHARACTER = 4
+_SPARE_TOKENS = 8
+
+
+def generate_greedy(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: tuple[str, ...] = (),
+) -> Iterator[tuple[list[int], list[str], int]]:
+    """Continue prompts, taking the most likely token each time.
+
+    The sampling settings, penalties and length limits of the model's own `generation_config` are left out of account;
+    its end-of-sequence tokens count, as does the tokenizer's.
+
+    Args:
+        model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
+        tokenizer: The model's tokenizer.
+        prompt_ids: Token ids of each prompt.
+        batches: Row indices of each batch.
+        max_new_tokens: Limit of each continuation.
+        stop: Strings that end a continuation. They may be the text of a special token.
+
+    Yields:
+        For each batch: its row indices; their texts, without special tokens and cut before the first stop string; and
+        the number of tokens generated for them in all, those that ended a text included.
+    """
+    plain = _without_adapter(model)
+    stop = tuple(string for string in stop if string)
+    config = _greedy_config(plain, tokenizer, max_new_tokens)
+    for indices in batches:
+        input_ids_BT, attention_mask_BT = _padded_left([prompt_ids[i] for i in indices], config.pad_token_id)
+        stopper = _StopStrings(tokenizer, stop, *input_ids_BT.shape)
+        with torch.no_grad(), _neutral_defaults(plain):
+            output_BT = plain.generate(
+                input_ids_BT.to(plain.device),
+                attention_mask=attention_mask_BT.to(plain.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
+            )
+        new_ids = stopper.generated(output_BT, config.eos_token_id)
+        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        yield list(indices), [_cut(text, stop) for text in texts], sum(len(ids) for ids in new_ids)
+
+
+def score_completions(
+    model: Any, examples: Sequence[tuple[Sequence[int], int]], batches: Sequence[Sequence[int]], pad_id: int
+) -> Iterator[tuple[list[int], list[float], list[int]]]:
+    """Score completions by their log-likelihood given their prompts.
+
+    Args:
+        model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
+        examples: `(token ids of prompt and completion, number of prompt tokens)` of each row.
+        batches: Row indices of each batch.
+        pad_id: Any token id.
+
+    Yields:
+        For each batch: its row indices, the sum of the completion tokens' log-probabilities in nats of each row, and
+        the number of these tokens.
+
+    Raises:
+        UsageError: The model has no output embedding.
+    """
+    for indices in batches:
+        input_ids_BT, attention_mask_BT = _padded_right([examples[i][0] for i in indices], pad_id, model.device)
+        prompt_length_B = torch.tensor([examples[i][1] for i in indices], device=model.device)
+        answer_mask_BT = torch.arange(input_ids_BT.shape[1], device=model.device) >= prompt_length_B[:, None]
+        sums_B, counts_B = completion_log_likelihood(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
+        yield list(indices), sums_B.tolist(), counts_B.tolist()
+
+
+def mean_hidden_states(
+    model: Any, ids: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], pad_id: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Average over each row's tokens the hidden states that the output embedding reads.
+
+    Args:
+        model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
+        ids: Token ids of each row, at least one.
+        batches: Row indices of each batch.
+        pad_id: Any token id.
+
+    Yields:
+        For each batch: its row indices and the means, `[B, D]` float32 on the CPU.
+
+    Raises:
+        UsageError: The model has no output embedding.
+    """
+    for indices in batches:
+        input_ids_BT, attention_mask_BT = _padded_right([ids[i] for i in indices], pad_id, model.device)
+        hidden_BTD = _last_hidden_states(model, forward_inputs(input_ids_BT, attention_mask_BT)).float()
+        weight_BT = attention_mask_BT.to(hidden_BTD) / attention_mask_BT.sum(dim=1, keepdim=True)
+        yield list(indices), torch.einsum("BTD,BT->BD", hidden_BTD, weight_BT).cpu()
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends each row of a batch at the first stop string in its new text.
+
+    The criterion of transformers looks at the prompt's end as well, and prepares the whole vocabulary beforehand.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], batch: int, prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._prompt_length = prompt_length
+        self._window = _TOKENS_PER_CHARACTER * max(map(len, stop), default=0) + _SPARE_TOKENS
+        self._stopped_at: list[int | None] = [None] * batch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """`[B]` bool: the rows that have a stop string by now."""
+        del scores
+        running = [row for row, length in enumerate(self._stopped_at) if length is None]
+        tails = input_ids[running, self._prompt_length :][:, -self._window :]
+        # Special tokens are part of the text here, so that a stop string can be one.
+        for row, text in zip(running, self._tokenizer.batch_decode(tails.tolist()), strict=True):
+            if any(stop in text for stop in self._stop):
+                self._stopped_at[row] = input_ids.shape[1] - self._prompt_length
+        stopped = [length is not None for length in self._stopped_at]
+        return torch.tensor(stopped, device=input_ids.device, dtype=torch.bool)
+
+    def generated(self, output_BT: Tensor, eos_ids: Sequence[int] | None) -> list[list[int]]:
+        """Take the new tokens of each row, up to the one that ended it."""
+        rows = []
+        for tokens, length in zip(output_BT[:, self._prompt_length :].tolist(), self._stopped_at, strict=True):
+            ends = [position + 1 for position, token in enumerate(tokens) if token in (eos_ids or ())]
+            rows.append(tokens[: min([len(tokens), *ends[:1], *([] if length is None else [length])])])
+        return rows
+
+
+def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    own = model.generation_config.eos_token_id
+    own_ids = own if isinstance(own, list) else [own]
+    eos_ids = sorted({token for token in (*own_ids, tokenizer.eos_token_id) if token is not None})
+    pad_id = tokenizer.pad_token_id
+    return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id if pad_id is not None else (eos_ids or [0])[0],
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+@contextmanager
+def _neutral_defaults(model: Any) -> Iterator[None]:
+    """Put the model's own generation defaults aside: `generate` fills what a call leaves open from them."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _without_adapter(model: Any) -> Any:
+    """Unwrap the Hugging Face model inside a PEFT model; its adapter layers stay in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> str:
+    found = [position for position in (text.find(string) for string in stop) if position >= 0]
+    return text[: min(found)] if found else text
+
+
+@torch.no_grad()
+def _last_hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """`[B, T, D]`, read at the output embedding, where all families have them; no logits are computed."""
+    seen: list[Tensor] = []
+
+    def keep_none(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_BTD, *rest = arguments
+        seen.append(hidden_BTD)
+        return (hidden_BTD[:, :0], *rest)
+
+    handle = output_embedding(model).register_forward_pre_hook(keep_none)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _padded_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = [list(row) + [pad_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,351 @@
+"""What is trained: the rows of selected heads as an exact LoRA, all attention, a plain LoRA, or everything.
+
+A change of some rows of a weight, `ΔW[rows] = A`, is the LoRA product `B A` with `B` the frozen 0/1 matrix that places
+row i of `A` at row `rows[i]`; with `r = alpha = len(rows)` the scaling is 1, so the adapter is exact without an SVD.
+For columns of the output projection the factors swap: `ΔW[:, columns] = B`, and `A` places. So an adapter of p2d is an
+ordinary PEFT folder that any tool can load or merge.
+
+Only weights are trained: where projections have biases (Qwen2, GPT-2), these stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
+
+ADAPTER_NAME = "default"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainableShare:
+    """How much of a model is trained."""
+
+    trained: int
+    """Parameters that are trained."""
+    total: int
+    """Parameters of the base model, tied ones once."""
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over the base model's."""
+        return self.trained / self.total
+
+
+def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]) -> Any:
+    """Make the selected heads trainable, and nothing else.
+
+    A head's `q` rows and `o` columns are its own; its `k` and `v` rows are its group's, and training them changes every
+    head of the group. Modules without a selected head are not touched, and so no gradient is computed below the lowest
+    one that has any.
+
+    Args:
+        model: a plain causal language model; its modules are replaced in place.
+        selected_LH: the heads, bool `[L, H]`.
+        projections: what is trained of them, of q, k, v, o.
+
+    Returns:
+        A PeftModel whose trained factors are zeros in fp32 (in float64 for such a model), so that it equals the base.
+
+    Raises:
+        UsageError: no head or no projection is selected, or the attention is of an unsupported kind.
+        ArtifactError: the heads are of a model of another shape.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    layout = model_layout(model)
+    _check_selection(selected_LH, layout, projections)
+    placed = _placements(layout, selected_LH, projections)
+    counts = {name: len(positions) for name, (positions, _) in placed.items()}
+    first = next(iter(counts.values()))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=first,
+        lora_alpha=first,
+        # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
+        rank_pattern=counts,
+        alpha_pattern=dict(counts),
+        target_modules=list(placed),
+        fan_in_fan_out=layout[0].q.transposed,
+        lora_dropout=0.0,
+        bias="none",
+    )
+    with _known_warnings_silenced():
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    _forget_local_path(peft_model)
+    for name, (positions, on_input) in placed.items():
+        _place(peft_model.get_base_model().get_submodule(name), positions, on_input=on_input)
+    return peft_model
+
+
+def freeze_placing(model: Any) -> None:
+    """Freeze the placing factors of a head adapter again, which PEFT unfreezes whenever it loads one to train on.
+
+    Raises:
+        ArtifactError: the adapter has a factor that should place rows and does not: it is not a head adapter.
+    """
+    base = model.get_base_model()
+    output_names = {layer.o.module for layer in model_layout(base)}
+    for name, module in _lora_modules(base):
+        _, placing = _factors(module, on_input=name in output_names)
+        if not _places_rows(placing, on_input=name in output_names):
+            raise ArtifactError(
+                f"the adapter's factor for {name} does not place rows of heads: it is not a head adapter of p2d",
+                hint="continue it with --scope lora, or start a new one",
+            )
+        placing.requires_grad_(False)
+
+
+def trainable_share(model: Any) -> TrainableShare:
+    """Count what is trained; frozen placing factors count on neither side."""
+    trained = total = 0
+    for name, parameter in model.named_parameters():
+        trained += parameter.numel() if parameter.requires_grad else 0
+        total += 0 if ".lora_" in name else parameter.numel()
+    return TrainableShare(trained=trained, total=total)
+
+
+def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
+    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685).
+
+    Args:
+        model: a plain causal language model; its modules are replaced in place.
+        rank: r.
+        alpha: the scaling is `alpha / rank`.
+        targets: of q, k, v, o; a fused module is adapted as a whole.
+        dropout: on the inputs of the adapter, in [0, 1).
+
+    Raises:
+        UsageError: an unknown target, or the attention is of an unsupported kind.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    layout = model_layout(model)
+    _check_projections(targets)
+    names = [name for name in PROJECTIONS if name in targets]
+    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(modules),
+        fan_in_fan_out=layout[0].q.transposed,
+        lora_dropout=dropout,
+        bias="none",
+    )
+    with _known_warnings_silenced():
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    _forget_local_path(peft_model)
+    return peft_model
+
+
+def unfreeze_attention(model: Any) -> None:
+    """Make the q, k, v, o weights of all layers trainable, in fp32, and freeze everything else.
+
+    A 16-bit model must then run under autocast, as its activations keep their dtype.
+
+    Raises:
+        UsageError: the attention is of an unsupported kind.
+    """
+    layout = model_layout(model)
+    model.requires_grad_(False)
+    for name in dict.fromkeys(layer.projection(part).module for layer in layout for part in PROJECTIONS):
+        module = model.get_submodule(name)
+        module.weight = torch.nn.Parameter(_at_least_float32(module.weight.data))
+
+
+def prepare_full(model: Any) -> None:
+    """Make every parameter trainable, in fp32; a 16-bit forward is autocast's business."""
+    for parameter in model.parameters():
+        parameter.data = _at_least_float32(parameter.data)
+    model.requires_grad_(True)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass instead of keeping them.
+
+    transformers makes the embeddings' output require a gradient along with it, which reentrant checkpointing needs
+    and which would carry the backward pass through every frozen layer; without reentrance it is not needed.
+
+    Args:
+        model: plain or a PeftModel, after what is trained has been chosen.
+    """
+    settings = {"use_reentrant": False}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:  # the name that older releases of transformers 5 have for it
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    base.disable_input_require_grads()
+
+
+def save_adapter(model: Any, folder: Path, base_model: str | None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and nothing else, the same bytes each time.
+
+    Args:
+        model: a PeftModel.
+        folder: where to; created if it is not there.
+        base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+    """
+    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
+    # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    # PEFT keeps the targets as a set, whose order differs from process to process.
+    config["target_modules"] = sorted(config["target_modules"])
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def load_adapter(model: Any, path: Path | str) -> Any:
+    """Put a saved adapter on its base model, for inference.
+
+    Args:
+        model: the plain base model; its modules are replaced in place.
+        path: a PEFT folder.
+
+    Raises:
+        ArtifactError: not such a folder, damaged, or made for another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    folder = Path(path)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} is not an adapter: it has no {name}", hint="give the folder p2d train wrote")
+    try:
+        with _known_warnings_silenced():
+            # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER_NAME, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as problem:
+        raise ArtifactError(
+            f"the adapter in {folder} does not fit this model: {problem}",
+            hint="load it on the base model that it was trained on",
+        ) from problem
+    return adapted.eval()
+
+
+def merge(model: Any) -> Any:
+    """Add an adapter's change to the weights of its base model.
+
+    The change is rounded to the weights' dtype: merge into an fp32 base where bfloat16 would lose small changes.
+
+    Args:
+        model: a PeftModel; it is used up.
+
+    Returns:
+        The plain model. With a head adapter, weights outside of the trained rows are bit-identical to the base.
+
+    Raises:
+        NonFiniteError: a merged weight is not finite.
+    """
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as problem:
+        raise NonFiniteError(
+            f"merging the adapter failed: {problem}",
+            hint="the adapter holds values that are not finite: train it again",
+        ) from problem
+
+
+@contextmanager
+def _known_warnings_silenced() -> Iterator[None]:
+    """Silence what PEFT 0.21 provokes in transformers 5 by itself, and nothing else."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def _check_projections(projections: Collection[str]) -> None:
+    unknown = sorted(set(projections) - set(PROJECTIONS))
+    if unknown or not projections:
+        found = f"found {', '.join(unknown)}" if unknown else "found none"
+        raise UsageError(f"choosing what to train: expected some of {', '.join(PROJECTIONS)}, {found}")
+
+
+def _check_selection(selected_LH: NDArray[np.bool_], layout: Sequence[LayerLayout], projections: Sequence[str]) -> None:
+    _check_projections(projections)
+    expected = (len(layout), layout[0].num_heads)
+    if selected_LH.shape != expected:
+        raise ArtifactError(
+            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
+            hint="score the heads of this model",
+        )
+    if not selected_LH.any():
+        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
+
+
+def _placements(
+    layout: Sequence[LayerLayout], selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Trained rows of each module with a selected head, and whether they are columns (o) instead."""
+    placed: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for layer in layout:
+        heads = [int(head) for head in np.flatnonzero(selected_LH[layer.layer])]
+        for name in projections if heads else ():
+            part = layer.projection(name)
+            earlier, _ = placed.get(part.module, ((), False))
+            rows = {*earlier, *part.indices(layer.units(name, heads))}
+            placed[part.module] = (tuple(sorted(rows)), name == "o")
+    return placed
+
+
+def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
+    """Set the trained factor to zero, and freeze the other one as the placing matrix."""
+    if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
+        raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
+    trained, placing = _factors(module, on_input=on_input)
+    with torch.no_grad():
+        trained.zero_()
+        placing.zero_()
+        by_position = placing.T if on_input else placing
+        by_position[list(positions), range(len(positions))] = 1
+    placing.requires_grad_(False)
+
+
+def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """Return the trained and the placing factor of a LoRA layer."""
+    a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+    return (b, a) if on_input else (a, b)
+
+
+def _places_rows(placing: torch.Tensor, *, on_input: bool) -> bool:
+    """Whether each column of `[out, r]` (each row of `[r, in]`) is a unit vector, none of them twice."""
+    by_position = placing.T if on_input else placing
+    ones = by_position == 1
+    zero_or_one = bool((ones | (by_position == 0)).all())
+    return zero_or_one and bool((ones.sum(dim=0) == 1).all()) and bool((ones.sum(dim=1) <= 1).all())
+
+
+def _lora_modules(base: Any) -> Iterator[tuple[str, Any]]:
+    for name, module in base.named_modules():
+        if ADAPTER_NAME in getattr(module, "lora_A", ()):
+            yield name, module
+
+
+def _forget_local_path(peft_model: Any) -> None:
+    """Keep a path of this machine out of what PEFT saves; a hub id may stay."""
+    config = peft_model.peft_config[ADAPTER_NAME]
+    name = config.base_model_name_or_path
+    if name and Path(name).expanduser().exists():
+        config.base_model_name_or_path = None
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

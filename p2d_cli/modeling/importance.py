@@ -1,0 +1,66 @@
+"""Taylor scores: how much the loss would change, to first order, if a head were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from p2d_cli.core.head_importance import removal_effect
+from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
+from p2d_cli.modeling.layouts import LayerLayout
+
+
+def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    """First-order effect of removing each head, example by example (Michel et al. 2019, eq. 5).
+
+    Removing a head means zeroing its columns of the output projection, so the effect is `|sum(grad * weight)|` over
+    these columns. That sum equals `sum(context * grad_context)` over tokens and head_dim, which needs no weight
+    gradient and comes apart by example: the graph begins at the lowest layer's context, and no parameter takes part.
+
+    Args:
+        model: a causal language model, plain or with an adapter that has been merged.
+        layout: its layout.
+        batches: see `p2d_cli.modeling.gradients`; each example counts with the mean loss of its completion tokens.
+
+    Yields:
+        Scores `[B, L, H]` of each batch, float64 on the CPU.
+
+    Raises:
+        NonFiniteError: the loss of a batch is not finite.
+    """
+    for number, batch in enumerate(batches, start=1):
+        with trainable_only(model, ()), _contexts(model, layout) as contexts:
+            sums_B, counts_B = example_losses(model, batch)
+            loss = (sums_B / counts_B.clamp(min=1)).sum()
+            require_finite(loss, f"taylor scores, batch {number}")
+            gradients = torch.autograd.grad(loss, contexts)
+        scores = [
+            removal_effect(_by_head(context, layer), _by_head(gradient, layer))
+            for layer, context, gradient in zip(layout, contexts, gradients, strict=True)
+        ]
+        yield torch.stack(scores, dim=1).double().cpu()
+
+
+@contextmanager
+def _contexts(model: Any, layout: Sequence[LayerLayout]) -> Iterator[list[torch.Tensor]]:
+    """Collect the inputs of the output projections, `[B, T, H*d]` by layer, as nodes of the graph."""
+    contexts: list[torch.Tensor] = []
+
+    def collect(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        context, *rest = arguments
+        if not context.requires_grad:
+            context = context.detach().requires_grad_(True)
+        contexts.append(context)
+        return (context, *rest)
+
+    with ExitStack() as hooks:
+        for layer in layout:
+            hooks.enter_context(model.get_submodule(layer.o.module).register_forward_pre_hook(collect))
+        yield contexts
+
+
+def _by_head(tensor: torch.Tensor, layer: LayerLayout) -> torch.Tensor:
+    return tensor.detach().reshape(*tensor.shape[:-1], layer.num_heads, layer.head_dim)

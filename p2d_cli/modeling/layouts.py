@@ -1,0 +1,293 @@
+"""Which weight rows belong to which attention head.
+
+Axes: L layers, H query heads, G key/value groups, d head_dim, D hidden size. A weight is said to have "rows" (outputs)
+and "columns" (inputs) as in `nn.Linear`, `[out, in]`; GPT-2's Conv1D stores the transpose, as `Projection.transposed`
+says, so that everyone else may think in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.errors import UsageError
+
+ProjectionName = Literal["q", "k", "v", "o"]
+PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
+
+Range = tuple[int, int]
+
+_OWN_ATTENTION = "its attention does not run through transformers' attention interface"
+_REFUSED = {
+    "falcon": _OWN_ATTENTION,
+    "bloom": _OWN_ATTENTION,
+    "mpt": _OWN_ATTENTION,
+    "gptj": _OWN_ATTENTION,
+    "codegen": _OWN_ATTENTION,
+    "gpt_neo": _OWN_ATTENTION,
+    "gpt_neox_japanese": _OWN_ATTENTION,
+    "xglm": _OWN_ATTENTION,
+    "diffllama": "its heads are differences of two attentions, so none stands alone",
+}
+_LATENT_MODULES = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "q_a_proj")
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of a layer's q, k, v, o: a module and the ranges that its heads (q, o) or groups (k, v) own."""
+
+    module: str
+    """Full dotted name in the plain model; fused families repeat it for q, k and v."""
+    rows: tuple[Range, ...]
+    """(start, stop) of each head or group: output rows for q, k, v, and input columns for o."""
+    transposed: bool = False
+    """Whether the weight is stored `[in, out]` (Conv1D)."""
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight among the model's parameters."""
+        return f"{self.module}.weight"
+
+    def indices(self, units: Iterable[int]) -> tuple[int, ...]:
+        """Rows (for o: columns) of these heads or groups, ascending, each once."""
+        return tuple(sorted({row for unit in units for row in range(*self.rows[unit])}))
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The attention of one layer."""
+
+    layer: int
+    module: str
+    """Full dotted name of the attention module."""
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    hidden_size: int
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+
+    def projection(self, name: ProjectionName) -> Projection:
+        """Return the projection of this name."""
+        found: Projection = getattr(self, name)
+        return found
+
+    def group_of(self, head: int) -> int:
+        """Return the key/value group that a query head reads."""
+        return head * self.num_groups // self.num_heads
+
+    def units(self, name: ProjectionName, heads: Iterable[int]) -> tuple[int, ...]:
+        """Return what these query heads own of a projection: themselves for q and o, their groups for k and v."""
+        chosen = heads if name in ("q", "o") else (self.group_of(head) for head in heads)
+        return tuple(sorted(set(chosen)))
+
+
+def model_layout(model: Any) -> tuple[LayerLayout, ...]:
+    """Read from a model's modules where each head's weights are, layer by layer.
+
+    Sizes come from the modules themselves (head_dim is not hidden/heads in Gemma or Qwen3). The model may be on the
+    meta device, and may be a PeftModel; names are always those of the plain model.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        UsageError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config()
+    for model_type in (model.config.model_type, config.model_type):
+        if model_type in _REFUSED:
+            _refuse(model_type, _REFUSED[model_type])
+    if getattr(config, "num_kv_shared_layers", 0):
+        _refuse(config.model_type, "some layers take their keys and values from others")
+    found = sorted(_attention_modules(model, config.model_type), key=lambda item: item[0])
+    if [layer for layer, _, _ in found] != list(range(config.num_hidden_layers)):
+        layers = [layer for layer, _, _ in found]
+        _refuse(
+            config.model_type,
+            f"expected one attention with query, key and value projections in each of "
+            f"{config.num_hidden_layers} layers, found them in layers {layers}",
+        )
+    layout = tuple(_layer_layout(layer, name, module, config) for layer, name, module in found)
+    shapes = {(item.num_heads, item.num_groups, item.head_dim, item.hidden_size) for item in layout}
+    if len(shapes) > 1:
+        _refuse(config.model_type, f"its layers differ in (heads, groups, head_dim, hidden size): {sorted(shapes)}")
+    return layout
+
+
+def geometry(model: Any) -> HeadGeometry:
+    """Numbers of layers, heads and groups of a model, and their sizes.
+
+    Raises:
+        UsageError: see `model_layout`.
+    """
+    return layout_geometry(model_layout(model))
+
+
+def layout_geometry(layout: tuple[LayerLayout, ...]) -> HeadGeometry:
+    """Return the geometry that a layout has."""
+    first = layout[0]
+    return HeadGeometry(
+        num_layers=len(layout),
+        num_heads=first.num_heads,
+        num_groups=first.num_groups,
+        head_dim=first.head_dim,
+        hidden_size=first.hidden_size,
+    )
+
+
+def layer_weights(layer: LayerLayout, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
+    """Cut a layer's q, k and v weights into heads.
+
+    Args:
+        layer: where they are.
+        tensors: gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`.
+
+    Returns:
+        q `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
+    """
+    return LayerWeights(
+        q_HdD=_unit_rows(layer.q, tensors), k_GdD=_unit_rows(layer.k, tensors), v_GdD=_unit_rows(layer.v, tensors)
+    )
+
+
+def _unit_rows(projection: Projection, tensors: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    weight = tensors(projection.weight_name).detach()
+    if projection.transposed:
+        weight = weight.T
+    # narrow, unlike a slice, refuses a range that the weight does not have.
+    return torch.stack([weight.narrow(0, start, stop - start) for start, stop in projection.rows])
+
+
+def _attention_modules(model: Any, model_type: str) -> list[tuple[int, str, Any]]:
+    """Layer, full name and module of each attention in the model's text decoder."""
+    decoder = set(model.get_decoder().modules())
+    found = []
+    for name, module in model.named_modules():
+        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        if any(hasattr(module, latent) for latent in _LATENT_MODULES):
+            _refuse(model_type, "its keys and values are compressed into a latent (MLA), so heads own no plain k and v")
+        fused = hasattr(module, "c_attn") or hasattr(module, "qkv_proj") or hasattr(module, "query_key_value")
+        if fused or all(getattr(module, part, None) is not None for part in ("q_proj", "k_proj", "v_proj")):
+            found.append((module.layer_idx, name, module))
+    return found
+
+
+def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayout:
+    head_dim = _head_dim(module, config)
+    if hasattr(module, "q_proj"):
+        output = next((part for part in _OUTPUT_NAMES if hasattr(module, part)), None)
+        if output is None:
+            _refuse(config.model_type, f"{name} has no output projection named {' or '.join(_OUTPUT_NAMES)}")
+        q, k, v = (_separate(name, module, f"{part}_proj", head_dim) for part in ("q", "k", "v"))
+    elif config.model_type == "phi3":
+        q, k, v = _blocks(name, module, "qkv_proj", head_dim, config)
+        output = "o_proj"
+    elif config.model_type == "gpt2":
+        q, k, v = _blocks(name, module, "c_attn", head_dim, config)
+        output = "c_proj"
+    elif config.model_type == "gpt_neox":
+        q, k, v = _interleaved(name, module, head_dim)
+        output = "dense"
+    else:
+        _refuse(config.model_type, f"p2d does not know the row order of the fused projection in {name}")
+    o = _output(name, module, output, head_dim)
+    _check_heads(config, name, q=q, k=k, v=v, o=o)
+    hidden_size, _ = _sizes(module.get_submodule(q.module.rpartition(".")[2]))
+    return LayerLayout(
+        layer=layer,
+        module=name,
+        num_heads=len(q.rows),
+        num_groups=len(k.rows),
+        head_dim=head_dim,
+        hidden_size=hidden_size,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+    )
+
+
+def _check_heads(config: Any, name: str, *, q: Projection, k: Projection, v: Projection, o: Projection) -> None:
+    heads, groups = config.num_attention_heads, len(k.rows)
+    if len(q.rows) == 2 * heads and len(o.rows) == heads:
+        _refuse(config.model_type, "its query projection also makes an output gate")
+    if len(q.rows) != heads or len(o.rows) != heads or len(v.rows) != groups or heads % groups:
+        _refuse(
+            config.model_type,
+            f"{name} has {len(q.rows)} query, {groups} key, {len(v.rows)} value and {len(o.rows)} output heads "
+            f"where its config says {heads} query heads",
+        )
+
+
+def _separate(name: str, module: Any, part: str, head_dim: int) -> Projection:
+    _, out_features = _sizes(getattr(module, part))
+    return Projection(f"{name}.{part}", _ranges(0, out_features, head_dim), _is_transposed(getattr(module, part)))
+
+
+def _output(name: str, module: Any, part: str, head_dim: int) -> Projection:
+    in_features, _ = _sizes(getattr(module, part))
+    return Projection(f"{name}.{part}", _ranges(0, in_features, head_dim), _is_transposed(getattr(module, part)))
+
+
+def _blocks(name: str, module: Any, part: str, head_dim: int, config: Any) -> tuple[Projection, ...]:
+    """Fused as all of q, then all of k, then all of v (phi3, gpt2)."""
+    _, out_features = _sizes(getattr(module, part))
+    query = config.num_attention_heads * head_dim
+    key = (out_features - query) // 2
+    bounds = ((0, query), (query, query + key), (query + key, out_features))
+    transposed = _is_transposed(getattr(module, part))
+    return tuple(Projection(f"{name}.{part}", _ranges(start, stop, head_dim), transposed) for start, stop in bounds)
+
+
+def _interleaved(name: str, module: Any, head_dim: int) -> tuple[Projection, ...]:
+    """Fused as q, k, v of the first head, then of the second, and so on (gpt_neox)."""
+    _, out_features = _sizes(module.query_key_value)
+    pieces = _ranges(0, out_features, head_dim)
+    return tuple(Projection(f"{name}.query_key_value", pieces[offset::3]) for offset in range(3))
+
+
+def _ranges(start: int, stop: int, head_dim: int) -> tuple[Range, ...]:
+    return tuple((row, row + head_dim) for row in range(start, stop, head_dim))
+
+
+def _head_dim(module: Any, config: Any) -> int:
+    stated = (getattr(module, "head_dim", None), getattr(module, "head_size", None), getattr(config, "head_dim", None))
+    head_dim = next((value for value in stated if isinstance(value, int)), None)
+    if head_dim is None:
+        _refuse(config.model_type, f"{type(module).__name__} does not say its head_dim")
+    return head_dim
+
+
+def _plain(module: Any) -> Any:
+    """Return the projection itself where PEFT has put a LoRA layer around it."""
+    return getattr(module, "base_layer", module)
+
+
+def _is_transposed(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(_plain(module), Conv1D)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Input and output features."""
+    plain = _plain(module)
+    return (plain.nx, plain.nf) if _is_transposed(plain) else (plain.in_features, plain.out_features)
+
+
+def _refuse(model_type: str, reason: str) -> NoReturn:
+    raise UsageError(
+        f"p2d does not support the attention of {model_type}: {reason}",
+        hint="use a model such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox or olmo2",
+    )

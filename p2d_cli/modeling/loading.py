@@ -1,0 +1,256 @@
+"""Models and tokenizers from local folders or hub snapshots: safetensors only, and never code from the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.modeling.model_files import ModelFiles, locate_model
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """Load a model's fast tokenizer.
+
+    Args:
+        path: model folder, or hub id with an optional `@revision`.
+
+    Raises:
+        UnavailableError: the model is neither on disk nor reachable.
+        DataError: the folder has no usable tokenizer, or only one that cannot give character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    files = locate_model(str(path))
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as problem:
+        raise DataError(
+            f"loading the tokenizer of {files.spec} failed: {_first_line(problem)}",
+            hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",
+        ) from problem
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer of {files.spec} is {type(tokenizer).__name__}, which gives no character offsets",
+            hint="p2d finds demos by offset: convert the tokenizer to tokenizer.json and load the model from there",
+        )
+    return tokenizer
+
+
+def load_config(path: Path | str) -> Any:
+    """Load a model's config, and make sure that transformers itself knows how to build a causal model of it.
+
+    Raises:
+        UnavailableError: the model is neither on disk nor reachable.
+        UsageError: it needs code from the checkpoint, is of an unknown type, or is not a causal language model.
+    """
+    return _read_config(locate_model(str(path)))
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attn_implementation: str = "sdpa",
+) -> Any:
+    """Load a causal language model in eval mode.
+
+    Args:
+        path: model folder, or hub id with an optional `@revision`.
+        dtype: of all weights.
+        device: where the model goes.
+        attn_implementation: wanted attention kernel; a family that cannot use `sdpa` (Gemma 2, for its
+            soft-capping) gets its own eager attention instead.
+
+    Returns:
+        The model. Its `name_or_path` is the hub id, or empty for a folder: adapters saved from it repeat that name,
+        and a path of this machine says nothing elsewhere.
+
+    Raises:
+        UnavailableError: the model is neither on disk nor reachable.
+        DataError: the weights are damaged, incomplete, or pickle files.
+        UsageError: the model cannot be used: remote code, quantised weights, not a causal language model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM
+    files = locate_model(str(path))
+    config = _read_config(files)
+    _refuse_quantised(config, files)
+    device = torch.device(device)
+    try:
+        with quiet_transformers():
+            model, report = auto_model.from_pretrained(
+                str(files.folder),
+                config=config,
+                dtype=dtype,
+                attn_implementation=_usable_attention(config, attn_implementation),
+                device_map=None if device.type == "cpu" else {"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
+        raise DataError(
+            f"loading the weights of {files.spec} failed: {_first_line(problem)}", hint="copy or download it again"
+        ) from problem
+    _refuse_incomplete(report, files)
+    model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
+    return model.eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:0` or `mps` into a device that is there; auto prefers CUDA, then MPS.
+
+    Raises:
+        UsageError: no such device name.
+        UnavailableError: this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:0 or mps")
+    missing_cuda = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UnavailableError(f"device {name} was asked for, but torch finds no such device", hint="use auto or cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """Turn `auto`, `float32`, `bfloat16` or `float16` into a dtype.
+
+    Auto is bfloat16 where the hardware multiplies it natively (CUDA from Ampere on; CPUs with AMX or AVX-512 BF16),
+    and float32 everywhere else, since emulated bfloat16 is slower than float32.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _has_native_bfloat16(torch.device(device)) else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", hint="use auto, " + ", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def ensure_pad_token(tokenizer: Any) -> None:
+    """Give the tokenizer its end-of-text token for padding if it has none of its own.
+
+    Raises:
+        DataError: it has neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise DataError(
+            "the tokenizer has neither a padding nor an end-of-text token",
+            hint="set eos_token in the model's tokenizer_config.json",
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and advice of transformers inside the block; errors still come as exceptions."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _read_config(files: ModelFiles) -> Any:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if files.model_type not in CONFIG_MAPPING:
+        if "auto_map" in files.config:
+            raise UsageError(
+                f"{files.spec} needs code from its own checkpoint (auto_map), which p2d does not run",
+                hint="use a model that transformers itself supports",
+            )
+        raise UsageError(
+            f"{files.spec} is of type {files.model_type!r}, which the installed transformers does not know",
+            hint="check model_type in config.json, or update transformers",
+        )
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise DataError(f"{files.config_path} is not a valid model config: {_first_line(problem)}") from problem
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"{files.spec} is of type {files.model_type!r}, which is not a causal language model",
+            hint="p2d adapts decoder-only language models",
+        )
+    return config
+
+
+def _usable_attention(config: Any, wanted: str) -> str:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "eager" if wanted == "sdpa" and not model_class._supports_sdpa else wanted
+
+
+def _refuse_quantised(config: Any, files: ModelFiles) -> None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    raise UsageError(
+        f"the weights of {files.spec} are quantised ({method or 'unknown method'}); p2d reads and trains plain weights",
+        hint="use the unquantised checkpoint",
+    )
+
+
+def _refuse_incomplete(report: dict[str, Any], files: ModelFiles) -> None:
+    missing = sorted(str(name) for name in report.get("missing_keys", ()))
+    if missing:
+        # transformers would go on with random values in their place.
+        raise DataError(
+            f"{files.spec} lacks {len(missing)} of the model's tensors, the first is {missing[0]}",
+            hint="the checkpoint is incomplete or of another architecture; copy or download it again",
+        )
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,136 @@
+"""The proxy: a quick attention-only fine-tuning that shows which heads a task moves (DESIGN section 3, `pad`).
+
+The task's weights are compared with the base's; ALPS (arXiv:2505.18799) takes a fully fine-tuned task model there, p2d
+trains the attention on about a hundred rows instead, and charges it to the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
+from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
+
+
+class AttentionProxy:
+    """AdamW on the attention weights of a model, with fp32 masters.
+
+    A step of 1e-4 is below bfloat16's resolution for most weights, so updates made in the weights themselves would be
+    rounded away. The optimizer therefore works on fp32 copies, and the model only holds their rounding.
+
+    Invariant: the model's weights are the rounded masters while it trains, and bit-identical to the base after
+    `restore`. The base is kept aside in its own dtype; memory beside the model is the base and four fp32 copies
+    (master, gradient, two moments) of the attention weights.
+
+    Args:
+        model: a causal language model, plain (no adapter). Its `requires_grad` flags are left as they were.
+        layout: its layout.
+        lr: AdamW's learning rate, constant, without weight decay, which would move every head alike.
+        projections: what is trained, of q, k, v, o; in fused modules too, only their rows.
+        max_grad_norm: gradients are clipped to this norm; None for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Sequence[LayerLayout],
+        *,
+        lr: float,
+        projections: Sequence[ProjectionName] = ("q", "k", "v"),
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        self._model = model
+        self._layout = tuple(layout)
+        self._max_grad_norm = max_grad_norm
+        parts = [layer.projection(name) for layer in layout for name in projections]
+        names = dict.fromkeys(part.weight_name for part in parts)
+        self._live = {name: model.get_parameter(name) for name in names}
+        self._base = {name: weight.detach().clone() for name, weight in self._live.items()}
+        self._masters = {name: torch.nn.Parameter(_master(weight)) for name, weight in self._base.items()}
+        self._frozen_rows = _frozen_rows(self._layout, projections, self._base)
+        self._optimizer = torch.optim.AdamW(self._masters.values(), lr=lr, weight_decay=0.0)
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[float]:
+        """Take one optimizer step for each batch.
+
+        Args:
+            batches: see `p2d_cli.modeling.gradients`.
+
+        Yields:
+            The mean loss of the batch's completion tokens before its step.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the model has been restored.
+        """
+        for number, batch in enumerate(batches, start=1):
+            with trainable_only(self._model, self._live.values()):
+                sums_B, counts_B = example_losses(self._model, batch)
+                loss = sums_B.sum() / counts_B.sum()
+                self._require_finite(loss, number)
+                gradients = torch.autograd.grad(loss, list(self._live.values()))
+            self._update(gradients)
+            yield loss.item()
+
+    def base_weights(self, layer: int) -> LayerWeights:
+        """Return the q, k, v weights of a layer as they were, in the model's dtype."""
+        return self._weights(layer, self._base)
+
+    def task_weights(self, layer: int) -> LayerWeights:
+        """Return the q, k, v weights of a layer as trained, in fp32; they stay available after `restore`."""
+        return self._weights(layer, self._masters)
+
+    def restore(self) -> None:
+        """Put the base weights back into the model, bit for bit."""
+        with torch.no_grad():
+            for name, weight in self._live.items():
+                weight.copy_(self._base[name])
+
+    def _weights(self, layer: int, tensors: dict[str, Any]) -> LayerWeights:
+        def find(name: str) -> torch.Tensor:
+            found: torch.Tensor = tensors[name] if name in tensors else self._model.get_parameter(name)
+            return found
+
+        return layer_weights(self._layout[layer], find)
+
+    def _require_finite(self, loss: torch.Tensor, number: int) -> None:
+        try:
+            require_finite(loss, f"proxy training, step {number}")
+        except BaseException:
+            self.restore()
+            raise
+
+    def _update(self, gradients: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for (name, master), gradient in zip(self._masters.items(), gradients, strict=True):
+                master.grad = gradient.to(master.dtype)
+                if name in self._frozen_rows:
+                    master.grad[self._frozen_rows[name]] = 0
+            if self._max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_grad_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            for name, weight in self._live.items():
+                weight.copy_(self._masters[name])
+
+
+def _master(weight: torch.Tensor) -> torch.Tensor:
+    return weight.clone() if weight.dtype == torch.float64 else weight.to(torch.float32, copy=True)
+
+
+def _frozen_rows(
+    layout: Sequence[LayerLayout], projections: Sequence[ProjectionName], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """For fused modules of which only a part is trained: a mask of the rest, in the weight's stored shape."""
+    masks: dict[str, torch.Tensor] = {}
+    for layer in layout:
+        for part in (layer.projection(name) for name in projections if name != "o"):
+            weight = weights[part.weight_name]
+            mask = masks.setdefault(part.weight_name, torch.ones_like(weight, dtype=torch.bool))
+            rows = mask.T if part.transposed else mask
+            for start, stop in part.rows:
+                rows[start:stop] = False
+    return {name: mask for name, mask in masks.items() if bool(mask.any())}

@@ -1,0 +1,27 @@
+"""Writing a plain Hugging Face model folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from p2d_cli.modeling.loading import quiet_transformers
+from p2d_cli.modeling.model_files import TOKENIZER_FILES
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+def save_plain_model(model: Any, base: Path, folder: Path) -> None:
+    """Write weights and config of `model`, and the tokenizer, chat template and generation config of its base.
+
+    Args:
+        model: a transformers model without adapters.
+        base: the folder that it was loaded from; its files are copied as they are.
+        folder: where to; loads with transformers alone.
+    """
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)

@@ -1,0 +1,346 @@
+"""The geometry of the AER-against-score plot, shared by its PNG and its inline SVG.
+
+Axes place values on [0, 1]; labels are placed in pixels with y pointing down, boxes are `(left, top, right, bottom)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, pareto_front
+from p2d_cli.reporting.table import main_metric, number_text, shortened
+
+WIDE_SPAN = 8.0
+"""From this ratio of the dearest to the cheapest run on, costs are drawn on a logarithmic axis."""
+ZERO_SLOT = 0.10
+"""Share of a logarithmic axis set apart for runs that cost nothing, such as the untrained model."""
+MOST_STRETCH = 1.6
+"""How far runs that cost nothing may stretch the scale of the scores."""
+_LOG_MARGIN = 1.5
+_TOLERATED = 0.06  # share of a label that may lie on other things
+_EDGE = 0.03  # where points off the scale are marked
+_REACHES = (1.0, 2.2, 3.6, 5.2)  # distances of a label, in units of the marker's radius and a gap
+
+Kind = Literal["method", "control", "reference", "untrained"]
+Box = tuple[float, float, float, float]
+KIND_NAMES: dict[Kind, str] = {
+    "method": "method",
+    "control": "control",
+    "reference": "full fine-tuning",
+    "untrained": "not trained",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in the plot."""
+
+    number: int
+    """The run's place in the report's table, from 1."""
+    row: AerRow
+    kind: Kind
+    cost: float
+    score: float
+    low: float
+    """Lower end of the score's interval; the score itself where there is none."""
+    high: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic map of values to [0, 1]."""
+
+    low: float
+    high: float
+    is_log: bool
+    slot: float
+    """Share of the axis before `low` in which a value of 0 stands; 0 if it has none."""
+    ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """Return where a value stands; on a logarithmic axis 0 stands in the middle of its slot."""
+        if not self.is_log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return self.slot / 2
+        return self.slot + (1 - self.slot) * math.log(value / self.low) / math.log(self.high / self.low)
+
+    def holds(self, value: float) -> bool:
+        """Say whether a value is on the scale of a linear axis."""
+        return self.low <= value <= self.high
+
+    def clamp(self, value: float) -> float:
+        """Return where a value stands, or a place just inside the nearer end if it is off the scale."""
+        return self.place(value) if self.holds(value) else _EDGE if value < self.low else 1 - _EDGE
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a label's text starts, at half of its height, and whether a line must lead from the point to it."""
+
+    left: float
+    middle: float
+    width: float
+    is_far: bool
+
+    def nearest_x(self, x: float) -> float:
+        """Return where a leading line from column `x` arrives: at the label's nearer end, or its middle."""
+        return min((self.left + share * self.width for share in (0.0, 0.5, 1.0)), key=lambda end: abs(end - x))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of all points: the runs' names, or their numbers in the table if the names do not fit."""
+
+    texts: tuple[str, ...]
+    places: tuple[Label, ...]
+    are_numbers: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything in its place, for a plot whose axes span `frame` in pixels."""
+
+    metric: str | None
+    points: tuple[Point, ...]
+    along: Axis
+    up: Axis
+    frame: Box
+
+    def x(self, cost: float) -> float:
+        """Return the pixel column of a cost."""
+        return self.frame[0] + self.along.place(cost) * (self.frame[2] - self.frame[0])
+
+    def y(self, score: float) -> float:
+        """Return the pixel row of a score, clamped to the scale."""
+        return self.frame[3] - self.up.clamp(score) * (self.frame[3] - self.frame[1])
+
+    @property
+    def slot_x(self) -> float | None:
+        """The pixel column where the slot for runs that cost nothing ends, if there is one."""
+        return self.frame[0] + self.along.slot * (self.frame[2] - self.frame[0]) if self.along.slot else None
+
+    @property
+    def front(self) -> tuple[tuple[float, float], ...]:
+        """The corners of the Pareto front in pixels."""
+        return tuple((self.x(cost), self.y(score)) for cost, score in front_corners(self.points, self.metric))
+
+    def labels(self, width_of: Callable[[str], float], *, height: float, radius: float) -> Labels:
+        """Place a label beside each point.
+
+        Args:
+            width_of: Returns the width of a text in pixels.
+            height: Height of a line of text.
+            radius: Radius of the markers.
+        """
+        named = tuple(label_text(point, self.up) for point in self.points)
+        numbered = tuple(str(point.number) for point in self.points)
+        anchors = [(self.x(point.cost), self.y(point.score)) for point in self.points]
+        obstacles = list(self._obstacles(radius))
+        for texts in (named, numbered):
+            places, is_free = place_labels(
+                anchors, [width_of(text) for text in texts], height=height, gap=1.8 * radius, bounds=self.frame,
+                obstacles=obstacles,
+            )  # fmt: skip
+            if is_free:
+                break
+        return Labels(texts, places, texts is numbered)
+
+    def _obstacles(self, radius: float) -> Iterator[Box]:
+        """Yield the boxes of the markers, of the intervals and of the front's steps."""
+        for point in self.points:
+            x, y = self.x(point.cost), self.y(point.score)
+            yield x - radius, y - radius, x + radius, y + radius
+            yield x - 1, self.y(point.high), x + 1, self.y(point.low)
+        for (from_x, from_y), (to_x, to_y) in pairwise(self.front):
+            yield from_x - 1, min(from_y, to_y) - 1, to_x + 1, max(from_y, to_y) + 1
+
+
+def scatter_layout(report: AerReport, frame: Box) -> Layout:
+    """Lay out the plot of a report in the given box of pixels."""
+    points = scatter_points(report)
+    return Layout(main_metric(report), points, cost_axis([p.cost for p in points]), score_axis(points), frame)
+
+
+def scatter_points(report: AerReport) -> tuple[Point, ...]:
+    """Return the runs that have the report's main metric, cheapest first."""
+    metric = main_metric(report)
+    found = []
+    for number, row in enumerate(report.rows, start=1):
+        value = row.metrics.get(metric) if metric is not None else None
+        if value is None or not math.isfinite(value.value) or not math.isfinite(row.aer):
+            continue
+        ends = [value.value, *(end for end in (value.low, value.high) if math.isfinite(end))]
+        found.append(Point(number, row, _kind(row), row.aer, value.value, min(ends), max(ends)))
+    return tuple(found)
+
+
+def front_corners(points: Sequence[Point], metric: str | None) -> tuple[tuple[float, float], ...]:
+    """Return the staircase through the points that no other one beats: the best score that each cost buys."""
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    front = [points[index] for index in pareto_front((point.cost, sign * point.score) for point in points)]
+    corners: list[tuple[float, float]] = []
+    for point in front:
+        if corners:
+            corners.append((point.cost, corners[-1][1]))
+        corners.append((point.cost, point.score))
+    return tuple(dict.fromkeys(corners))
+
+
+def cost_axis(costs: Sequence[float]) -> Axis:
+    """Return the axis for AER: from 0 on, or logarithmic where the span of the costs is wide."""
+    positive = [cost for cost in costs if cost > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    if high / low < WIDE_SPAN:
+        return Axis(-0.04 * high, 1.08 * high, False, 0.0, linear_ticks(0.0, 1.08 * high))
+    slot = ZERO_SLOT if min(costs, default=1.0) <= 0 else 0.0
+    low, high = low / _LOG_MARGIN, high * _LOG_MARGIN
+    return Axis(low, high, True, slot, ((0.0,) if slot else ()) + _log_ticks(low, high))
+
+
+def score_axis(points: Sequence[Point]) -> Axis:
+    """Return a linear axis that holds the scores and their intervals.
+
+    Runs that cost nothing are left off the scale, to be marked at its end, if they would stretch it too far: an
+    untrained model's score would squeeze the differences between trained ones out of sight.
+    """
+    charged = [point for point in points if point.cost > 0] or points
+    (low, high), everything = _score_range(charged), _score_range(points)
+    if everything[1] - everything[0] <= MOST_STRETCH * (high - low):
+        low, high = everything
+    margin = 0.08 * (high - low) or 0.05 * (abs(high) or 1.0)
+    low, high = low - margin, high + margin
+    return Axis(low, high, False, 0.0, linear_ticks(low, high))
+
+
+def linear_ticks(low: float, high: float, at_most: int = 7) -> tuple[float, ...]:
+    """Return round values within [low, high], 1, 2 or 5 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / at_most))
+    step = next(
+        factor * power
+        for factor in (1, 2, 5, 10, 20)
+        if math.floor(high / (factor * power)) - math.ceil(low / (factor * power)) < at_most
+    )
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return tuple(float(f"{index * step:.12g}") for index in range(first, last + 1))
+
+
+def label_text(point: Point, up: Axis) -> str:
+    """Return the run's name, with its score if that is off the scale."""
+    name = shortened(point.row.name)
+    return name if up.holds(point.score) else f"{name}: {number_text(point.score)}"
+
+
+def tick_texts(axis: Axis) -> list[str]:
+    """Return the labels of an axis's ticks, on a linear axis all with as many digits behind the point."""
+    plain = [f"{tick:.6g}" for tick in axis.ticks]
+    if axis.is_log or any("e" in text for text in plain):
+        return plain
+    digits = max((len(text.partition(".")[2]) for text in plain), default=0)
+    return [f"{tick:.{digits}f}" for tick in axis.ticks]
+
+
+def place_labels(
+    anchors: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    *,
+    height: float,
+    gap: float,
+    bounds: Box,
+    obstacles: Sequence[Box],
+) -> tuple[tuple[Label, ...], bool]:
+    """Place a label beside each anchor, apart from one another and from the obstacles as far as can be.
+
+    Greedy, most crowded anchors first: each label takes the nearest free place around its anchor, or the one with
+    the least overlap.
+
+    Args:
+        anchors: Centres of the markers, in pixels.
+        widths: Widths of the labels, in pixels.
+        height: Height of every label.
+        gap: Distance from an anchor to a label beside it, the marker's radius included.
+        bounds: Where labels may stand.
+        obstacles: What labels should not cover, such as markers and intervals.
+
+    Returns:
+        The labels in the order of the anchors, and whether none of them covers more than a line's breadth.
+    """
+    taken: list[Box] = list(obstacles)
+    placed: dict[int, Label] = {}
+    is_free = True
+    for index in _most_crowded_first(anchors, widths):
+        best = min(
+            (
+                (_overlap(_box(label, height), taken, bounds), rank, label)
+                for rank, label in enumerate(_candidates(anchors[index], widths[index], height, gap))
+            ),
+            key=lambda option: option[:2],
+        )
+        placed[index] = best[2]
+        taken.append(_box(best[2], height, margin=gap / 3))
+        is_free = is_free and best[0] <= _TOLERATED * widths[index] * height
+    return tuple(placed[index] for index in range(len(anchors))), is_free
+
+
+def _kind(row: AerRow) -> Kind:
+    if row.is_reference:
+        return "reference"
+    return "control" if row.is_control else "method" if row.total_seconds > 0 else "untrained"
+
+
+def _score_range(points: Sequence[Point]) -> tuple[float, float]:
+    return min((point.low for point in points), default=0.0), max((point.high for point in points), default=1.0)
+
+
+def _log_ticks(low: float, high: float) -> tuple[float, ...]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    values = (float(f"{factor}e{decade}") for decade in decades for factor in factors)
+    return tuple(value for value in values if low <= value <= high)
+
+
+def _most_crowded_first(anchors: Sequence[tuple[float, float]], widths: Sequence[float]) -> list[int]:
+    def neighbours(index: int) -> int:
+        x, y = anchors[index]
+        return sum(abs(x - other_x) < widths[index] and abs(y - other_y) < 40 for other_x, other_y in anchors)
+
+    return sorted(range(len(anchors)), key=lambda index: (-neighbours(index), index))
+
+
+def _candidates(anchor: tuple[float, float], width: float, height: float, gap: float) -> Iterator[Label]:
+    """Yield places around an anchor, best first: beside it, above and below, diagonal, then the same further out."""
+    x, y = anchor
+    for reach in _REACHES:
+        near = reach * gap
+        diagonal, level = 0.7 * near, 0.7 * near + height / 2
+        for left, middle in (
+            (x + near, y),
+            (x - near - width, y),
+            (x + diagonal, y - level),
+            (x + diagonal, y + level),
+            (x - diagonal - width, y - level),
+            (x - diagonal - width, y + level),
+            (x - width / 2, y - near - height / 2),
+            (x - width / 2, y + near + height / 2),
+        ):
+            yield Label(left, middle, width, reach > 1.0)
+
+
+def _box(label: Label, height: float, margin: float = 0.0) -> Box:
+    left, right = label.left - margin, label.left + label.width + margin
+    return left, label.middle - height / 2, right, label.middle + height / 2
+
+
+def _overlap(box: Box, taken: Sequence[Box], bounds: Box) -> float:
+    """Return the area in which a box covers others, and of what of it lies out of bounds, which counts tenfold."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    outside = area - _common_area(box, bounds)
+    return (10 * outside if outside > 1e-6 * area else 0.0) + math.fsum(_common_area(box, other) for other in taken)
+
+
+def _common_area(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

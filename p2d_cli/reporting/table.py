@@ -1,0 +1,157 @@
+"""The comparison as cells of text: one choice of columns, figures and marks for the Markdown and the HTML report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, MetricValue
+
+MISSING = "–"
+DEFINITION = (
+    "AER = (score-heads + mine-data + train) / full fine-tuning on all the data, in wall seconds; lower is better."
+    " Speed-up = 1 / AER. STR = (score-heads + mine-data) / full fine-tuning."
+    " Loading, compilation and evaluation are not charged."
+)
+
+Mark = Literal["reference", "extrapolated", "control", "mixed"]
+MARK_MEANINGS: dict[Mark, str] = {
+    "reference": "the full fine-tuning that the others are measured against",
+    "extrapolated": "its time is scaled up from a training that was cut short, and its score is unfinished",
+    "control": "heads or rows chosen at random, evenly or not at all: what a method has to beat",
+    "mixed": "made under other conditions than the reference: not strictly comparable",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the comparison."""
+
+    title: str
+    unit: str
+    """What stands behind the title, such as `s`; may be empty."""
+    cell: Callable[[AerRow], str]
+
+    @property
+    def heading(self) -> str:
+        """The title with its unit in brackets."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+def main_metric(report: AerReport) -> str | None:
+    """Return the reference's first metric, else that of the first run that has one, else None."""
+    rows = sorted(report.rows, key=lambda row: not row.is_reference)
+    return next((next(iter(row.metrics)) for row in rows if row.metrics), None)
+
+
+def other_metrics(report: AerReport) -> tuple[str, ...]:
+    """Return the metrics beside the main one, in the order in which the rows name them."""
+    names = dict.fromkeys(name for row in report.rows for name in row.metrics)
+    return tuple(name for name in names if name != main_metric(report))
+
+
+def columns(report: AerReport) -> tuple[Column, ...]:
+    """Return the columns that stand to the right of the run's name, most important first."""
+    metric = main_metric(report)
+    score = () if metric is None else (Column(metric, "95% interval", lambda row: score_text(row.metrics.get(metric))),)
+    return (
+        *score,
+        Column("AER", "", lambda row: ratio_text(row.aer)),
+        Column("Speed-up", "", lambda row: speedup_text(row.speedup)),
+        Column("STR", "", lambda row: ratio_text(row.str_ratio)),
+        Column("Heads", "", lambda row: share_text(row.head_share)),
+        Column("Rows", "", lambda row: share_text(row.row_share)),
+        Column("Parameters", "", lambda row: share_text(row.trainable_share)),
+        Column("score-heads", "s", lambda row: seconds_text(row.score_heads_seconds)),
+        Column("mine-data", "s", lambda row: seconds_text(row.mine_data_seconds)),
+        Column("train", "s", lambda row: seconds_text(row.train_seconds)),
+        Column("Total", "s", lambda row: seconds_text(row.total_seconds)),
+        Column("Peak", "GiB", lambda row: MISSING if row.peak_gib is None else f"{row.peak_gib:.2f}"),
+    )
+
+
+def marks_of(row: AerRow, report: AerReport) -> tuple[Mark, ...]:
+    """Return the marks that a row carries."""
+    found: dict[Mark, bool] = {
+        "reference": row.is_reference,
+        "extrapolated": row.is_reference and report.reference.extrapolated,
+        "control": row.is_control and not row.is_reference,
+        "mixed": bool(row.mixed),
+    }
+    return tuple(mark for mark, applies in found.items() if applies)
+
+
+def marks_used(report: AerReport) -> tuple[Mark, ...]:
+    """Return the marks that any row carries, in the order of `MARK_MEANINGS`."""
+    used = {mark for row in report.rows for mark in marks_of(row, report)}
+    return tuple(mark for mark in MARK_MEANINGS if mark in used)
+
+
+def reference_sentence(report: AerReport) -> str:
+    """Say in one sentence what the denominator is and how it was obtained."""
+    reference = report.reference
+    name = next((f"'{row.name}'" for row in report.rows if row.is_reference), "the reference")
+    seconds = f"{seconds_text(reference.seconds)} s of training"
+    if reference.extrapolated:
+        how = f"extrapolated from {reference.measured_steps} of {reference.planned_steps} updates"
+    elif reference.measured_steps is not None:
+        how = f"measured over all {reference.measured_steps} updates"
+    else:
+        how = "measured"
+    where = " in ".join(text for text in (reference.hardware, reference.precision) if text)
+    return f"Reference: {name}, {seconds}{' on ' * bool(where)}{where}, {how}."
+
+
+def better_is(metric: str) -> Literal["lower", "higher"]:
+    """Say which way a metric improves."""
+    return "lower" if metric in LOWER_IS_BETTER else "higher"
+
+
+def number_text(value: float) -> str:
+    """Return a score with three digits behind the point, or four significant ones from 10 on."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
+
+
+def score_text(metric: MetricValue | None) -> str:
+    """Return `value [low, high]`; the interval is left out where there is none."""
+    if metric is None or math.isnan(metric.value):
+        return MISSING
+    if math.isnan(metric.low) or math.isnan(metric.high):
+        return number_text(metric.value)
+    return f"{number_text(metric.value)} [{number_text(metric.low)}, {number_text(metric.high)}]"
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio with three digits behind the point, four below 0.01, and `<0.001` where those would hide it."""
+    if 0 < ratio < 0.001:
+        return "<0.001"
+    return f"{ratio:.4f}" if 0 < ratio < 0.01 else f"{ratio:.3f}"
+
+
+def speedup_text(speedup: float | None) -> str:
+    """Return `6.25×`; a run that cost nothing has no speed-up."""
+    return MISSING if speedup is None else f"{speedup:,.2f}×" if speedup < 100 else f"{speedup:,.0f}×"
+
+
+def share_text(share: float | None) -> str:
+    """Return a share of one as a percentage with three significant digits."""
+    return MISSING if share is None else f"{100 * share:.3g}%"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return seconds without a unit: two digits behind the point below 10, one below 1,000."""
+    digits = 2 if seconds < 10 else 1 if seconds < 1000 else 0
+    return "0" if seconds == 0 else f"{seconds:,.{digits}f}"
+
+
+def shortened(name: str, at_most: int = 44) -> str:
+    """Return a run's name on one line, with its middle left out where it is long."""
+    flat = " ".join(name.split())
+    if len(flat) <= at_most:
+        return flat
+    tail = at_most // 2 - 1
+    return f"{flat[: at_most - tail - 1]}…{flat[len(flat) - tail :]}"

@@ -1,0 +1,1 @@
+"""The process around a stage: time, progress, seeds, hardware, ranks."""

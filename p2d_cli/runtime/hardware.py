@@ -1,0 +1,93 @@
+"""What a run ran on: processor, accelerator, versions, peak memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("p2d-cli", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pyarrow", "numpy")
+GIB = 2**30
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each package that can change a result, and Python's."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware(device: str) -> dict[str, Any]:
+    """Return the machine's description.
+
+    Args:
+        device: the device that did the work, as torch writes it (`cpu`, `cuda:0`).
+
+    Returns:
+        `label` (short and comparable between runs), `device`, `processor`, `cores`, `system`, and for CUDA
+        `accelerators` and `accelerator_gib`.
+    """
+    processor = _processor_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    described: dict[str, Any] = {
+        "device": device,
+        "processor": processor,
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "label": f"{processor}, {cores} cores",
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        described |= {"accelerators": 1, "accelerator_gib": round(properties.total_memory / GIB, 2)}
+        described["label"] = f"1 x {properties.name}"
+    elif device != "cpu":
+        described["label"] = f"{device}, {processor}"
+    return described
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n"):
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Return a function that waits until `device` has done all it was given."""
+    if device.startswith("cuda"):
+        import torch
+
+        return lambda: torch.cuda.synchronize(torch.device(device))
+    return lambda: None
+
+
+def peak_memory_gib(device: str) -> dict[str, float]:
+    """Return the peak resident memory of this process so far, and of `device` if it has its own, in GiB."""
+    peaks = {"host": _peak_host_bytes() / GIB}
+    if device.startswith("cuda"):
+        import torch
+
+        peaks["device"] = torch.cuda.max_memory_allocated(torch.device(device)) / GIB
+    return {name: round(value, 4) for name, value in peaks.items()}
+
+
+def _peak_host_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

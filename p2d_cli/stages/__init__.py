@@ -1,0 +1,1 @@
+"""The stages: load, compute, save, return a result."""

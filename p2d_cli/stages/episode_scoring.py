@@ -1,0 +1,138 @@
+"""Reading few-shot episodes: the chosen heads' attention to each demo, and how well the queries are answered.
+
+Legend: E episodes, B batch, T tokens, K chosen heads in (layer, head) order, S demos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from p2d_cli.config import MineDataConfig
+from p2d_cli.core.metrics import exact_match, number_match, rouge_l, token_f1
+from p2d_cli.data.batching import pad_mask
+from p2d_cli.data.episodes import EncodedEpisode, Episode
+from p2d_cli.data.records import Record
+from p2d_cli.modeling.answers import completion_log_likelihood
+from p2d_cli.modeling.attention_capture import capture_segments
+from p2d_cli.modeling.generation import generate_greedy
+from p2d_cli.stages.workbench import Workbench
+
+
+class EpisodeReader:
+    """Read episodes with one forward pass each, and with a generated answer where that is asked for.
+
+    Args:
+        bench: the model.
+        heads_LH: the heads whose attention counts, `[L, H]` bool.
+        config: how episodes are judged (`perf`, `perf_metric`, `max_new_tokens`, `demos`).
+        queries_from: the rows that the episodes' queries index.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        heads_LH: NDArray[np.bool_],
+        config: MineDataConfig,
+        *,
+        queries_from: Sequence[Record],
+    ) -> None:
+        self._bench = bench
+        self._heads_LH = heads_LH
+        self._config = config
+        self._queries = queries_from
+        self.unparsed = 0
+        """Generated answers that could not be parsed; they are failures to judge, not bad answers."""
+
+    def encode(self, plan: Sequence[Episode], pool: Sequence[Record]) -> list[EncodedEpisode]:
+        """Tokenize the planned episodes."""
+        return [
+            self._bench.encode_episode(
+                [pool[index] for index in episode.demos], [self._queries[index] for index in episode.queries]
+            )
+            for episode in plan
+        ]
+
+    def read(
+        self, plan: Sequence[Episode], episodes: Sequence[EncodedEpisode]
+    ) -> Iterator[tuple[list[int], NDArray[np.float64], NDArray[np.float64]]]:
+        """Yield `(indices, attention_BKS, perf_B)`; `perf` in [0, 1], NaN where no answer could be judged."""
+        if self._config.perf == "likelihood":
+            yield from self._read_with_likelihood(episodes)
+            return
+        watched = self._bench.watch(episodes, self._heads_LH, num_segments=self._config.demos)
+        for group, attention_BKS in watched:
+            if self._config.perf == "none":
+                yield group, attention_BKS, np.ones(len(group))
+            else:
+                yield group, attention_BKS, self._judge(plan, episodes, group)
+
+    def _read_with_likelihood(
+        self, episodes: Sequence[EncodedEpisode]
+    ) -> Iterator[tuple[list[int], NDArray[np.float64], NDArray[np.float64]]]:
+        """One forward pass gives both: the attention on its way, the answers' likelihood at its end."""
+        bench = self._bench
+        heads = {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(self._heads_LH) if row.any()}
+        for group in bench.batches([len(episode.input_ids) for episode in episodes]):
+            chosen = [episodes[index] for index in group]
+            query_mask_BT, segment_BT = bench.episode_masks(chosen)
+            answer_mask_BT = pad_mask([episode.answer_mask for episode in chosen], False).to(bench.device)
+            input_ids_BT = bench.pad([episode.input_ids for episode in chosen])
+            with capture_segments(bench.model, heads, query_mask_BT, segment_BT, self._config.demos) as captured:
+                sum_B, count_B = completion_log_likelihood(
+                    bench.model, input_ids_BT, torch.ones_like(input_ids_BT), answer_mask_BT
+                )
+            perf_B = torch.exp(sum_B / count_B.clamp(min=1)).double().cpu().numpy()
+            yield group, captured.attention_BKS.double().cpu().numpy(), perf_B
+
+    def _judge(
+        self, plan: Sequence[Episode], episodes: Sequence[EncodedEpisode], group: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Let the model answer each query, and return the mean metric of each episode's parsed answers."""
+        prompts, references, owners = [], [], []
+        for position, index in enumerate(group):
+            starts = _answer_starts(episodes[index].answer_mask)
+            for start, query in zip(starts, plan[index].queries, strict=True):
+                prompts.append(list(episodes[index].input_ids[:start]))
+                references.append(self._queries[query].completion)
+                owners.append(position)
+        answers = self._generate(prompts)
+        judged: list[list[float]] = [[] for _ in group]
+        for owner, answer, reference in zip(owners, answers, references, strict=True):
+            value = self._metric(answer, reference)
+            if value is None:
+                self.unparsed += 1
+            else:
+                judged[owner].append(value)
+        return np.array([np.mean(values) if values else np.nan for values in judged])
+
+    def _generate(self, prompts: list[list[int]]) -> list[str]:
+        bench, config = self._bench, self._config
+        answers = [""] * len(prompts)
+        batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
+        stop = ("\n\n",) if bench.template.name == "plain" else ()
+        for indices, texts, _ in generate_greedy(
+            bench.model, bench.tokenizer, prompts, batches, max_new_tokens=config.max_new_tokens, stop=stop
+        ):
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
+        return answers
+
+    def _metric(self, answer: str, reference: str) -> float | None:
+        if not answer.strip():
+            return None
+        if self._config.perf_metric == "number_match":
+            matched = number_match(answer, reference, "flexible")
+            return None if matched is None else float(matched)
+        metric = {"exact_match": exact_match, "token_f1": token_f1, "rougeL": rouge_l}[self._config.perf_metric]
+        return float(metric(answer, reference))
+
+
+def _answer_starts(answer_mask: Sequence[bool]) -> list[int]:
+    """Return where each run of answer tokens begins."""
+    return [
+        index for index, answers in enumerate(answer_mask) if answers and (index == 0 or not answer_mask[index - 1])
+    ]

@@ -1,0 +1,247 @@
+"""eval: how well does a model, with or without an adapter, answer held-out rows?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.digests import digest_file
+from p2d_cli.artifacts.evaluation import save_evaluation
+from p2d_cli.artifacts.manifest import InputEntry
+from p2d_cli.config import EvalConfig, Resolved
+from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.metrics import bootstrap_interval, exact_match, number_match, rouge_l, token_f1
+from p2d_cli.data.records import Record
+from p2d_cli.data.sources import RowSource
+from p2d_cli.errors import DataError
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime.seeding import generator
+from p2d_cli.stages.adapters import open_adapter
+from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+
+GENERATED: dict[str, dict[str, Callable[[str, str], float | None]]] = {
+    "exact_match": {"exact_match": lambda answer, reference: float(exact_match(answer, reference))},
+    "token_f1": {"token_f1": token_f1},
+    "rougeL": {"rougeL": rouge_l},
+    "number_match": {
+        "number_match": lambda answer, reference: _optional(number_match(answer, reference, "flexible")),
+        "number_match_strict": lambda answer, reference: _optional(number_match(answer, reference, "strict")),
+    },
+}
+"""For each metric of a generated answer, the figures it gives; None marks an answer that cannot be parsed."""
+
+
+def _optional(matched: bool | None) -> float | None:
+    return None if matched is None else float(matched)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    model: ModelFiles
+    adapter: Path | None
+    data: RowSource
+    choices: tuple[str, ...] | None
+
+
+def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> StageResult:
+    """Evaluate and write an evaluation artifact.
+
+    Raises:
+        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
+    """
+    job = StageRun("eval", resolved, options or RunOptions())
+    config = job.config
+    model = job.model(config.model)
+    inputs = _Inputs(
+        model=model,
+        adapter=open_adapter(job, config.adapter) if config.adapter is not None else None,
+        data=job.rows("data", config.data),
+        choices=_open_choices(job, config.choices) if config.choices is not None else None,
+    )
+    return job.complete(lambda folder: _compute(job, inputs, folder))
+
+
+def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
+    path = Path(spec).expanduser()
+    try:
+        choices = json.loads(path.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise DataError(f"--choices {spec} cannot be read as JSON: {problem}") from None
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"--choices {spec}: expected a JSON list of at least two strings")
+    job.inputs["choices"] = InputEntry(kind="choices", digest=digest_file(path), source=spec)
+    return tuple(choices)
+
+
+def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
+    from p2d_cli.modeling.head_adapter import load_adapter
+    from p2d_cli.stages.workbench import open_workbench
+
+    config = job.config
+    with job.timer.phase("prepare"):
+        records = job.read(inputs.data, limit=config.limit).records
+    bench = open_workbench(job, inputs.model, config)
+    if inputs.adapter is not None:
+        with job.timer.phase("load"):
+            bench.model = load_adapter(bench.model, inputs.adapter)
+    columns: dict[str, Any] = {
+        "id": [record.id for record in records],
+        "prompt": [record.prompt for record in records],
+        "reference": [record.completion for record in records],
+    }
+    metrics: dict[str, MetricValue] = {}
+    notes: dict[str, Any] = {}
+    with job.timer.phase("evaluate"):
+        if generated := [name for name in config.metric if name in GENERATED]:
+            columns["prediction"] = _generate(job, bench, records)
+            _judge(config, generated, columns, metrics, notes)
+        if "accuracy" in config.metric:
+            _choose(job, bench, records, inputs.choices, columns, metrics)
+        if "perplexity" in config.metric:
+            _perplexity(job, bench, records, columns, metrics)
+    order = [name for name in metrics if name.removesuffix("_strict") in config.metric]
+    metrics = {name: metrics[name] for name in sorted(order, key=lambda name: _position(config, name))}
+    with job.timer.phase("save"):
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        save_evaluation(folder, metrics, rows)
+    return Outcome(
+        summary={
+            "rows": len(records),
+            "metrics": {name: vars(metric) for name, metric in metrics.items()},
+            **notes,
+        },
+        settings={"rows": len(records), "data": inputs.data.spec},
+        precision=bench.precision,
+        device=bench.device,
+        tokens=bench.tokens,
+    )
+
+
+def _position(config: EvalConfig, name: str) -> tuple[int, str]:
+    return config.metric.index(name.removesuffix("_strict")), name
+
+
+def _generate(job: StageRun[EvalConfig], bench: Any, records: Sequence[Record]) -> list[str]:
+    """Answer every row greedily."""
+    from p2d_cli.modeling.generation import generate_greedy
+
+    config = job.config
+    room = max(1, bench.max_length - config.max_new_tokens)
+    prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
+    answers = [""] * len(records)
+    with job.progress.task("answer rows", len(records)) as advance:
+        batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
+        for indices, texts, new_tokens in generate_greedy(
+            bench.model, bench.tokenizer, prompts, batches, max_new_tokens=config.max_new_tokens, stop=config.stop
+        ):
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
+            bench.tokens += new_tokens + sum(len(prompts[index]) for index in indices)
+            advance(len(indices))
+    return answers
+
+
+def _judge(
+    config: EvalConfig,
+    wanted: Sequence[str],
+    columns: dict[str, Any],
+    metrics: dict[str, MetricValue],
+    notes: dict[str, Any],
+) -> None:
+    """Add each metric of the generated answers, by row and on average; an unparseable answer counts as wrong."""
+    for name in wanted:
+        for figure, judge in GENERATED[name].items():
+            judged = [
+                judge(answer, reference)
+                for answer, reference in zip(columns["prediction"], columns["reference"], strict=True)
+            ]
+            if unparsed := sum(value is None for value in judged):
+                notes[f"{figure}_unparsed"] = unparsed
+            columns[figure] = [0.0 if value is None else float(value) for value in judged]
+            metrics[figure] = _mean_with_interval(config, figure, np.array(columns[figure]))
+
+
+def _choose(
+    job: StageRun[EvalConfig],
+    bench: Any,
+    records: Sequence[Record],
+    choices: tuple[str, ...] | None,
+    columns: dict[str, Any],
+    metrics: dict[str, MetricValue],
+) -> None:
+    """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
+    from dataclasses import replace
+
+    from p2d_cli.modeling.generation import score_completions
+
+    offered: list[tuple[str, ...]] = []
+    for record in records:
+        options = record.choices or choices
+        if not options:
+            raise DataError(
+                f"{record.where}: the metric accuracy needs choices, and the row has none",
+                hint="add a column 'choices', or give --choices FILE with a JSON list",
+            )
+        offered.append(options)
+    variants = [
+        replace(record, completion=option)
+        for record, options in zip(records, offered, strict=True)
+        for option in options
+    ]
+    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(variants)]
+    likelihood = np.zeros(len(variants))
+    with job.progress.task("weigh choices", len(variants)) as advance:
+        batches = bench.batches([len(ids) for ids, _ in examples])
+        for group, sums, _ in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
+            likelihood[group] = sums
+            bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
+            advance(len(group))
+    chosen, start = [], 0
+    for options in offered:
+        chosen.append(options[int(np.argmax(likelihood[start : start + len(options)]))])
+        start += len(options)
+    columns["choice"] = chosen
+    columns["accuracy"] = [
+        float(choice == reference.strip()) for choice, reference in zip(chosen, columns["reference"], strict=True)
+    ]
+    metrics["accuracy"] = _mean_with_interval(job.config, "accuracy", np.array(columns["accuracy"]))
+
+
+def _perplexity(
+    job: StageRun[EvalConfig],
+    bench: Any,
+    records: Sequence[Record],
+    columns: dict[str, Any],
+    metrics: dict[str, MetricValue],
+) -> None:
+    """Perplexity of the reference completions, over all their tokens; the interval resamples rows."""
+    from p2d_cli.modeling.generation import score_completions
+
+    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(records)]
+    sums_N, counts_N = np.zeros(len(records)), np.zeros(len(records))
+    with job.progress.task("weigh references", len(records)) as advance:
+        batches = bench.batches([len(ids) for ids, _ in examples])
+        for group, sums, counts in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
+            sums_N[group], counts_N[group] = sums, counts
+            advance(len(group))
+    columns["log_likelihood"] = sums_N.tolist()
+    columns["completion_tokens"] = counts_N.astype(int).tolist()
+    rng = generator(job.config.seed, "eval", "bootstrap", "perplexity")
+    picks = rng.integers(len(records), size=(2000, len(records)))
+    resampled = np.exp(-sums_N[picks].sum(axis=1) / counts_N[picks].sum(axis=1))
+    tail = (1 - job.config.confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    value = float(np.exp(-sums_N.sum() / counts_N.sum()))
+    metrics["perplexity"] = MetricValue(value=value, low=float(low), high=float(high), count=len(records))
+
+
+def _mean_with_interval(config: EvalConfig, name: str, values: NDArray[np.float64]) -> MetricValue:
+    rng = generator(config.seed, "eval", "bootstrap", name)
+    low, high = bootstrap_interval(values, confidence=config.confidence, rng=rng)
+    return MetricValue(value=float(values.mean()), low=low, high=high, count=len(values))

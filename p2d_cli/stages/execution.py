@@ -1,0 +1,322 @@
+"""What all stages do alike: identify inputs, skip what is current, charge seconds, write the artifact.
+
+A stage's `run` opens a `StageRun`, registers its inputs by digest, and hands its computation to `complete`. Nothing
+here imports torch, so that a run that is up to date answers at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
+from p2d_cli.artifacts.manifest import (
+    SCHEMA_VERSIONS,
+    InputEntry,
+    Manifest,
+    ModelIdentity,
+    artifact_key,
+    is_artifact,
+    read_manifest,
+)
+from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
+from p2d_cli.artifacts.subset import SUBSET_NAME
+from p2d_cli.config import ConfigT, Resolved, RowOptions
+from p2d_cli.core.aer import StageCost
+from p2d_cli.data.records import ColumnMap, RecordSet, read_records
+from p2d_cli.data.sources import RowSource, locate
+from p2d_cli.errors import ArtifactError, CannotCreateError
+from p2d_cli.modeling.model_files import ModelFiles, locate_model
+from p2d_cli.pipeline import ArtifactKind, stage_named
+from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
+from p2d_cli.runtime.progress import Progress, SilentProgress
+from p2d_cli.runtime.timing import PhaseTimer
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what."""
+
+    force: bool = False
+    """Redo the stage even if its artifact is current, and replace what is there."""
+    replace_stale: bool = False
+    """Replace an artifact whose inputs or settings changed; a recipe owns its folder and does so."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    progress: Progress = field(default_factory=SilentProgress)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did."""
+
+    stage: str
+    out: Path
+    status: Literal["done", "up-to-date", "would-run", "would-skip"]
+    key: str
+    inputs: dict[str, InputEntry]
+    manifest: Manifest | None
+    """None only for a dry run of work that is still to do."""
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage's computation hands back for the manifest."""
+
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    """What the report needs to know of the stage (see `p2d_cli.core.aer`)."""
+    precision: str
+    device: str
+    tokens: int = 0
+    epochs: float | None = None
+    steps_done: int | None = None
+    steps_planned: int | None = None
+    decoration: frozenset[str] = frozenset()
+    """Payload files that are not part of what the artifact says, such as pictures and logs."""
+    charged: bool = True
+    """Whether the stage is a cost that a run is charged for."""
+
+
+class StageRun(Generic[ConfigT]):
+    """One run of one stage."""
+
+    def __init__(self, stage: str, resolved: Resolved[ConfigT], options: RunOptions) -> None:
+        self.stage = stage_named(stage)
+        self.kind: ArtifactKind = self.stage.writes
+        self.resolved = resolved
+        self.config = resolved.config
+        self.options = options
+        self.progress = options.progress
+        self.timer = PhaseTimer()
+        self.inputs: dict[str, InputEntry] = {}
+        self.manifests: dict[str, Manifest] = {}
+        """Manifests of the inputs that are artifacts, by the input's name."""
+        self.model_identity: ModelIdentity | None = None
+        self._ledger: dict[str, dict[str, Any]] = {}
+        self._started = time.perf_counter()
+
+    def use_device(self, device: str) -> None:
+        """Synchronise with `device` when a phase begins or ends."""
+        self.timer.synchronize_with(synchronizer(device))
+
+    def model(self, spec: str, *, name: str = "model", with_tokenizer: bool = True) -> ModelFiles:
+        """Locate and identify a model; the one called `model` is the artifact's base model.
+
+        A model that an earlier stage wrote brings the costs of its making.
+        """
+        files = locate_model(spec)
+        if is_artifact(files.folder):
+            self._inherit(open_artifact(files.folder, _kind_of(files.folder)))
+        identity = identify_model(files)
+        entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
+        self.inputs[name] = InputEntry(
+            kind="model", digest=digest_json(entry), source=spec, details=identity.model_dump(mode="json")
+        )
+        if name == "model":
+            self.model_identity = identity
+        return files
+
+    def rows(self, name: str, spec: str) -> RowSource:
+        """Locate and identify rows: a subset artifact, a file, a folder or a hub id."""
+        config = self.config
+        if not isinstance(config, RowOptions):
+            raise TypeError(f"{type(config).__name__} has no settings for rows")
+        folder = Path(spec).expanduser()
+        if is_artifact(folder):
+            self.artifact(name, spec, "subset")
+            return locate(str(folder / SUBSET_NAME))
+        source = locate(spec, split=config.split, revision=config.revision)
+        digest = (
+            digest_files(source.files)
+            if source.files
+            else digest_json([source.repo, source.revision, source.config_name, source.split])
+        )
+        self.inputs[name] = InputEntry(kind="rows", digest=digest, source=spec)
+        return source
+
+    def artifact(self, name: str, spec: str, kind: ArtifactKind, *, same_model: bool = False) -> Manifest:
+        """Open an artifact of another stage, verified, and take over the costs of its making.
+
+        Args:
+            name: the input's name.
+            spec: its folder.
+            kind: the kind that it must be of.
+            same_model: whether it must have been made with this run's base model.
+
+        Raises:
+            ArtifactError: not such an artifact, or made with another model.
+        """
+        manifest = open_artifact(Path(spec).expanduser(), kind)
+        if same_model and self.model_identity is not None:
+            ensure_same_model(manifest, self.model_identity, spec)
+        self._inherit(manifest)
+        self.inputs[name] = InputEntry(kind=kind, digest=manifest.content_digest, source=spec)
+        self.manifests[name] = manifest
+        return manifest
+
+    def read(self, source: RowSource, *, need_completion: bool = True, limit: int | None = None) -> RecordSet:
+        """Read rows as records, telling what was left out."""
+        config = self.config
+        if not isinstance(config, RowOptions):
+            raise TypeError(f"{type(config).__name__} has no settings for rows")
+        records = read_records(
+            source,
+            columns=ColumnMap(prompt=config.prompt_column, completion=config.completion_column),
+            limit=limit,
+            skip_bad_rows=config.skip_bad_rows,
+            need_completion=need_completion,
+        )
+        for note in records.notes:
+            self.progress.note(note)
+        if records.skipped:
+            self.progress.note(f"{source.spec}: {len(records.skipped)} bad rows left out, first: {records.skipped[0]}")
+        return records
+
+    def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
+        """Skip, plan or do the work, and leave the artifact.
+
+        Args:
+            compute: writes the payload into the folder it is given.
+        """
+        identity = self._identity()
+        key = artifact_key(identity)
+        current = None if self.options.force else find_current(self.config.out, self.kind, key)
+        if current is not None:
+            return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
+        self._ensure_room(identity)
+        if self.options.dry_run:
+            return self._result("would-run", key, None)
+        with draft(self.config.out, self.kind) as place:
+            outcome = compute(place.folder)
+            manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
+            place.commit(manifest)
+        return self._result("done", key, manifest)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "schema": f"p2d.{self.kind}/{SCHEMA_VERSIONS[self.kind]}",
+            "settings": self.config.identity(),
+            "inputs": {name: entry.digest for name, entry in self.inputs.items()},
+        }
+
+    def _ensure_room(self, identity: dict[str, Any]) -> None:
+        out = self.config.out
+        for entry in self.inputs.values():
+            if entry.kind != "rows" and Path(entry.source).expanduser().resolve() == out.resolve():
+                raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")
+        replace = self.options.force or self.options.replace_stale
+        ensure_replaceable(out, self.kind, replace=replace, changes=_changes(out, identity))
+
+    def _inherit(self, manifest: Manifest) -> None:
+        self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
+
+    def _manifest(self, key: str, identity: dict[str, Any], outcome: Outcome, outputs: dict[str, Any]) -> Manifest:
+        hardware = describe_hardware(outcome.device)
+        peak = peak_memory_gib(outcome.device)
+        seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
+        cost = StageCost(
+            stage=self.stage.name,
+            artifact=key,
+            seconds=seconds,
+            # A stage that ran no model is the same work on any hardware, and compares with all.
+            hardware=hardware["label"] if outcome.precision else "",
+            precision=outcome.precision,
+            epochs=outcome.epochs,
+            steps_done=outcome.steps_done,
+            steps_planned=outcome.steps_planned,
+            model=self.model_identity.digest if self.model_identity else "",
+            tokens=outcome.tokens,
+            peak_gib=peak.get("device", peak["host"]),
+            settings=outcome.settings,
+        )
+        ledger = list(self._ledger.values()) + ([cost.to_dict()] if outcome.charged else [])
+        return Manifest(
+            schema_=identity["schema"],
+            key=key,
+            identity=identity,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            status="complete",
+            exit_code=0,
+            config=self.resolved.provenance(),
+            inputs=self.inputs,
+            outputs=outputs,
+            model=self.model_identity,
+            seed=self.config.seed,
+            seconds=seconds,
+            tokens=outcome.tokens,
+            peak_memory_gib=peak,
+            hardware=hardware,
+            precision=outcome.precision,
+            versions=package_versions(),
+            summary=outcome.summary,
+            ledger=ledger,
+        )
+
+    def _result(
+        self, status: Literal["done", "up-to-date", "would-run", "would-skip"], key: str, manifest: Manifest | None
+    ) -> StageResult:
+        return StageResult(
+            stage=self.stage.name,
+            out=self.config.out,
+            status=status,
+            key=key,
+            inputs=dict(self.inputs),
+            manifest=manifest,
+            wall_seconds=time.perf_counter() - self._started,
+        )
+
+
+def identify_model(files: ModelFiles) -> ModelIdentity:
+    """Digest a model's config and weights, and apart from them its tokenizer and chat template."""
+    weights = sorted((path.name, digest_file(path)) for path in files.weights)
+    return ModelIdentity(
+        source=files.spec,
+        revision=files.revision,
+        digest=digest_json([digest_file(files.config_path), weights]),
+        tokenizer_digest=digest_files(files.tokenizer) if files.tokenizer else None,
+        model_type=files.model_type,
+    )
+
+
+def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str) -> None:
+    """Refuse an artifact that was made with another model or tokenizer.
+
+    Raises:
+        ArtifactError: naming both.
+    """
+    made_with = manifest.model
+    if made_with is None:
+        return
+    tokenizers = {made_with.tokenizer_digest, model.tokenizer_digest} - {None}
+    if made_with.digest != model.digest or len(tokenizers) > 1:
+        raise ArtifactError(
+            f"{spec} was made with another model\n  it was made with: {made_with.describe()}\n"
+            f"  --model is:       {model.describe()}",
+            hint=f"give --model {made_with.source}, or make it again with this model",
+        )
+
+
+def _kind_of(folder: Path) -> ArtifactKind:
+    kind: Any = read_manifest(folder).kind
+    return kind  # type: ignore[no-any-return]  # read_manifest accepts no other kinds
+
+
+def _changes(out: Path, identity: dict[str, Any]) -> str:
+    """Say in what the artifact at `out` differs from the one that would be made."""
+    try:
+        found = read_manifest(out).identity
+    except ArtifactError:
+        return "it is damaged"
+    differences = [
+        f"{part[:-1]} {name}"
+        for part in ("settings", "inputs")
+        for name in sorted({*identity[part], *found.get(part, {})})
+        if identity[part].get(name) != found.get(part, {}).get(name)
+    ]
+    return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"

@@ -1,0 +1,79 @@
+"""inspect: verify an artifact, and read from it what a person would want to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
+from p2d_cli.artifacts.manifest import Manifest, is_artifact, read_manifest, verify_outputs
+from p2d_cli.artifacts.subset import load_pool_scores, load_subset_rows
+from p2d_cli.errors import ArtifactError
+
+EXTREMES = 5
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in an artifact that verified."""
+
+    folder: Path
+    manifest: Manifest
+    heads: HeadScores | None = None
+    best_rows: tuple[tuple[str, float, str], ...] = ()
+    """Id, score and text of the best rows of a subset."""
+    last_rows: tuple[tuple[str, float, str], ...] = ()
+    """The same of the last rows that were still chosen."""
+    warnings: tuple[str, ...] = field(default=())
+
+
+def inspect(folder: Path) -> Inspection:
+    """Verify every file of an artifact and read what it says.
+
+    Raises:
+        ArtifactError: it is not an artifact, or a file is missing or damaged.
+    """
+    if not folder.exists():
+        raise ArtifactError(f"there is nothing at {folder}", hint="give a folder that p2d wrote")
+    if not is_artifact(folder):
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no manifest.json", hint="give a folder that p2d wrote"
+        )
+    manifest = read_manifest(folder)
+    verify_outputs(folder, manifest)
+    if manifest.kind == "heads":
+        heads = load_head_scores(folder)
+        return Inspection(folder, manifest, heads=heads, warnings=_ranking_warnings(manifest))
+    if manifest.kind == "subset":
+        best, last = _extreme_rows(folder)
+        return Inspection(folder, manifest, best_rows=best, last_rows=last)
+    return Inspection(folder, manifest)
+
+
+def _ranking_warnings(manifest: Manifest) -> tuple[str, ...]:
+    """Say so if the heads chosen by two draws overlap no more than two random choices would."""
+    repeat = manifest.summary.get("repeatability")
+    if repeat is None or manifest.summary["method"] == "random":
+        return ()
+    if repeat["mean_jaccard"] > 2 * repeat["chance_jaccard"]:
+        return ()
+    return (
+        f"this ranking hardly repeats: draws share {repeat['mean_jaccard']:.2f} of their heads,"
+        f" random choices {repeat['chance_jaccard']:.2f}",
+    )
+
+
+def _extreme_rows(
+    folder: Path,
+) -> tuple[tuple[tuple[str, float, str], ...], tuple[tuple[str, float, str], ...]]:
+    rows = [(str(row["id"]), float(row["score"]), _text_of(row)) for row in load_subset_rows(folder)]
+    if len(load_pool_scores(folder).ids) < len(rows):
+        raise ArtifactError(f"{folder} holds more rows than its pool", hint="rerun p2d mine-data")
+    distinct = len(np.unique([score for _, score, _ in rows]))
+    return (tuple(rows[:EXTREMES]), tuple(rows[-EXTREMES:]) if distinct > 1 else ())
+
+
+def _text_of(row: dict[str, object]) -> str:
+    return " | ".join(str(value) for name, value in row.items() if name not in {"id", "score", "rank"})

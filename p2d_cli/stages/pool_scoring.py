@@ -1,0 +1,260 @@
+"""The methods of mine-data behind one interface: a task goes in, one score a pool row comes out, higher is better.
+
+Legend: N pool rows, B batch, K selected heads, S demos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.config import MineDataConfig
+from p2d_cli.data.records import Record
+from p2d_cli.data.sources import RowSource
+from p2d_cli.errors import UsageError
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime.seeding import generator
+from p2d_cli.stages.execution import StageRun
+
+if TYPE_CHECKING:
+    from p2d_cli.stages.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class MiningInputs:
+    """The inputs of mine-data, located."""
+
+    model: ModelFiles
+    pool: RowSource
+    target: RowSource | None
+    heads_LH: NDArray[np.bool_] | None
+    """The selected heads (p2d only)."""
+
+
+@dataclass(frozen=True)
+class PoolTask:
+    """A pool to be scored."""
+
+    job: StageRun[MineDataConfig]
+    inputs: MiningInputs
+    pool: Sequence[Record]
+    target: Sequence[Record]
+    """Empty where the method has no use for target rows, or none were given."""
+
+
+@dataclass
+class PoolScored:
+    """What a method found."""
+
+    scores_N: NDArray[np.float64]
+    draws_N: NDArray[np.int64]
+    """Number of measurements behind each score."""
+    device: str = "cpu"
+    precision: str = ""
+    """Empty where no model was read."""
+    tokens: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[PoolTask], PoolScored]
+
+
+# --- few-shot episodes: p2d and its predecessor
+
+
+def _score_episodes(task: PoolTask) -> PoolScored:
+    """Weigh each demo by the chosen heads' attention and by how well its episode is answered.
+
+    `score_i = mean over episodes of perf(e) * w_i` (Data Whisperer, arXiv:2505.12212, eq. 3-5), with the heads that
+    score-heads selected for `p2d`, and all heads of one layer for `data-whisperer`.
+    """
+    from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
+    from p2d_cli.modeling.layouts import geometry
+    from p2d_cli.stages.episode_scoring import EpisodeReader
+    from p2d_cli.stages.workbench import open_workbench
+
+    job, config = task.job, task.job.config
+    with job.timer.phase("prepare"):
+        plan = _plan_episodes(task)
+    bench = open_workbench(job, task.inputs.model, config)
+    heads_LH = task.inputs.heads_LH if config.method == "p2d" else _one_layer(geometry(bench.model), config.layer)
+    if heads_LH is None:
+        raise UsageError("--method p2d needs --heads")
+    reader = EpisodeReader(bench, heads_LH, config, queries_from=task.target or task.pool)
+    with job.timer.phase("prepare"):
+        episodes = reader.encode(plan, task.pool)
+    tally = AffinityTally(len(task.pool))
+    demos_ES = np.array([episode.demos for episode in plan], dtype=np.int64)
+    with job.timer.phase("score"), job.progress.task("read episodes", len(plan)) as advance:
+        for group, attention_BKS, perf_B in reader.read(plan, episodes):
+            weights_BS = demo_shares(attention_BKS, normalise=config.normalise)
+            answered = np.isfinite(perf_B)
+            tally.add(demos_ES[group][answered], (weights_BS * perf_B[:, None])[answered])
+            advance(len(group))
+    notes = {
+        "episodes": len(plan),
+        "heads_read": int(heads_LH.sum()),
+        "truncated_demos": sum(episode.truncated_demos for episode in episodes),
+        "unparsed_answers": reader.unparsed,
+    }
+    return _by_model(bench, tally.means(), tally.counts, notes)
+
+
+def _plan_episodes(task: PoolTask) -> list[Any]:
+    from p2d_cli.data.episodes import duplicate_groups, plan_mining, plan_self_mining
+
+    config = task.job.config
+    demos, queries, draws = config.demos, config.queries, config.draws
+    rng = generator(config.seed, "mine-data", "episodes")
+    pool_groups, target_groups = duplicate_groups(task.pool, task.target)
+    if not task.target:
+        return plan_self_mining(
+            len(task.pool), demos=demos, queries=queries, draws=draws, rng=rng, pool_groups=pool_groups
+        )
+    return plan_mining(
+        len(task.pool),
+        len(task.target),
+        demos=demos,
+        queries=queries,
+        draws=draws,
+        rng=rng,
+        pool_groups=pool_groups,
+        target_groups=target_groups,
+    )
+
+
+def _one_layer(shape: Any, layer: int | None) -> NDArray[np.bool_]:
+    chosen = shape.num_layers // 2 if layer is None else layer
+    if chosen >= shape.num_layers:
+        raise UsageError(f"--layer {chosen}: the model has layers 0 to {shape.num_layers - 1}")
+    heads_LH = np.zeros((shape.num_layers, shape.num_heads), dtype=np.bool_)
+    heads_LH[chosen] = True
+    return heads_LH
+
+
+# --- one row at a time
+
+
+def _score_loss(task: PoolTask) -> PoolScored:
+    """Mean loss of the completion: the rows that the model finds hardest come first."""
+    bench, examples = _open_with_examples(task)
+    losses_N = _completion_losses(task, bench, [(example.input_ids, example.prompt_length) for example in examples])
+    return _by_model(bench, losses_N)
+
+
+def _score_ifd(task: PoolTask) -> PoolScored:
+    """Instruction-following difficulty: the completion's perplexity with its prompt over that without (Li et al. 2023).
+
+    Rows at 1 or above, whose prompt does not help at all, come last, as the authors leave them out
+    (arXiv:2308.12032).
+    """
+    bench, examples = _open_with_examples(task)
+    given_N = _completion_losses(task, bench, [(example.input_ids, example.prompt_length) for example in examples])
+    first = bench.tokenizer.bos_token_id
+    first = bench.tokenizer.eos_token_id if first is None else first
+    alone = [((first, *example.input_ids[example.prompt_length :]), 1) for example in examples]
+    ratio_N = np.exp(given_N - _completion_losses(task, bench, alone))
+    return _by_model(bench, np.where(ratio_N < 1, ratio_N, -ratio_N))
+
+
+def _open_with_examples(task: PoolTask) -> tuple[Workbench, list[Any]]:
+    from p2d_cli.stages.workbench import open_workbench
+
+    bench = open_workbench(task.job, task.inputs.model, task.job.config)
+    with task.job.timer.phase("prepare"):
+        return bench, bench.encode_examples([*task.pool, *task.target])
+
+
+def _completion_losses(
+    task: PoolTask, bench: Workbench, examples: Sequence[tuple[Sequence[int], int]]
+) -> NDArray[np.float64]:
+    """Return the mean negative log-likelihood, in nats a token, of each example's completion."""
+    from p2d_cli.modeling.generation import score_completions
+
+    losses_N = np.full(len(examples), np.nan)
+    with task.job.timer.phase("score"), task.job.progress.task("read rows", len(examples)) as advance:
+        batches = bench.batches([len(ids) for ids, _ in examples])
+        for group, sums, counts in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
+            losses_N[group] = -np.asarray(sums) / np.maximum(counts, 1)
+            bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
+            advance(len(group))
+    return losses_N
+
+
+def _score_embedding(task: PoolTask) -> PoolScored:
+    """Cosine of a row's mean last hidden state to the mean of the target rows' (of the pool's without a target)."""
+    from p2d_cli.modeling.generation import mean_hidden_states
+
+    bench, examples = _open_with_examples(task)
+    ids = [example.input_ids for example in examples]
+    vectors: list[Any] = [None] * len(ids)
+    with task.job.timer.phase("score"), task.job.progress.task("embed rows", len(ids)) as advance:
+        batches = bench.batches([len(row) for row in ids])
+        for group, states_BD in mean_hidden_states(bench.model, ids, batches, bench.tokenizer.pad_token_id):
+            for index, vector in zip(group, states_BD.double().numpy(), strict=True):
+                vectors[index] = vector / np.linalg.norm(vector)
+            bench.tokens += len(group) * max(len(ids[index]) for index in group)
+            advance(len(group))
+    unit_ND = np.stack(vectors)
+    count = len(task.pool)
+    centre_D = (unit_ND[count:] if task.target else unit_ND).mean(axis=0)
+    return _by_model(bench, unit_ND[:count] @ (centre_D / np.linalg.norm(centre_D)))
+
+
+def _by_model(
+    bench: Workbench,
+    scores_N: NDArray[np.float64],
+    draws_N: NDArray[np.int64] | None = None,
+    notes: dict[str, Any] | None = None,
+) -> PoolScored:
+    return PoolScored(
+        scores_N=scores_N,
+        draws_N=np.ones(len(scores_N), np.int64) if draws_N is None else draws_N,
+        device=bench.device,
+        precision=bench.precision,
+        tokens=bench.tokens,
+        notes=notes or {},
+    )
+
+
+# --- without a model
+
+
+def _score_lexical(task: PoolTask) -> PoolScored:
+    """Cosine of a row's TF-IDF vector to the mean of the target rows' (of the pool's without a target)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    with task.job.timer.phase("score"):
+        vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
+        rows = vectorizer.fit_transform([record.text for record in [*task.pool, *task.target]])
+        count = len(task.pool)
+        centre = np.asarray((rows[count:] if task.target else rows).mean(axis=0)).ravel()
+        scores_N = np.asarray(rows[:count] @ (centre / np.linalg.norm(centre))).ravel()
+    return PoolScored(scores_N, np.ones(count, np.int64))
+
+
+def _score_random(task: PoolTask) -> PoolScored:
+    """Draw scores by chance: the baseline that many published selectors fail to beat."""
+    scores_N = generator(task.job.config.seed, "mine-data", "random").random(len(task.pool))
+    return PoolScored(scores_N, np.zeros(len(task.pool), np.int64))
+
+
+def _score_full(task: PoolTask) -> PoolScored:
+    """Keep every row, in the pool's order."""
+    return PoolScored(np.zeros(len(task.pool)), np.zeros(len(task.pool), np.int64))
+
+
+METHODS: dict[str, Method] = {
+    "p2d": _score_episodes,
+    "data-whisperer": _score_episodes,
+    "random": _score_random,
+    "loss": _score_loss,
+    "ifd": _score_ifd,
+    "embedding": _score_embedding,
+    "lexical": _score_lexical,
+    "full": _score_full,
+}

@@ -1,0 +1,182 @@
+"""run: a recipe from end to end, every point of its grid, one report.
+
+The heads that mine are those of `[score-heads]`, the same at every point of the grid, so that the grid varies which
+heads are trained and which rows they are trained on independently of each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from p2d_cli.config import STAGE_CONFIGS, Recipe, Resolved, Scope, StageConfig, resolve
+from p2d_cli.errors import UsageError
+from p2d_cli.pipeline import stage_named
+from p2d_cli.stages.execution import RunOptions, StageResult
+
+MODEL_HEADS = {"heads"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the grid."""
+
+    heads: str | None
+    """Method of the heads that are trained; None for a scope that trains no selected heads."""
+    data: str
+    scope: Scope
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's folder name."""
+        parts = [self.scope, self.heads, self.data, f"s{self.seed}"]
+        return "-".join(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a recipe did."""
+
+    out: Path
+    stages: tuple[StageResult, ...]
+    """In the order in which they were done; the last is the report."""
+
+
+StageFunction = Callable[[Resolved[Any], RunOptions], StageResult]
+
+
+class RecipeRun:
+    """One execution of a recipe; artifacts that grid points share are made once.
+
+    Args:
+        recipe: what to run.
+        overrides: settings from flags, which hold for every stage that has them.
+        options: how to run.
+        on_stage: told the stage and its folder before each one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        overrides: dict[str, Any],
+        options: RunOptions,
+        on_stage: Callable[[str, Path], None],
+    ) -> None:
+        self._recipe = recipe
+        self._overrides = {key: value for key, value in overrides.items() if key != "out"}
+        out = overrides.get("out") or recipe.out
+        if out is None:
+            raise UsageError("the recipe names no output folder", hint='add out = "..." to it, or give --out')
+        self._out = Path(out)
+        self._options = replace(options, replace_stale=True)
+        self._on_stage = on_stage
+        self._done: dict[Path, StageResult] = {}
+
+    def run(self) -> RunResult:
+        """Do every stage of every point that is not up to date, then the report."""
+        reference = self._reference_point()
+        points = [point for point in self.points() if point != reference]
+        evaluations = [self._evaluation(point) for point in points]
+        full = self._evaluation(reference, self._recipe.reference)
+        # A dry run leaves no artifacts for the report to read.
+        if not self._options.dry_run:
+            self._stage(
+                "report-aer",
+                self._out / "report",
+                evaluations=tuple(str(folder) for folder in evaluations),
+                reference=str(full),
+            )
+        return RunResult(self._out, tuple(self._done.values()))
+
+    def points(self) -> list[Point]:
+        """Return the grid's runs; scopes without selected heads appear once, whatever the heads."""
+        grid, recipe = self._recipe.grid, self._recipe
+        heads = grid.heads or (recipe.score_heads.get("method", "auto"),)
+        data = grid.data or (recipe.mine_data.get("method", "p2d"),)
+        seeds = (self._overrides["seed"],) if "seed" in self._overrides else grid.seed or (self._seed(),)
+        scopes = grid.scope or (recipe.train.get("scope", "heads"),)
+        combined = itertools.product(seeds, scopes, heads, data)
+        points = [
+            Point(heads=head if scope in MODEL_HEADS else None, data=rows, scope=scope, seed=seed)
+            for seed, scope, head, rows in combined
+        ]
+        return list(dict.fromkeys([*points, *self._controls(seeds)]))
+
+    def _controls(self, seeds: tuple[int, ...]) -> Iterator[Point]:
+        if self._recipe.controls:
+            for seed in seeds:
+                yield Point(heads="random", data="random", scope="heads", seed=seed)
+
+    def _reference_point(self) -> Point:
+        seed = self.points()[0].seed
+        return Point(heads=None, data="full", scope=self._recipe.reference.get("scope", "full"), seed=seed)
+
+    def _seed(self) -> int:
+        return int(self._recipe.defaults.get("seed", 0))
+
+    def _evaluation(self, point: Point, extra: dict[str, Any] | None = None) -> Path:
+        """Do all stages of one point and return the folder of its evaluation."""
+        data = self._subset(point)
+        inputs: dict[str, Any] = {"data": str(data), "scope": point.scope, "seed": point.seed}
+        if point.heads is not None:
+            inputs["heads"] = str(self._heads(point.heads, point.seed))
+        table = self._recipe.table("train", point.scope) | {
+            key.replace("-", "_"): value for key, value in (extra or {}).items()
+        }
+        adapter = self._stage("train", self._out / "adapter" / point.name, table=table, **inputs)
+        out = self._out / "evaluation" / point.name
+        if point.scope in {"heads", "lora"}:
+            return self._stage("eval", out, adapter=str(adapter), seed=point.seed)
+        return self._stage("eval", out, model=str(adapter), seed=point.seed)
+
+    def _heads(self, method: str, seed: int) -> Path:
+        chosen: dict[str, Any] = {"method": "uniform", "ratio": 1.0} if method == "all" else {"method": method}
+        return self._stage("score-heads", self._out / "heads" / f"{method}-s{seed}", seed=seed, **chosen)
+
+    def _subset(self, point: Point) -> Path:
+        inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
+        if point.data == "p2d":
+            inputs["heads"] = str(self._heads(self._recipe.score_heads.get("method", "auto"), point.seed))
+        return self._stage("mine-data", self._out / "subset" / f"{point.data}-s{point.seed}", **inputs)
+
+    def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
+        """Do one stage unless it was done in this run already, and return its folder."""
+        if out in self._done:
+            return out
+        self._on_stage(name, out)
+        fields = STAGE_CONFIGS[name].model_fields
+        flags = {key: value for key, value in self._overrides.items() if key in fields} | settings | {"out": out}
+        given = self._recipe.table(name) if table is None else table
+        resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=given)
+        resolved = _owned_by_recipe(resolved, settings)
+        self._done[out] = _function(name)(resolved, self._options)
+        return out
+
+
+def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:
+    """Record that what the grid set came from the recipe, not from flags."""
+    return replace(resolved, origins=resolved.origins | dict.fromkeys([*settings, "out"], "recipe"))
+
+
+def _function(stage: str) -> StageFunction:
+    function: StageFunction = importlib.import_module(stage_named(stage).module).run
+    return function
+
+
+def run(
+    recipe: Recipe,
+    overrides: dict[str, Any],
+    options: RunOptions,
+    on_stage: Callable[[str, Path], None] = lambda *_: None,
+) -> RunResult:
+    """Execute a recipe; whatever was finished when an error ends it stays, and is skipped the next time.
+
+    Raises:
+        P2DError: from the stage that failed.
+    """
+    return RecipeRun(recipe, overrides, options, on_stage).run()

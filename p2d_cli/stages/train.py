@@ -1,0 +1,229 @@
+"""train: those heads, on those rows, nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.adapter import TRAINING_LOG_NAME, save_model_card, save_training_log
+from p2d_cli.artifacts.head_scores import load_head_scores
+from p2d_cli.config import Resolved, Scope, TrainConfig
+from p2d_cli.data.records import Record
+from p2d_cli.data.sources import RowSource
+from p2d_cli.errors import DataError, UnavailableError
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime.seeding import derive_seed, seed_everything
+from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+
+DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 1e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
+PICTURE_NAME = "loss.png"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    model: ModelFiles
+    data: RowSource
+    heads_LH: NDArray[np.bool_] | None
+    """The selected heads (scope heads only)."""
+
+
+def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> StageResult:
+    """Fine-tune and write an adapter artifact: a PEFT folder, or a whole model for scopes attention and full.
+
+    Raises:
+        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
+    """
+    job = StageRun("train", resolved, options or RunOptions())
+    config = job.config
+    model = job.model(config.model)
+    heads_LH = None
+    if config.resolved_scope == "heads" and config.heads is not None:
+        job.artifact("heads", config.heads, "heads", same_model=True)
+        heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
+    inputs = _Inputs(model=model, data=job.rows("data", config.data), heads_LH=heads_LH)
+    return job.complete(lambda folder: _compute(job, inputs, folder))
+
+
+def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
+    from p2d_cli.modeling.head_adapter import trainable_share
+    from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+    from p2d_cli.modeling.training import TrainingPlan, train
+
+    config, scope = job.config, job.config.resolved_scope
+    with job.timer.phase("prepare"):
+        records = job.read(inputs.data).records
+    with job.timer.phase("load"):
+        device = str(resolve_device(config.device))
+        job.use_device(device)
+        dtype = resolve_dtype(config.dtype, device)
+        seed_everything(derive_seed(config.seed, "train"))
+        tokenizer = load_tokenizer(inputs.model.folder)
+        ensure_pad_token(tokenizer)
+        model = load_model(inputs.model.folder, dtype=dtype, device=device)
+    with job.timer.phase("prepare"):
+        rows, truncated = _encode(job, inputs, tokenizer, records)
+        model = _make_trainable(model, config, inputs.heads_LH)
+        share = trainable_share(model)
+    learning_rate = config.lr or DEFAULT_LEARNING_RATE[scope]
+    precision = str(dtype).removeprefix("torch.")
+    plan = TrainingPlan(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=learning_rate,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        schedule=config.schedule,
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        autocast=precision,
+        device=device,
+        seed=derive_seed(config.seed, "train"),
+        checkpointing=config.checkpointing,
+        trackers=config.tracker,
+    )
+    with tempfile.TemporaryDirectory(prefix="p2d-train-") as scratch, job.timer.phase("train"):
+        total = -(-len(rows) // config.batch_size) * config.epochs
+        with job.progress.task(f"train ({scope})", int(min(total, config.max_steps or total))) as advance:
+            record = train(
+                model,
+                rows,
+                plan,
+                pad_id=tokenizer.pad_token_id,
+                scratch=Path(scratch),
+                on_step=lambda *_: advance(1),
+            )
+    summary = {
+        "scope": scope,
+        "rows": len(rows),
+        "rows_truncated": truncated,
+        "learning_rate": learning_rate,
+        "updates": record.steps_done,
+        "updates_planned": record.steps_planned,
+        "first_loss": record.log[0]["loss"] if record.log else None,
+        "final_loss": record.final_loss,
+        "trained_parameters": share.trained,
+        "total_parameters": share.total,
+        "trainable_share": share.share,
+        "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
+    }
+    with job.timer.phase("save"):
+        _save(model, dtype, inputs.model, scope, folder)
+        save_training_log(folder, record.log)
+        save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
+        _draw(job, record.log, folder)
+    return Outcome(
+        summary=summary,
+        settings={
+            "scope": scope,
+            "trainable_share": share.share,
+            "learning_rate": learning_rate,
+            "seed": config.seed,
+            **_selection(job, inputs, len(rows)),
+        },
+        precision=precision,
+        device=device,
+        tokens=record.tokens,
+        epochs=config.epochs,
+        steps_done=record.steps_done,
+        steps_planned=record.steps_planned,
+        decoration=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
+    )
+
+
+def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[str, Any]:
+    """Say which heads and rows were trained, for the report."""
+    heads, subset = job.manifests.get("heads"), job.manifests.get("data")
+    return {
+        "heads_method": heads.summary["method"] if heads else None,
+        "head_share": None if inputs.heads_LH is None else float(inputs.heads_LH.mean()),
+        "data_method": subset.summary["method"] if subset else None,
+        "row_share": subset.summary["rows_selected"] / subset.summary["rows_total"] if subset else 1.0,
+        "rows": rows,
+    }
+
+
+def _encode(
+    job: StageRun[TrainConfig], inputs: _Inputs, tokenizer: Any, records: Sequence[Record]
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Tokenize the rows; refuse if truncation left nothing to learn from."""
+    from p2d_cli.data.prompts import resolve_template
+    from p2d_cli.modeling.gradients import IGNORED_LABEL
+    from p2d_cli.stages.workbench import context_length
+
+    config = job.config
+    template = resolve_template(tokenizer, config.template)
+    max_length = context_length(config.max_length, inputs.model.config)
+    rows, truncated, unlabelled = [], 0, 0
+    for record in records:
+        example = template.encode_example(tokenizer, record, max_length)
+        truncated += example.truncated > 0
+        completion = list(example.input_ids[example.prompt_length :])
+        if not completion:
+            unlabelled += 1
+            continue
+        labels = [IGNORED_LABEL] * example.prompt_length + completion
+        rows.append({"input_ids": list(example.input_ids), "labels": labels})
+    if not rows:
+        raise DataError(
+            f"--max-length {max_length} cuts off the completions of all {len(records)} rows: nothing to learn from",
+            hint="raise --max-length",
+        )
+    if truncated:
+        job.progress.note(f"{truncated} of {len(records)} rows were longer than {max_length} tokens and were cut")
+    if unlabelled:
+        job.progress.note(f"{unlabelled} rows lost their whole completion to truncation and were left out")
+    return rows, truncated
+
+
+def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_] | None) -> Any:
+    from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full, unfreeze_attention
+
+    scope = config.resolved_scope
+    if scope == "heads" and heads_LH is not None:
+        return attach_heads(model, heads_LH, config.projections)
+    if scope == "lora":
+        return attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
+    if scope == "attention":
+        unfreeze_attention(model)
+    else:
+        prepare_full(model)
+    return model
+
+
+def _save(model: Any, dtype: Any, base: ModelFiles, scope: Scope, folder: Path) -> None:
+    """Write the PEFT folder, or the whole model with the base model's tokenizer."""
+    if scope in {"heads", "lora"}:
+        from p2d_cli.modeling.head_adapter import save_adapter
+
+        save_adapter(model, folder, base.spec)
+        return
+    from p2d_cli.modeling.saving import save_plain_model
+
+    save_plain_model(model.to(dtype), base.folder, folder)
+
+
+def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "Rows": summary["rows"],
+        "Updates": summary["updates"],
+        "Peak learning rate": summary["learning_rate"],
+        "Final loss": f"{summary['final_loss']:.4f}",
+        "Trained parameters": f"{summary['trained_parameters']:,} ({summary['trainable_share']:.3%})",
+    }
+
+
+def _draw(job: StageRun[TrainConfig], log: list[dict[str, float]], folder: Path) -> None:
+    from p2d_cli.reporting.plots import loss_curve
+
+    try:
+        loss_curve([entry["step"] for entry in log], [entry["loss"] for entry in log], folder / PICTURE_NAME)
+    except UnavailableError as missing:
+        job.progress.note(f"no {PICTURE_NAME}: {missing.message}")

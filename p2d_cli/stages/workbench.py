@@ -1,0 +1,130 @@
+"""A loaded model with its tokenizer and prompt template, as the stages that read rows use it.
+
+Legend: B batch, T tokens, K selected heads in (layer, head) order, S demos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from p2d_cli.config import RowOptions
+from p2d_cli.data.batching import pad_mask, pad_right, token_batches
+from p2d_cli.data.episodes import EncodedEpisode, encode_episode
+from p2d_cli.data.prompts import EncodedExample, PromptTemplate, resolve_template
+from p2d_cli.data.records import Record
+from p2d_cli.modeling.attention_capture import run_captured
+from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.stages.execution import StageRun
+
+LONGEST_DEFAULT = 2048
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Workbench:
+    """A model at rest, and the ways of showing rows to it.
+
+    Sequences are padded on the right and passed with a mask of ones: under causal attention nothing real looks at
+    the padding, and the attention kernel is free to take its fast causal path.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: PromptTemplate
+    device: str
+    precision: str
+    max_length: int
+    token_budget: int
+    tokens: int = field(default=0)
+    """Tokens read so far, padding included."""
+
+    def encode_examples(self, records: Sequence[Record]) -> list[EncodedExample]:
+        """Tokenize rows as prompt and completion."""
+        return [self.template.encode_example(self.tokenizer, record, self.max_length) for record in records]
+
+    def encode_episode(self, demos: Sequence[Record], queries: Sequence[Record]) -> EncodedEpisode:
+        """Tokenize demos followed by queries with their reference answers."""
+        return encode_episode(self.template, self.tokenizer, demos, queries, max_length=self.max_length)
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group sequences of similar length under the token budget."""
+        return token_batches(lengths, token_budget=self.token_budget)
+
+    def pad(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the sequences as `[B, T]`, padded on the right, on the model's device."""
+        input_ids_BT, _ = pad_right(sequences, self.tokenizer.pad_token_id)
+        self.tokens += input_ids_BT.numel()
+        return input_ids_BT.to(self.device)
+
+    def training_batch(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `labels` `[B, T]`; only completion tokens carry a label."""
+        labels = [
+            [IGNORED_LABEL] * example.prompt_length + list(example.input_ids[example.prompt_length :])
+            for example in examples
+        ]
+        return {
+            "input_ids": self.pad([example.input_ids for example in examples]),
+            "labels": pad_mask(labels, IGNORED_LABEL).to(self.device),
+        }
+
+    def watch(
+        self, episodes: Sequence[EncodedEpisode], heads_LH: NDArray[np.bool_], *, num_segments: int
+    ) -> Iterator[tuple[list[int], NDArray[np.float64]]]:
+        """Yield `(indices, attention_BKS)`: mean attention of the heads from query tokens to each demo's tokens.
+
+        The forward pass ends at the deepest layer that has one of these heads.
+        """
+        heads = {int(layer): tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(heads_LH) if row.any()}
+        for group in self.batches([len(episode.input_ids) for episode in episodes]):
+            chosen = [episodes[index] for index in group]
+            query_mask_BT, segment_BT = self.episode_masks(chosen)
+            input_ids_BT = self.pad([episode.input_ids for episode in chosen])
+            batch = {"input_ids": input_ids_BT, "attention_mask": torch.ones_like(input_ids_BT)}
+            attention_BKS = run_captured(self.model, batch, heads, query_mask_BT, segment_BT, num_segments)
+            yield group, attention_BKS.double().cpu().numpy()
+
+    def episode_masks(self, episodes: Sequence[EncodedEpisode]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which tokens are a query's `[B, T]` bool, and which demo each token belongs to `[B, T]`, else -1."""
+        query_mask_BT = pad_mask([episode.query_mask for episode in episodes], False)
+        segment_BT = pad_mask([episode.segment_ids for episode in episodes], -1)
+        return query_mask_BT.to(self.device), segment_BT.to(self.device)
+
+
+def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) -> Workbench:
+    """Load a model for reading rows.
+
+    Args:
+        job: the running stage; loading is charged to its `load` phase.
+        files: the model.
+        config: precision, device, template and limits.
+    """
+    with job.timer.phase("load"):
+        device = str(resolve_device(config.device))
+        job.use_device(device)
+        dtype = resolve_dtype(config.dtype, device)
+        tokenizer = load_tokenizer(files.folder)
+        ensure_pad_token(tokenizer)
+        model = load_model(files.folder, dtype=dtype, device=device)
+    return Workbench(
+        model=model,
+        tokenizer=tokenizer,
+        template=resolve_template(tokenizer, config.template),
+        device=device,
+        precision=str(dtype).removeprefix("torch."),
+        max_length=context_length(config.max_length, files.config),
+        token_budget=config.token_budget,
+    )
+
+
+def context_length(asked: int | None, model_config: dict[str, Any]) -> int:
+    """Return the longest sequence to build: as asked, else the model's context, at most 2048."""
+    text_config = model_config.get("text_config", model_config)
+    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or LONGEST_DEFAULT
+    return asked or min(int(context), LONGEST_DEFAULT)

@@ -1,0 +1,80 @@
+"""What all tests share: the command line in this process, and the fixtures' paths."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def said(self):
+        """Everything it said, with the line breaks of panels undone."""
+        return " ".join((self.out + " " + self.err).split())
+
+
+def run_p2d(*arguments) -> Done:
+    """Run the real command line in this process; a traceback of any kind fails the test."""
+    from p2d_cli.cli import render
+    from p2d_cli.cli.app import app
+
+    words = [str(argument) for argument in arguments]
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    code = 0
+    sys.argv = ["p2d", *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            render.out.file, render.err.file = out, err
+            app(words)
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+    assert "Traceback" not in err.getvalue()
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def p2d():
+    return run_p2d
+
+
+@pytest.fixture(scope="session")
+def tiny_folder():
+    return FIXTURES / "tiny-model"
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Paths of the fixture's pool, target and test rows."""
+    return {name: FIXTURES / "data" / f"{name}.jsonl" for name in ("pool", "target", "test")}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Keep remembered digests out of the user's home."""
+    monkeypatch.setenv("P2D_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "p2d-cache"))
+    for variable in [name for name in os.environ if name.startswith("P2D_") and name != "P2D_CACHE_DIR"]:
+        monkeypatch.delenv(variable)

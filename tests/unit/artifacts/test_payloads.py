@@ -1,0 +1,128 @@
+"""Payloads open with the libraries that others would use, and survive a round trip."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from p2d_cli.artifacts.adapter import save_model_card, save_training_log
+from p2d_cli.artifacts.evaluation import load_metrics, save_evaluation
+from p2d_cli.artifacts.head_scores import HEAD_SCORES_NAME, HeadScores, load_head_scores, save_head_scores
+from p2d_cli.artifacts.subset import PoolScores, load_pool_scores, load_subset_rows, save_subset
+from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.errors import ArtifactError
+
+
+def some_heads():
+    rng = np.random.default_rng(0)
+    scores = rng.random((3, 4)).astype(np.float32)
+    return HeadScores(
+        scores_LH=scores,
+        selected_LH=scores > 0.7,
+        repeats_RLH=np.stack([scores, scores / 2]),
+        method="contrast",
+        geometry=HeadGeometry(num_layers=3, num_heads=4, num_groups=2, head_dim=8, hidden_size=32),
+    )
+
+
+def test_heads_round_trip_and_open_with_safetensors_alone(tmp_path):
+    heads = some_heads()
+    save_head_scores(tmp_path, heads)
+    read = load_head_scores(tmp_path)
+    assert np.array_equal(read.scores_LH, heads.scores_LH)
+    assert np.array_equal(read.selected_LH, heads.selected_LH)
+    assert np.array_equal(read.repeats_RLH, heads.repeats_RLH)
+    assert (read.method, read.geometry) == (heads.method, heads.geometry)
+    with safe_open(tmp_path / HEAD_SCORES_NAME, framework="numpy") as file:
+        assert set(file.keys()) == {"scores", "selected", "repeats"}
+        assert list(file.metadata()) == ["p2d"], "with two keys the bytes would vary"
+
+
+def test_equal_heads_give_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_head_scores(tmp_path / name, some_heads())
+    assert (tmp_path / "a" / HEAD_SCORES_NAME).read_bytes() == (tmp_path / "b" / HEAD_SCORES_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_damaged_heads_are_refused(tmp_path, content):
+    (tmp_path / HEAD_SCORES_NAME).write_bytes(content)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load_head_scores(tmp_path)
+
+
+def save_rows(folder, rows):
+    count = len(rows)
+    pool = PoolScores(
+        ids=tuple(f"r{index}" for index in range(count + 1)),
+        scores_N=np.append(np.linspace(1, 0.5, count), np.nan),
+        ranks_N=np.arange(count + 1),
+        draws_N=np.full(count + 1, 2),
+    )
+    save_subset(folder, rows, np.arange(count), pool)
+    return pool
+
+
+def test_subset_keeps_rows_as_they_came(tmp_path):
+    rows = [
+        {"id": "r0", "prompt": "line\u2028separator 😀", "completion": "x", "meta": {"a": [1, 2]}},
+        {"id": "r1", "prompt": "", "completion": "y", "meta": None},
+    ]
+    pool = save_rows(tmp_path, rows)
+    read = pq.read_table(tmp_path / "subset.parquet").to_pylist()
+    assert [{name: row[name] for name in ("id", "prompt", "completion", "meta")} for row in read] == rows
+    assert [row["rank"] for row in read] == [0, 1]
+    assert read == load_subset_rows(tmp_path)
+    scores = load_pool_scores(tmp_path)
+    assert scores.ids == pool.ids
+    assert np.array_equal(scores.scores_N, pool.scores_N, equal_nan=True)
+
+
+def test_a_rows_own_score_column_is_kept_under_another_name(tmp_path):
+    save_rows(tmp_path, [{"id": "mine", "score": "high", "rank": 9, "prompt": "p"}])
+    (row,) = load_subset_rows(tmp_path)
+    assert row["source_score"] == "high"
+    assert row["source_rank"] == 9
+    assert row["source_id"] == "mine"
+    assert row["id"] == "r0"
+
+
+def test_columns_of_mixed_types_become_json(tmp_path):
+    save_rows(tmp_path, [{"x": 1}, {"x": "one"}, {"x": [1]}])
+    assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == [1, "one", [1]]
+
+
+def test_unreadable_subsets_are_refused(tmp_path):
+    (tmp_path / "subset.parquet").write_bytes(b"no")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load_subset_rows(tmp_path)
+    with pytest.raises(ArtifactError):
+        load_pool_scores(tmp_path)
+
+
+def test_evaluation_round_trip(tmp_path):
+    metrics = {"exact_match": MetricValue(value=0.5, low=0.4, high=0.6, count=10)}
+    save_evaluation(tmp_path, metrics, [{"id": "a", "prediction": "x"}, {"id": "b", "prediction": "y"}])
+    assert load_metrics(tmp_path) == metrics
+    assert pq.read_table(tmp_path / "predictions.parquet")["prediction"].to_pylist() == ["x", "y"]
+    (tmp_path / "metrics.json").write_text("[1]")
+    with pytest.raises(ArtifactError):
+        load_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(("scope", "loads_with"), [("heads", "PeftModel"), ("full", "AutoModelForCausalLM")])
+def test_model_card_says_how_to_load(tmp_path, scope, loads_with):
+    save_model_card(tmp_path, base="owner/base", scope=scope, figures={"Rows": 3})
+    card = (tmp_path / "README.md").read_text()
+    assert loads_with in card
+    assert "| Rows | 3 |" in card
+
+
+def test_training_log_is_json_lines(tmp_path):
+    save_training_log(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    lines = (tmp_path / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from p2d_cli.core.head_selection import (
+    contrast_scores,
+    expected_jaccard,
+    jaccard,
+    repeatability,
+    select_random,
+    select_top,
+    select_uniform,
+    spearman,
+)
+from p2d_cli.errors import NonFiniteError, UsageError
+
+_few_values = st.integers(-2, 2).map(float)  # many ties
+
+
+@settings(deadline=None)
+@given(
+    scores=hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=5), elements=_few_values),
+    data=st.data(),
+)
+def test_select_top_is_a_plain_sort_by_score_layer_head(scores: np.ndarray, data: st.DataObject):
+    count = data.draw(st.integers(1, scores.size))
+    places = sorted(np.ndindex(*scores.shape), key=lambda place: (-scores[place], *place))
+    selected = select_top(scores, count)
+    assert selected.dtype == np.bool_
+    assert sorted(map(tuple, np.argwhere(selected).tolist())) == sorted(places[:count])
+
+
+def test_selections_of_growing_size_contain_each_other_and_follow_a_permutation():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 3))
+    selections = [select_top(scores, count) for count in range(1, 13)]
+    assert all((small <= large).all() for small, large in itertools.pairwise(selections))
+    order = rng.permutation(4)
+    assert (select_top(scores[order], 5) == selections[4][order]).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_named(bad: float):
+    scores = np.zeros((3, 4))
+    scores[1, 2] = scores[2, 0] = bad
+    with pytest.raises(NonFiniteError, match=r"\(layer 1, head 2\)"):
+        select_top(scores, 2)
+
+
+@pytest.mark.parametrize("count", [0, 7, -1])
+def test_an_impossible_number_of_heads_is_refused(count: int):
+    for select in (
+        lambda: select_top(np.zeros((2, 3)), count),
+        lambda: select_uniform(2, 3, count),
+        lambda: select_random(2, 3, count, np.random.default_rng(0)),
+    ):
+        with pytest.raises(UsageError, match=f"from 1 to 6, found {count}"):
+            select()
+
+
+@settings(deadline=None)
+@given(layers=st.integers(1, 12), heads=st.integers(1, 12), data=st.data())
+def test_uniform_spreads_heads_evenly_over_layers_and_within_them(layers: int, heads: int, data: st.DataObject):
+    count = data.draw(st.integers(1, layers * heads))
+    selected = select_uniform(layers, heads, count)
+    assert selected.shape == (layers, heads)
+    assert selected.sum() == count
+    per_layer = selected.sum(axis=1)
+    assert per_layer.max() - per_layer.min() <= 1
+    # Evenly over depth: down to any layer, no more and no less than its share of the heads, within one.
+    shares = count * np.arange(1, layers + 1) / layers
+    assert np.abs(np.cumsum(per_layer) - shares).max() < 1
+    gaps = np.diff(np.flatnonzero(selected.ravel()))
+    assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_a_single_uniform_head_is_the_middle_one():
+    assert np.argwhere(select_uniform(5, 3, 1)).tolist() == [[2, 1]]
+
+
+def test_random_draws_every_head_equally_often_and_repeats_with_its_seed():
+    rng = np.random.default_rng(0)
+    draws = np.stack([select_random(2, 5, 3, rng) for _ in range(4000)])
+    assert (draws.sum(axis=(1, 2)) == 3).all()
+    assert draws.mean(axis=0) == pytest.approx(np.full((2, 5), 0.3), abs=0.03)
+    again = [select_random(2, 5, 3, np.random.default_rng(7)) for _ in range(2)]
+    assert (again[0] == again[1]).all()
+
+
+@settings(deadline=None)
+@given(data=st.data(), size=st.integers(2, 12))
+def test_spearman_is_scipys_with_ties(data: st.DataObject, size: int):
+    a, b = (np.array(data.draw(st.lists(_few_values, min_size=size, max_size=size))) for _ in range(2))
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        assert math.isnan(spearman(a, b))
+    else:
+        assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert spearman(a, b) == spearman(b, a) == pytest.approx(spearman(np.exp(a), b), abs=1e-12)
+        assert spearman(a, -b) == pytest.approx(-spearman(a, b), abs=1e-12)
+
+
+def test_spearman_has_no_value_without_ranks():
+    assert math.isnan(spearman([1.0, math.nan, 2.0], [1.0, 2.0, 3.0]))
+    assert math.isnan(spearman([], []))
+    assert math.isnan(spearman([1.0], [2.0]))
+    assert spearman([[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]) == 1.0
+    with pytest.raises(ValueError, match="cannot correlate 2 with 3"):
+        spearman([1, 2], [1, 2, 3])
+
+
+def test_jaccard_counts_common_over_all():
+    assert jaccard([True, True, False, False], [True, False, True, False]) == pytest.approx(1 / 3)
+    assert jaccard([[True, False]], [[True, False]]) == 1.0
+    assert jaccard([True, False], [False, True]) == 0.0
+    assert jaccard([False], [False]) == 1.0
+    with pytest.raises(ValueError, match="cannot compare"):
+        jaccard([True], [True, False])
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (5, 0), (5, 2), (6, 3), (6, 5), (6, 6)])
+def test_expected_jaccard_is_the_mean_over_all_pairs_of_sets(total: int, count: int):
+    fixed = set(range(count))
+    overlaps = [
+        len(fixed & set(other)) / len(fixed | set(other)) if count else 1.0
+        for other in itertools.combinations(range(total), count)
+    ]
+    assert expected_jaccard(total, count) == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-12)
+
+
+def test_expected_jaccard_of_a_tenth_of_a_large_model():
+    count, total = 1024, 10240
+    common = np.arange(count + 1)
+    probability = scipy.stats.hypergeom.pmf(common, total, count, count)
+    assert expected_jaccard(total, count) == pytest.approx(
+        (probability * common / (2 * count - common)).sum(), rel=1e-6
+    )
+    with pytest.raises(ValueError, match="cannot select 6 of 5"):
+        expected_jaccard(5, 6)
+
+
+def test_repeatability_averages_all_pairs_of_repeats():
+    repeats = np.random.default_rng(0).normal(size=(3, 4, 5))
+    found = repeatability(repeats, 4)
+    assert found is not None
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    rank = [scipy.stats.spearmanr(repeats[i].ravel(), repeats[j].ravel()).statistic for i, j in pairs]
+    assert found.mean_spearman == pytest.approx(np.mean(rank))
+    tops = [set(np.argsort(-scores.ravel())[:4].tolist()) for scores in repeats]
+    assert found.mean_jaccard == pytest.approx(
+        np.mean([len(tops[i] & tops[j]) / len(tops[i] | tops[j]) for i, j in pairs])
+    )
+    assert found.chance_jaccard == expected_jaccard(20, 4)
+    assert found.draws == 3
+
+
+def test_repeatability_of_one_repeat_is_unknown_and_of_equal_ones_perfect():
+    scores = np.arange(6.0).reshape(1, 2, 3)
+    assert repeatability(scores, 2) is None
+    same = repeatability(np.repeat(scores, 2, axis=0), 2)
+    assert same is not None
+    assert (same.mean_spearman, same.mean_jaccard) == (1.0, 1.0)
+    constant = repeatability(np.zeros((2, 2, 3)), 2)
+    assert constant is not None
+    assert math.isnan(constant.mean_spearman)
+    with pytest.raises(NonFiniteError):
+        repeatability(np.full((2, 2, 3), np.nan), 2)
+
+
+def test_contrast_is_the_mean_share_beyond_chance():
+    shares = np.array([[0.2, 0.9], [0.2, 0.7]])
+    assert contrast_scores(shares, 5) == pytest.approx([0.0, 0.6])
+    assert contrast_scores(shares.reshape(2, 2, 1), 5).shape == (2, 1)
+    assert contrast_scores(shares[::-1], 5) == pytest.approx(contrast_scores(shares, 5))
+    with pytest.raises(ValueError, match="needs episodes"):
+        contrast_scores(np.zeros((0, 2)), 5)

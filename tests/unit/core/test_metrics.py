@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2d_cli.core import metrics
+from p2d_cli.core.metrics import (
+    bootstrap_interval,
+    corpus_perplexity,
+    exact_match,
+    number_match,
+    paired_bootstrap,
+    parse_number,
+    rouge_l,
+    token_f1,
+)
+from p2d_cli.errors import DataError
+
+_words = st.lists(st.sampled_from(["ab", "cd", "ef"]), max_size=6).map(" ".join)
+
+
+def test_exact_match_forgives_white_space_only():
+    assert exact_match("  card  arrival\n", "card arrival")
+    assert exact_match("", " \n")
+    assert not exact_match("Card arrival", "card arrival")
+    assert not exact_match("cardarrival", "card arrival")
+    assert not exact_match("card arrival.", "card arrival")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("The cat, sat!", "cat sat", 1.0),
+        ("a cat", "the dog", 0.0),
+        ("cat cat dog", "cat dog dog", 2 / 3),
+        ("cat", "cat sat on mat", 2 * 1 * 0.25 / 1.25),
+        ("the", "a", 1.0),
+        ("the", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("", "", 1.0),
+        ("theatre", "atre", 0.0),
+        ("don't", "dont", 1.0),
+    ],
+)
+def test_token_f1_scores_like_squad(prediction: str, reference: str, expected: float):
+    assert token_f1(prediction, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        # Lin 2004, section 3.1: "police killed the gunman", both sentences share "police ... the gunman".
+        ("police kill the gunman", "police killed the gunman", 0.75),
+        ("the gunman kill police", "police killed the gunman", 0.5),
+        ("A-b, C", "a b c", 1.0),
+        ("x", "", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_rouge_l_of_known_pairs(prediction: str, reference: str, expected: float):
+    assert rouge_l(prediction, reference) == pytest.approx(expected)
+
+
+def _is_subsequence(part: tuple[str, ...], whole: list[str]) -> bool:
+    rest = iter(whole)
+    return all(word in rest for word in part)
+
+
+@settings(deadline=None, max_examples=60)
+@given(a=_words, b=_words)
+def test_rouge_l_finds_the_longest_common_subsequence(a: str, b: str):
+    x, y = a.split(), b.split()
+    lengths = [n for n in range(len(x) + 1) for part in combinations(x, n) if _is_subsequence(part, y)]
+    expected = 2 * max(lengths) / (len(x) + len(y)) if x and y else 0.0
+    assert rouge_l(a, b) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(a=_words, b=_words)
+@pytest.mark.parametrize("metric", [token_f1, rouge_l])
+def test_overlap_metrics_are_symmetric_bounded_and_one_for_equal_text(metric, a: str, b: str):
+    assert metric(a, b) == pytest.approx(metric(b, a))
+    assert 0.0 <= metric(a, b) <= 1.0
+    if a:
+        assert metric(a, a) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1,234", "1234"),
+        ("12,345,678.5 in all", "12345678.5"),
+        ("-3", "-3"),
+        ("−3", "-3"),
+        ("+2", "2"),
+        ("$5", "5"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("€1,000.50.", "1000.50"),
+        ("7.0", "7"),
+        ("so 7.", "7"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("1e3", "1000"),
+        ("2.5E-2", "0.025"),
+        ("1e3x", "3"),
+        ("50%", "50"),
+        ("10-3", "3"),
+        ("(10)-3", "3"),
+        ("x = -3", "-3"),
+        ("(-3)", "-3"),
+        ("10 - 3", "3"),
+        ("1,23", "23"),
+        ("1,2345", "2345"),
+        ("3/4", "4"),
+        ("fig.5", "5"),
+        ("so...5", "5"),
+        ("5 then 6 apples", "6"),
+        ("-0", "0"),
+        ("12345678901234567890123456789012345", "12345678901234567890123456789012345"),
+        ("-12345678901234567890123456789012345", "-12345678901234567890123456789012345"),
+    ],
+)
+def test_flexible_parsing_takes_the_last_number(text: str, expected: str):
+    assert parse_number(text, "flexible") == Decimal(expected)
+    assert parse_number(f"8 {text} apples", "flexible") == Decimal(expected)
+
+
+@pytest.mark.parametrize("text", ["", "none", "-", "$", ".", "..", "٣"])
+def test_text_without_a_number_has_none(text: str):
+    assert parse_number(text, "flexible") is None
+    assert parse_number("#### " + text, "strict") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("48 + 24 = 72\n#### 72", 72),
+        ("####72 and then 5", 72),
+        ("#### 1 \n#### $1,234.00", 1234),
+        ("#### -7", -7),
+        ("##### 8", 8),
+        ("the answer is 72", None),
+        ("#### about 72", None),
+        ("72 ####", None),
+        ("#### 5 #### ", None),
+    ],
+)
+def test_strict_parsing_takes_the_number_after_the_last_mark(text: str, expected: int | None):
+    assert parse_number(text, "strict") == expected
+
+
+@settings(deadline=None)
+@given(value=st.decimals(-(10**12), 10**12, places=2, allow_nan=False))
+def test_parsing_reads_back_what_formatting_wrote(value: Decimal):
+    for text in (f"{value:,}", f"{value}", f"so it is {value:,} %."):
+        assert parse_number(text, "flexible") == value
+
+
+def test_number_match_says_when_a_prediction_cannot_be_read():
+    reference = "3 * 24 = 72\n#### 72"
+    assert number_match("... so #### 72.00", reference, "strict") is True
+    assert number_match("#### 71", reference, "strict") is False
+    assert number_match("it is 72", reference, "strict") is None
+    assert number_match("it is 72", reference, "flexible") is True
+    assert number_match("no idea", reference, "flexible") is None
+    assert number_match("#### 1,000", "1000", "strict") is True
+    for broken in ("no number", "12 #### none"):
+        with pytest.raises(DataError, match="expected a number in the reference"):
+            number_match("72", broken, "flexible")
+
+
+def test_the_bootstrap_is_the_brute_force_one():
+    values = np.random.default_rng(0).normal(size=37)
+    low, high = bootstrap_interval(values, confidence=0.9, resamples=501, rng=np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    means = sorted(float(np.mean([values[i] for i in rng.integers(0, 37, size=37)])) for _ in range(501))
+    assert (low, high) == pytest.approx((means[25], means[475]))
+
+
+def test_the_bootstrap_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch):
+    values = np.random.default_rng(0).normal(size=37)
+    whole = bootstrap_interval(values, resamples=100, rng=np.random.default_rng(1))
+    monkeypatch.setattr(metrics, "_BOOTSTRAP_ENTRIES", 64)
+    assert bootstrap_interval(values, resamples=100, rng=np.random.default_rng(1)) == whole
+
+
+def test_the_interval_has_about_the_width_of_the_normal_one():
+    values = np.random.default_rng(0).random(400) < 0.3
+    low, high = bootstrap_interval(values, rng=np.random.default_rng(1))
+    mean, error = values.mean(), values.std() / 20
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.25 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.25 * error)
+
+
+def test_intervals_of_nothing_one_value_and_nan():
+    rng = np.random.default_rng(0)
+    assert all(math.isnan(bound) for bound in bootstrap_interval([], rng=rng))
+    assert all(math.isnan(bound) for bound in bootstrap_interval([1.0, math.nan], rng=rng))
+    assert bootstrap_interval([0.25], rng=rng) == (0.25, 0.25)
+    assert bootstrap_interval([1, 1, 1], rng=rng) == (1.0, 1.0)
+    for wrong in ({"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}):
+        with pytest.raises(ValueError, match="not possible"):
+            bootstrap_interval([1.0], rng=rng, **wrong)
+
+
+def test_the_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=200)
+    a = b + 0.1 + 0.01 * rng.normal(size=200)
+    difference, low, high = paired_bootstrap(a, b, rng=np.random.default_rng(1))
+    assert difference == pytest.approx(0.1, abs=0.01)
+    assert 0.09 < low < difference < high < 0.11
+    assert (low, high) == bootstrap_interval(a - b, rng=np.random.default_rng(1))
+    backwards = paired_bootstrap(b, a, rng=np.random.default_rng(1))
+    assert backwards == pytest.approx((-difference, -high, -low))
+
+
+def test_the_paired_bootstrap_needs_the_same_rows():
+    with pytest.raises(DataError, match="found 2 and 1"):
+        paired_bootstrap([1, 2], [1], rng=np.random.default_rng(0))
+    assert all(math.isnan(value) for value in paired_bootstrap([], [], rng=np.random.default_rng(0)))
+
+
+def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
+    assert corpus_perplexity(12 * math.log(1 / 50), 12) == pytest.approx(50.0)
+    assert corpus_perplexity(0.0, 3) == 1.0
+    assert math.isnan(corpus_perplexity(0.0, 0))
+    assert corpus_perplexity(-1e9, 1) == math.inf

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2d_cli.core.subset_selection import rank_rows, resolve_count, select_rows
+from p2d_cli.errors import DataError, UsageError
+
+_scores = st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 2.5, math.inf, math.nan]), min_size=1, max_size=12)
+
+
+def test_count_is_the_ceiling_of_the_share_or_the_number_itself():
+    assert resolve_count(270, ratio=0.1) == 27
+    assert resolve_count(271, 0.1, None) == 28
+    assert resolve_count(271) == 28
+    assert resolve_count(10, ratio=1.0) == 10
+    assert resolve_count(1, ratio=0.001) == 1
+    assert resolve_count(10, None, 10) == 10
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, math.nan])
+def test_an_impossible_share_is_refused(ratio: float):
+    with pytest.raises(UsageError, match="share must be above 0"):
+        resolve_count(10, ratio=ratio)
+
+
+@pytest.mark.parametrize("count", [0, -3, 11])
+def test_an_impossible_number_is_refused(count: int):
+    with pytest.raises(UsageError, match=f"from 1 to 10, the size of the pool, found {count}"):
+        resolve_count(10, count=count)
+    with pytest.raises(UsageError, match=f"found {count}"):
+        select_rows(np.arange(10.0), count)
+
+
+def test_share_and_number_exclude_each_other_and_an_empty_pool_is_data_error():
+    with pytest.raises(UsageError, match="exclude each other"):
+        resolve_count(10, ratio=0.1, count=1)
+    with pytest.raises(DataError, match="no rows"):
+        resolve_count(0, ratio=0.1)
+
+
+@settings(deadline=None)
+@given(scores=_scores)
+def test_ranking_is_a_plain_sort_with_ties_in_row_order_and_nan_last(scores: list[float]):
+    if all(math.isnan(score) for score in scores):
+        with pytest.raises(DataError, match=f"none of the {len(scores)} rows"):
+            rank_rows(scores)
+        return
+    order = sorted(
+        range(len(scores)), key=lambda i: (math.isnan(scores[i]), 0 if math.isnan(scores[i]) else -scores[i], i)
+    )
+    ranks = rank_rows(scores)
+    assert ranks.dtype == np.int64
+    assert [int(np.flatnonzero(ranks == rank)[0]) for rank in range(len(scores))] == order
+    for count in range(1, len(scores) + 1):
+        assert select_rows(scores, count).tolist() == order[:count]
+
+
+def test_no_rows_cannot_be_ranked():
+    with pytest.raises(DataError, match="none of the 0 rows"):
+        rank_rows([])
+    with pytest.raises(DataError, match="none of the 2 rows"):
+        select_rows([math.nan, math.nan], 1)

@@ -1,0 +1,207 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2d_cli.data.prompts import PromptTemplate, resolve_template
+from p2d_cli.data.records import Message
+from p2d_cli.errors import DataError, UsageError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)
+ADDED = ["none", "bos", "bos-eos"]
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def test_auto_is_chat_where_there_is_a_template(tokenizer_of):
+    assert resolve_template(tokenizer_of("chatml")).name == "chat"
+    assert resolve_template(tokenizer_of()).name == "plain"
+    assert resolve_template(tokenizer_of("chatml"), "plain") == PromptTemplate("plain")
+    with pytest.raises(UsageError, match="no chat template"):
+        resolve_template(tokenizer_of(), "chat")
+
+
+def test_digest_tells_templates_apart(tokenizer_of):
+    digests = {resolve_template(tokenizer_of(name)).digest for name in ("chatml", "trimming")}
+    digests.add(PromptTemplate("plain").digest)
+    assert len(digests) == 3
+    assert PromptTemplate("plain").digest == PromptTemplate("plain").digest
+
+
+def test_chat_text_is_what_the_template_says(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("default-system")
+    template = resolve_template(tokenizer)
+    head = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    # The line break behind <|im_end|> is never generated, and so not learnt either.
+    assert template.render_example(tokenizer, record_of("hi", "yes")) == (head, "yes<|im_end|>")
+
+
+def test_plain_text(tokenizer_of, record_of):
+    tokenizer, template = tokenizer_of(), PromptTemplate("plain")
+    assert template.render_example(tokenizer, record_of("hi", "yes")) == ("hi\n", "yes</s>")
+    assert template.render_prompt(tokenizer, record_of("hi", system="Be kind.")) == "Be kind.\n\nhi\n"
+
+
+def test_a_template_without_system_role_gets_it_in_the_first_turn(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("no-system")
+    text = resolve_template(tokenizer).render_prompt(tokenizer, record_of("hi", system="Be kind."))
+    assert text == "<|im_start|>user\nBe kind.\n\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_that_shows_reasoning_in_the_last_answer_can_be_split(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("reasoning")
+    _, completion = resolve_template(tokenizer).render_example(tokenizer, record_of("hi", "yes"))
+    assert completion == "<think>\n\n</think>\n\nyes<|im_end|>"
+
+
+def test_a_template_that_cannot_be_split_is_refused(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("chatml")
+    template = PromptTemplate("chat", "{{ messages | length }} turns: {{ messages[0]['content'] }}")
+    with pytest.raises(DataError, match=r"r:1: .* cannot be split"):
+        template.render_example(tokenizer, record_of("hi"))
+
+
+def test_a_conversation_that_the_template_refuses(tokenizer_of, record_of):
+    template = PromptTemplate("chat", "{{ raise_exception('users only') }}")
+    with pytest.raises(DataError, match="refuses a conversation of user: users only") as caught:
+        template.render_prompt(tokenizer_of("chatml"), record_of("hi"))
+    assert "--template plain" in caught.value.hint
+
+
+def test_the_date_does_not_change_the_prompt(tokenizer_of, record_of):
+    llama = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }} {{ messages[0]['content'] }}"
+    )
+    text = PromptTemplate("chat", llama).render_prompt(tokenizer_of("chatml"), record_of("hi"))
+    assert text == "26 Jul 2024 hi"
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_plain_prompts_keep_the_bos_habit_and_never_end_with_eos(tokenizer_of, record_of, added):
+    tokenizer = tokenizer_of(None, added)
+    ids = PromptTemplate("plain").encode_prompt(tokenizer, record_of("hi"))
+    assert decode(tokenizer, ids) == ("" if added == "none" else "<s>") + "hi\n"
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("name", ["chatml", "trimming", "system-last", None])
+@settings(deadline=None, max_examples=30)
+@given(prompt=TEXT, completion=TEXT)
+def test_training_sees_the_prompt_of_inference_and_the_whole_completion(
+    tokenizer_of, record_of, name, added, prompt, completion
+):
+    tokenizer = tokenizer_of(name, added)
+    template, record = resolve_template(tokenizer), record_of(prompt, completion)
+    encoded = template.encode_example(tokenizer, record, 10_000)
+    prompt_text, completion_text = template.render_example(tokenizer, record)
+    shown, answer = encoded.input_ids[: encoded.prompt_length], encoded.input_ids[encoded.prompt_length :]
+    assert list(shown) == template.encode_prompt(tokenizer, record)
+    bos = "<s>" if name is None and added != "none" else ""
+    assert decode(tokenizer, shown) == bos + prompt_text
+    assert decode(tokenizer, answer) == completion_text
+    assert completion_text.rstrip().endswith(("</s>", "<|im_end|>"))
+    assert encoded.truncated == 0
+
+
+@pytest.mark.parametrize("added", ["none", "bos"])
+@pytest.mark.parametrize("name", ["chatml", "default-system", "mangling", None])
+@settings(deadline=None, max_examples=30)
+@given(prompt=TEXT, completion=TEXT, max_length=st.integers(2, 60))
+def test_what_is_cut_is_counted_and_the_completion_goes_last(
+    tokenizer_of, record_of, name, added, prompt, completion, max_length
+):
+    tokenizer = tokenizer_of(name, added)
+    template, record = resolve_template(tokenizer), record_of(prompt, completion)
+    try:
+        whole = template.encode_example(tokenizer, record, 10_000)
+    except DataError:
+        assert name == "mangling"
+        return
+    encoded = template.encode_example(tokenizer, record, max_length)
+    assert len(encoded.input_ids) == min(len(whole.input_ids), max_length)
+    assert encoded.truncated == len(whole.input_ids) - len(encoded.input_ids)
+    assert encoded.prompt_length >= 1
+    answer = whole.input_ids[whole.prompt_length :]
+    kept = encoded.input_ids[encoded.prompt_length :]
+    assert kept == answer[: max_length - 1]
+    # The end of the prompt, which opens the answer, is what inference ends with too.
+    assert encoded.input_ids[encoded.prompt_length - 1] == whole.input_ids[whole.prompt_length - 1]
+
+
+def test_the_templates_head_survives_cutting(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("chatml")
+    template, record = resolve_template(tokenizer), record_of("one two three four five six seven " * 9)
+    head = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    whole = template.encode_prompt(tokenizer, record)
+    ids = template.encode_prompt(tokenizer, record, max_length=60)
+    assert len(ids) == 60
+    assert ids == whole[: len(head)] + whole[len(whole) - 60 + len(head) :]
+
+
+def test_bos_survives_cutting(tokenizer_of, record_of):
+    tokenizer = tokenizer_of(None, "bos")
+    ids = PromptTemplate("plain").encode_prompt(tokenizer, record_of("one two three four five six"), max_length=5)
+    assert len(ids) == 5
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_a_token_over_the_border_does_not_change_the_prompt(tokenizer_of, record_of):
+    tokenizer, template = tokenizer_of(), PromptTemplate("plain")
+    record = record_of("a", "\nb")  # "\n\n" is one token of the whole text
+    encoded = template.encode_example(tokenizer, record, 100)
+    assert decode(tokenizer, encoded.input_ids[: encoded.prompt_length]) == "a\n"
+    assert decode(tokenizer, encoded.input_ids[encoded.prompt_length :]) == "\nb</s>"
+
+
+def test_no_room_at_all(tokenizer_of, record_of):
+    with pytest.raises(UsageError, match="no room"):
+        PromptTemplate("plain").encode_example(tokenizer_of(), record_of("a"), 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["chatml", "trimming", "no-system", "default-system", "system-last", "reasoning", None]
+)
+@settings(deadline=None, max_examples=40)
+@given(contents=st.lists(TEXT, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2 == 1), system=TEXT)
+def test_placed_contents_stand_where_they_are_said_to(tokenizer_of, name, contents, system):
+    tokenizer = tokenizer_of(name)
+    template = resolve_template(tokenizer)
+    messages = [Message(("user", "assistant")[index % 2], text) for index, text in enumerate(contents)]
+    if template.takes_system(tokenizer):
+        messages = [Message("system", system), *messages]
+    placed = template.place(tokenizer, messages)
+    found = [placed.text[start:stop] for start, stop in placed.spans]
+    assert [text.strip() for text in found] == [message.content.strip() for message in messages]
+    if name in ("chatml", "default-system", "system-last", None):
+        assert found == [message.content for message in messages]
+    ordered = sorted(placed.spans)
+    assert all(first[1] <= second[0] for first, second in pairwise(ordered))
+
+
+def test_earlier_reasoning_is_placed_as_the_template_shows_it(tokenizer_of):
+    tokenizer = tokenizer_of("reasoning")
+    template = resolve_template(tokenizer)
+    messages = [Message("user", "a"), Message("assistant", "<think>\nhm\n</think>\n\nb"), Message("user", "c")]
+    placed = template.place(tokenizer, messages)
+    assert [placed.text[start:stop] for start, stop in placed.spans] == ["a", "b", "c"]
+
+
+def test_a_template_that_changes_contents_is_refused(tokenizer_of):
+    tokenizer = tokenizer_of("mangling")
+    with pytest.raises(DataError, match="drops or changes messages"):
+        resolve_template(tokenizer).place(tokenizer, [Message("user", "hello")])
+
+
+def test_only_the_last_turn_of_a_context_is_answered(tokenizer_of, record_of):
+    tokenizer = tokenizer_of("chatml")
+    context = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    record = replace(record_of("-"), messages=context)
+    assert PromptTemplate("plain").render_prompt(tokenizer, record) == "a\nb\nc\n"
+    text = resolve_template(tokenizer).render_prompt(tokenizer, record)
+    assert text.endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("<|im_start|>assistant") == 2

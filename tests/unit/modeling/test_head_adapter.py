@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling.head_adapter import (
+    attach_heads,
+    attach_lora,
+    enable_checkpointing,
+    freeze_placing,
+    load_adapter,
+    merge,
+    prepare_full,
+    save_adapter,
+    trainable_share,
+    unfreeze_attention,
+)
+from p2d_cli.modeling.layouts import model_layout
+
+# Where a test calls PEFT itself, as a user would: PEFT 0.21 asks transformers 5 for a deprecated attribute.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ALL = ("q", "k", "v", "o")
+# One head in the first layer, three in the second: modules with different numbers of rows.
+SELECTED = np.array([[False, True, False, False], [True, True, False, True]])
+UPPER_ONLY = np.array([[False] * 4, [False, False, True, False]])
+
+
+def train(model: Any, ids: torch.Tensor, *, steps: int = 4, lr: float = 1e-2, weight_decay: float = 0.1) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def selected_masks(model: Any, selected: np.ndarray, projections: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Which entries of each weight may change, written down head by head without the adapter's code."""
+    masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in model.named_parameters()}
+    for layer in model_layout(model):
+        for head in np.flatnonzero(selected[layer.layer]):
+            for name in projections:
+                part = layer.projection(name)
+                start, stop = part.rows[head if name in ("q", "o") else head * layer.num_groups // layer.num_heads]
+                columns = (name == "o") != part.transposed
+                mask = masks[part.weight_name]
+                (mask.T if columns else mask)[start:stop] = True
+    return masks
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view({4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("projections", [("q", "k", "v"), ALL], ids="".join)
+def test_trained_adapter_reloads_merges_and_leaves_all_other_weights_alone(
+    tiny_model, token_ids, family, projections, tmp_path
+):
+    ids = token_ids(3, 9)
+    base = tiny_model(family)
+    model = attach_heads(tiny_model(family), SELECTED, projections)
+    torch.testing.assert_close(logits(model, ids), logits(base, ids), atol=1e-6, rtol=0)
+    train(model, ids)
+    trained = logits(model.eval(), ids)
+    assert (trained - logits(base, ids)).abs().max() > 1e-2
+
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+    torch.testing.assert_close(logits(reloaded, ids), trained, atol=1e-5, rtol=0)
+    merged = reloaded.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged, ids), trained, atol=1e-5, rtol=1e-5)
+
+    masks = selected_masks(base, SELECTED, projections)
+    after = dict(merged.named_parameters())
+    assert after.keys() == masks.keys()
+    for name, before in base.named_parameters():
+        assert torch.equal(bits(after[name])[~masks[name]], bits(before)[~masks[name]]), name
+        if masks[name].any():
+            assert (after[name] != before)[masks[name]].float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("projections", [("q",), ("k", "v"), ("o",), ALL], ids="".join)
+def test_every_adapted_module_has_its_own_rank_and_scaling_one(tiny_model, family, projections):
+    plain = tiny_model(family)
+    masks = selected_masks(plain, SELECTED, projections)
+    expected = {}
+    for layer in model_layout(plain):
+        for name in projections:
+            part = layer.projection(name)
+            by_row = (name == "o") == part.transposed
+            expected[part.module] = int(masks[part.weight_name].any(dim=1 if by_row else 0).sum())
+    model = attach_heads(tiny_model(family), SELECTED, projections)
+    found = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert {name: module.r["default"] for name, module in found.items()} == expected
+    assert all(module.scaling["default"] == 1.0 for module in found.values())
+
+
+def test_an_adapted_model_has_the_layout_of_the_plain_one(tiny_model, family):
+    model = attach_heads(tiny_model(family), SELECTED, ALL)
+    assert model_layout(model) == model_layout(model.get_base_model()) == model_layout(tiny_model(family))
+
+
+def test_layers_without_a_selected_head_are_not_targeted(tiny_model):
+    model = attach_heads(tiny_model("llama"), UPPER_ONLY, ("q", "k", "v"))
+    assert not any("layers.0" in name for name, _ in model.named_parameters() if "lora_" in name)
+
+
+def test_many_layers_keep_their_own_row_counts(tiny_model, token_ids, tmp_path):
+    """PEFT shortens long target lists and reads rank patterns as regular expressions: layer 1 is not layer 11."""
+    selected = np.ones((12, 4), dtype=bool)
+    selected[1] = [True, False, False, False]
+    selected[11] = [True, True, True, False]
+    selected[5] = False
+    model = attach_heads(tiny_model("llama", num_hidden_layers=12), selected, ALL)
+    train(model, token_ids(2, 6), steps=1)
+    save_adapter(model, tmp_path, None)
+    again = load_adapter(tiny_model("llama", num_hidden_layers=12), tmp_path)
+    for adapted in (model, again):
+        layers = adapted.get_base_model().model.layers
+        assert [layers[index].self_attn.q_proj.r["default"] for index in (0, 1, 11)] == [32, 8, 24]
+        assert not hasattr(layers[5].self_attn.q_proj, "lora_A")
+        assert not hasattr(layers[5].self_attn.o_proj, "lora_A")
+    ids = token_ids(2, 6)
+    torch.testing.assert_close(logits(again, ids), logits(model.eval(), ids), atol=1e-5, rtol=0)
+
+
+def test_trained_slices_follow_masked_full_weight_adamw(tiny_model, token_ids):
+    ids = token_ids(3, 9)
+    model = attach_heads(tiny_model("llama").double(), SELECTED, ALL)
+    train(model, ids, steps=6, weight_decay=0.0)
+    merged = merge(model)
+
+    plain = tiny_model("llama").double()
+    masks = selected_masks(plain, SELECTED, ALL)
+    weights = dict(plain.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0.0)
+    for _ in range(6):
+        plain(input_ids=ids, labels=ids).loss.backward()
+        for name, weight in weights.items():
+            weight.grad[~masks[name]] = 0
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(weight, weights[name], atol=1e-9, rtol=0)
+        assert not masks[name].any() or (weight - tiny_model("llama").double().get_parameter(name)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_is_computed_below_the_lowest_trained_layer(tiny_model, token_ids, family, checkpointing):
+    ids = token_ids(2, 6)
+    model = attach_heads(tiny_model(family), UPPER_ONLY, ("q", "k", "v")).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    needs_gradient = {}
+
+    def note(name):
+        def hook(_module, _inputs, output):
+            tensor = output[0] if isinstance(output, tuple) else output
+            needs_gradient[name] = tensor.requires_grad
+
+        return hook
+
+    base = model.get_base_model()
+    layers = next(m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+    base.get_input_embeddings().register_forward_hook(note("embedding"))
+    layers[0].register_forward_hook(note("below"))
+    layers[1].register_forward_hook(note("trained"))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert needs_gradient == {"embedding": False, "below": False, "trained": True}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_checkpointing_keeps_the_gradients_and_recomputes(tiny_model, token_ids):
+    ids = token_ids(2, 6)
+    gradients, forwards = [], []
+    for checkpointing in (False, True):
+        model = attach_heads(tiny_model("llama"), SELECTED, ALL).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        norm = model.get_base_model().model.layers[1].input_layernorm
+        norm.register_forward_hook(lambda *_, mark=checkpointing: forwards.append(mark))
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert forwards == [False, True, True]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("projections", [("q", "k", "v"), ALL], ids="".join)
+def test_placing_factors_freeze_again_after_loading_to_train(tiny_model, token_ids, family, projections, tmp_path):
+    model = attach_heads(tiny_model(family), SELECTED, projections)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    train(model, token_ids(2, 6), steps=1)
+    save_adapter(model, tmp_path, None)
+    again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} > trained
+    freeze_placing(again)
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_an_ordinary_lora_is_not_taken_for_a_head_adapter(tiny_model):
+    with pytest.raises(ArtifactError, match="not a head adapter"):
+        freeze_placing(attach_lora(tiny_model("llama"), 4, 8, ("q",), 0.0))
+
+
+def test_trained_factors_are_fp32_beside_a_bf16_base(tiny_model, token_ids):
+    model = attach_heads(tiny_model("llama").to(torch.bfloat16), SELECTED, ("q", "k", "v"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    train(model, token_ids(2, 6), lr=1e-3)
+    assert all(p.abs().max() > 1e-3 for p in model.parameters() if p.requires_grad)
+    assert logits(model, token_ids(2, 6)).dtype == torch.bfloat16
+
+
+def test_share_counts_trained_rows_against_the_base_model(tiny_model):
+    plain = tiny_model("llama")
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    assert trainable_share(plain).share == 1.0
+    share = trainable_share(attach_heads(plain, SELECTED, ("q", "k", "v")))
+    # q: 1 + 3 heads; k and v: 1 + 2 groups, each of 8 rows of 32.
+    assert (share.trained, share.total) == ((4 + 3 + 3) * 8 * 32, total)
+    assert share.share == pytest.approx(share.trained / total)
+
+
+def test_tied_weights_count_once(tiny_model):
+    tied, untied = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama")
+    assert trainable_share(untied).total - trainable_share(tied).total == 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("selected", "projections", "error", "message"),
+    [
+        (np.zeros((2, 4), dtype=bool), ("q",), UsageError, "no head is selected"),
+        (np.ones((2, 8), dtype=bool), ("q",), ArtifactError, r"\[2, 8\].*\[2, 4\]"),
+        (SELECTED, (), UsageError, "found none"),
+        (SELECTED, ("q", "gate"), UsageError, "found gate"),
+    ],
+)
+def test_a_selection_that_cannot_be_trained_is_refused(tiny_model, selected, projections, error, message):
+    with pytest.raises(error, match=message):
+        attach_heads(tiny_model("llama"), selected, projections)
+
+
+def test_saved_folder_holds_two_files_with_the_same_bytes_each_time(tiny_model, tmp_path):
+    contents = []
+    for name in ("one", "two"):
+        plain = tiny_model("llama")
+        plain.name_or_path = plain.config.name_or_path = str(tmp_path)
+        save_adapter(attach_heads(plain, SELECTED, ALL), tmp_path / name, "owner/model")
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1]
+    assert contents[0].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads(contents[0]["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "owner/model"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert str(tmp_path).encode() not in b"".join(contents[0].values())
+
+
+def test_peft_saves_no_path_of_this_machine(tiny_model, tmp_path):
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path / "base")
+    from p2d_cli.modeling.loading import load_model
+
+    model = load_model(tmp_path / "base", dtype=torch.float32, device="cpu")
+    attach_heads(model, SELECTED, ("q",)).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "adapter").iterdir())
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    save_adapter(attach_heads(tiny_model("llama"), SELECTED, ("q", "k", "v")), tmp_path / "adapter", None)
+    return tmp_path / "adapter"
+
+
+def test_loading_for_inference_trains_nothing(tiny_model, adapter):
+    model = load_adapter(tiny_model("llama"), adapter)
+    assert not model.training
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_incomplete_folder_is_refused(tiny_model, adapter, name):
+    (adapter / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        load_adapter(tiny_model("llama"), adapter)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model, adapter):
+    for other in (tiny_model("llama", hidden_size=64), tiny_model("gpt2")):
+        with pytest.raises(ArtifactError, match="does not fit"):
+            load_adapter(other, adapter)
+
+
+def test_an_adapter_that_lacks_factors_is_refused(tiny_model, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match="missing adapter keys"):
+        load_adapter(tiny_model("llama"), adapter)
+
+
+def test_a_damaged_adapter_is_refused(tiny_model, adapter):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(ArtifactError):
+        load_adapter(tiny_model("llama"), adapter)
+
+
+def test_merging_values_that_are_not_finite_is_refused(tiny_model):
+    model = attach_heads(tiny_model("llama"), SELECTED, ("q",))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        merge(model)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ALL], ids="".join)
+def test_lora_adapts_whole_projections_and_merges(tiny_model, token_ids, family, targets):
+    ids = token_ids(2, 6)
+    plain = tiny_model(family)
+    expected = {layer.projection(name).module for layer in model_layout(plain) for name in targets}
+    model = attach_lora(plain, 4, 8, targets, 0.0)
+    adapted = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert adapted.keys() == expected
+    assert {module.scaling["default"] for module in adapted.values()} == {2.0}
+    train(model, ids)
+    trained = logits(model.eval(), ids)
+    torch.testing.assert_close(logits(merge(model), ids), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_dropout_is_passed_on(tiny_model):
+    model = attach_lora(tiny_model("llama"), 4, 8, ("q",), 0.25)
+    dropouts = [m.p for name, m in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert dropouts == [0.25, 0.25]
+
+
+def test_attention_scope_trains_the_projections_in_fp32_and_nothing_else(tiny_model, token_ids, family):
+    model = tiny_model(family).to(torch.bfloat16)
+    layout = model_layout(model)
+    unfreeze_attention(model)
+    names = {layer.projection(name).weight_name for layer in layout for name in ALL}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in names else torch.bfloat16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, token_ids(2, 6), steps=2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in names), name
+
+
+def test_full_scope_trains_everything_in_fp32(tiny_model, token_ids):
+    model = tiny_model("gemma2").to(torch.bfloat16).requires_grad_(False)
+    prepare_full(model)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    train(model, token_ids(2, 6), steps=1)

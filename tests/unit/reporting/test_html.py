@@ -1,0 +1,142 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from p2d_cli.core.aer import MetricValue
+from p2d_cli.reporting.html import aer_html
+from p2d_cli.reporting.table import columns
+
+HOSTILE = "<script>alert(1)</script>\"'&<!-- ${x} é 漢"
+VOID = {"meta", "br", "line", "circle", "polyline", "polygon"}
+
+
+class Page(HTMLParser):
+    """Elements in order, with their attributes and text; fails on tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.parents = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        element = {"tag": tag, "attributes": dict(attributes), "text": "", "inside": [e["tag"] for e in self.open]}
+        assert len(element["attributes"]) == len(attributes)
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in VOID
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag, **attributes):
+        wanted = {key.rstrip("_"): value for key, value in attributes.items()}.items()
+        return [e for e in self.elements if e["tag"] == tag and wanted <= e["attributes"].items()]
+
+
+def test_the_page_needs_nothing_but_itself(report):
+    text = aer_html(report)
+    page = Page(text)
+    assert {e["tag"] for e in page.elements}.isdisjoint({"script", "link", "img", "iframe", "object", "embed"})
+    targets = {e["attributes"]["id"] for e in page.elements if "id" in e["attributes"]}
+    links = {value for e in page.elements for key, value in e["attributes"].items() if key in {"href", "src"}}
+    assert links
+    assert links <= {f"#{target}" for target in targets}
+    assert not any(key.startswith("on") for e in page.elements for key in e["attributes"])
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_every_colour_of_the_light_page_has_one_in_the_dark(report):
+    light, dark = re.findall(r":root \{(.*?)\}", aer_html(report), flags=re.DOTALL)
+    assert set(re.findall(r"(--[\w-]+):", light)) == set(re.findall(r"(--[\w-]+):", dark))
+
+
+def test_the_table_holds_every_figure(report):
+    page = Page(aer_html(report))
+    shown = columns(report)
+    for number, row in enumerate(report.rows, start=1):
+        assert page.all("tr", id=f"run-{number}")[0]["text"].startswith(f"{number}{row.name}")
+    cells = [e["text"] for e in page.all("td") if "data-label" in e["attributes"]]
+    assert cells == [column.cell(row) for row in report.rows for column in shown]
+
+
+def test_the_plot_names_each_scored_run_on_hover(report):
+    page = Page(aer_html(report))
+    assert len(page.all("svg", class_="wide")) == len(page.all("svg", class_="narrow")) == 1
+    titles = [e["text"].splitlines()[0] for e in page.all("title") if "svg" in e["inside"]]
+    scored = [row.name for row in report.rows if row.metrics]
+    assert titles == scored * 2  # once in the wide plot, once in the narrow one
+    hollow = [e for e in page.all("circle", class_="marker control") if e["inside"][-1] == "a"]
+    assert len(hollow) == 2
+    assert "1 of the 6 runs have no such score" in page.all("figcaption")[0]["text"]
+
+
+def test_stage_times_are_drawn_to_scale(row, make_report):
+    page = Page(aer_html(make_report(row("a", 500.0), row("b", 800.0), row("c", 0.0))))
+    widths = {}
+    for element in page.all("span"):
+        if element["attributes"].get("class", "").startswith("piece"):
+            name, what = element["attributes"]["title"].split(": ")
+            widths[name, what.split()[0]] = float(re.fullmatch(r"width:([\d.]+)%", element["attributes"]["style"])[1])
+    assert widths["a", "mine-data"] == pytest.approx(3 * widths["a", "score-heads"], abs=0.01)
+    assert widths["b", "train"] / widths["a", "train"] == pytest.approx(1.6, abs=0.001)
+    assert not any(name == "c" for name, _ in widths)
+    assert "torn end" not in aer_html(make_report(row("a", 500.0)))
+
+
+def test_a_reference_that_dwarfs_the_others_is_cut_and_said_so(row, make_report):
+    reference = row("long", 1000.0, score_heads_seconds=0.0, mine_data_seconds=0.0, train_seconds=1000.0,
+                    is_reference=True)  # fmt: skip
+    report = make_report()
+    page = Page(aer_html(type(report)(report.reference, (row("a", 50.0), reference), (), ())))
+    assert len(page.all("span", class_="piece train cut")) == 1
+    assert "1,000 s" in page.all("span", class_="total")[1]["text"]
+    assert any("torn end" in e["text"] for e in page.all("p"))
+
+
+def test_whatever_comes_from_a_report_is_escaped(row, make_report):
+    value = MetricValue(0.5, 0.4, 0.6, 3)
+    hostile = row(HOSTILE, 10.0, metrics={HOSTILE: value, "exact_match": value}, mixed=(HOSTILE,), path=HOSTILE)
+    text = aer_html(make_report(hostile, warnings=(HOSTILE,), flags=(HOSTILE,)))
+    page = Page(text)
+    assert not page.all("script")
+    assert "<!-- " not in text
+    assert page.all("code")[0]["text"] == HOSTILE
+    assert [e["text"] for e in page.all("li") if e["text"] == HOSTILE] == [HOSTILE, HOSTILE]
+
+
+def test_warnings_come_first_and_many_are_folded(row, make_report):
+    warnings = tuple(f"warning {number}" for number in range(10))
+    text = aer_html(make_report(row("a"), warnings=warnings))
+    page = Page(text)
+    assert [e["text"] for e in page.all("li") if e["text"].startswith("warning")] == list(warnings)
+    folded = page.all("details")[0]["text"]
+    assert folded.startswith("4 more")
+    assert "warning 5" not in folded
+    assert text.index("warning 0") < text.index("<svg")
+
+
+def test_a_report_without_scores_still_makes_a_page(row, make_report):
+    report = make_report()
+    page = Page(aer_html(type(report)(report.reference, (row("a", score=None),), (), ())))
+    assert not page.all("svg")
+    assert any("No run has a score" in e["text"] for e in page.all("p"))
+
+
+def test_other_scores_have_their_own_table(row, make_report):
+    value = MetricValue(0.5, 0.4, 0.6, 3)
+    page = Page(aer_html(make_report(row("a", metrics={"exact_match": value, "token_f1": value}))))
+    assert any(e["text"] == "Other scores" for e in page.all("h2"))
+    assert any(e["text"] == "token_f1" for e in page.all("th"))
+    assert not any(e["text"] == "Other scores" for e in Page(aer_html(make_report(row("a")))).all("h2"))

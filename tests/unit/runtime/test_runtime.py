@@ -1,0 +1,95 @@
+"""Time, seeds, hardware."""
+
+import numpy as np
+import pytest
+import torch
+
+from p2d_cli.runtime.distributed import is_main_process, rank
+from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
+from p2d_cli.runtime.progress import SilentProgress
+from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
+from p2d_cli.runtime.timing import PhaseTimer
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_phases_add_up_and_an_inner_phase_pauses_the_outer():
+    clock = FakeClock()
+    timer = PhaseTimer(clock)
+    with timer.phase("outer"):
+        clock.now += 1
+        with timer.phase("inner"):
+            clock.now += 10
+        clock.now += 2
+    with timer.phase("outer"):
+        clock.now += 4
+    assert timer.seconds == {"outer": 7.0, "inner": 10.0}
+
+
+def test_a_phase_that_fails_is_still_charged():
+    clock = FakeClock()
+    timer = PhaseTimer(clock)
+
+    def fail():
+        with timer.phase("x"):
+            clock.now += 3
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    clock.now += 5
+    assert timer.seconds == {"x": 3.0}
+
+
+def test_the_device_is_waited_for_at_both_ends():
+    timer = PhaseTimer(FakeClock())
+    waits = []
+    timer.synchronize_with(lambda: waits.append(1))
+    with timer.phase("x"):
+        assert len(waits) == 1
+    assert len(waits) == 2
+
+
+def test_seeds_differ_by_purpose_and_repeat():
+    assert derive_seed(0, "a") == 4012647919, "the same on every machine"
+    assert len({derive_seed(seed, purpose, n) for seed in (0, 1) for purpose in "ab" for n in (0, 1)}) == 8
+    assert generator(1, "x").random() == generator(1, "x").random()
+
+
+def test_seed_everything_fixes_the_global_generators():
+    draws = []
+    for _ in range(2):
+        seed_everything(7)
+        draws.append((torch.rand(1).item(), np.random.random()))
+    assert draws[0] == draws[1]
+
+
+def test_hardware_is_described_and_comparable():
+    described = describe_hardware("cpu")
+    assert described["label"] == describe_hardware("cpu")["label"]
+    assert described["cores"] >= 1
+    assert describe_hardware("mps")["label"].startswith("mps")
+    assert package_versions()["torch"] == torch.__version__
+    assert 0.01 < peak_memory_gib("cpu")["host"] < 1000
+    synchronizer("cpu")()
+
+
+def test_rank_comes_from_the_launcher(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_main_process()
+    monkeypatch.setenv("RANK", "3")
+    assert rank() == 3
+    assert not is_main_process()
+
+
+def test_silence():
+    progress = SilentProgress()
+    with progress.task("x", 3) as advance:
+        advance(1)
+    progress.note("nothing")
