@@ -35,9 +35,12 @@ INPUT_FIELDS = frozenset(
 
 
 def _split_commas(value: Any) -> Any:
+    """Take `"a,b"`, and lists of such texts, as `("a", "b")`."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return tuple(word for part in value for word in _split_commas(part))
+    return value
 
 
 CommaList = BeforeValidator(_split_commas)

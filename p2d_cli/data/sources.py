@@ -43,6 +43,7 @@ _SHARD_NUMBER = re.compile(r"[-_.]\d+(-of-\d+)?$")
 _HUB_ID = re.compile(
     r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<config>[\w][\w.+-]*))?", re.ASCII
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_SECONDS = 5.0
 _LONGEST_CELL = 2**31 - 1
 _KNOWN_SUFFIXES = "known are " + ", ".join(_FORMATS) + ", and .gz of the text formats"
@@ -480,6 +481,28 @@ def _load_hub(source: RowSource) -> tuple[Any, str]:
         split = _choose_split(source.spec, {name: [] for name in rows}, None)
         rows = rows[split]
     return rows, split
+
+
+def hub_commit(source: RowSource) -> str | None:
+    """Return the commit that a hub data set's revision stands for, without loading the data set.
+
+    Asked of the hub within seconds; offline, the commit that the local cache knows, or None.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    revision = source.revision or "main"
+    if _COMMIT.fullmatch(revision):
+        return revision
+    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            _probe_hub(source)
+            return HfApi().dataset_info(str(source.repo), revision=revision, timeout=_PROBE_SECONDS).sha
+        except (UnavailableError, OSError, client_error):
+            pass  # then the cache may know it
+    folder = f"datasets--{str(source.repo).replace('/', '--')}"
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 def _probe_hub(source: RowSource) -> None:

@@ -28,7 +28,7 @@ from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
-from p2d_cli.data.sources import RowSource, locate
+from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
@@ -132,11 +132,10 @@ class StageRun(Generic[ConfigT]):
             self.artifact(name, spec, "subset")
             return locate(str(folder / SUBSET_NAME))
         source = locate(spec, split=config.split, revision=config.revision)
-        digest = (
-            digest_files(source.files)
-            if source.files
-            else digest_json([source.repo, source.revision, source.config_name, source.split])
-        )
+        if source.files:
+            digest = digest_files(source.files)
+        else:
+            digest = digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
         self.inputs[name] = InputEntry(kind="rows", digest=digest, source=spec)
         return source
 

@@ -58,7 +58,8 @@ def _describe(stages: tuple[StageCost, ...]) -> str:
     scope = trained["scope"]
     if scope == "heads":
         scope = "all heads" if trained["head_share"] == 1 else f"{trained['heads_method']} heads"
-    return f"{scope}, {trained['data_method'] or 'all'} rows"
+    data = trained["data_method"]
+    return f"{scope}, {'all' if data in {None, 'full'} else data} rows"
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:

@@ -21,7 +21,7 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
-DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 1e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
+DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
 PICTURE_NAME = "loss.png"
 CARD_NAME = "README.md"
 
