@@ -112,9 +112,7 @@ class PromptTemplate:
             UsageError: `max_length` is below 2.
         """
         if max_length < 2:
-            raise UsageError(
-                f"--max-length {max_length} has no room for a prompt and a completion", hint="raise it"
-            )
+            raise UsageError(f"--max-length {max_length} has no room for a prompt and a completion", hint="raise it")
         prompt_text, completion_text = self.render_example(tokenizer, record)
         prompt_ids = self.tokenize(tokenizer, prompt_text)[0]
         whole_ids = self.tokenize(tokenizer, prompt_text + completion_text)[0]
