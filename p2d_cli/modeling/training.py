@@ -101,13 +101,13 @@ class CompletionTrainer(Trainer):
 class _Watcher(TrainerCallback):
     """Pass each update on, and keep the log."""
 
-    def __init__(self, on_step: Callable[[int, int], None]) -> None:
+    def __init__(self, on_step: Callable[[], None]) -> None:
         self.log: list[dict[str, float]] = []
         self._on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        del args, control, kwargs
-        self._on_step(state.global_step, state.max_steps)
+        del args, state, control, kwargs
+        self._on_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         del args, control, kwargs
@@ -123,7 +123,7 @@ def train(
     *,
     pad_id: int,
     scratch: Path,
-    on_step: Callable[[int, int], None],
+    on_step: Callable[[], None],
 ) -> TrainingRecord:
     """Train the parameters of `model` that require a gradient.
 
@@ -133,7 +133,7 @@ def train(
         plan: optimisation settings.
         pad_id: token to pad with.
         scratch: folder for Trainer's own files.
-        on_step: called with (updates done, updates to do) after each update.
+        on_step: called after each update.
 
     Returns:
         The log and the number of updates.
@@ -141,8 +141,7 @@ def train(
     if plan.checkpointing:
         enable_checkpointing(model)
     watcher = _Watcher(on_step)
-    updates_an_epoch = math.ceil(len(rows) / plan.batch_size)
-    planned = math.ceil(plan.epochs * updates_an_epoch)
+    planned = planned_updates(len(rows), plan)
     trainer = CompletionTrainer(
         model=model,
         args=_arguments(plan, planned, scratch),
@@ -159,6 +158,11 @@ def train(
         tokens=trainer.tokens_seen,
         final_loss=watcher.log[-1]["loss"] if watcher.log else result.training_loss,
     )
+
+
+def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
+    """Return the number of updates that all epochs take."""
+    return math.ceil(plan.epochs * math.ceil(num_rows / plan.batch_size))
 
 
 def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -18,8 +18,6 @@ from p2d_cli.errors import UsageError
 from p2d_cli.pipeline import stage_named
 from p2d_cli.stages.execution import RunOptions, StageResult
 
-MODEL_HEADS = {"heads"}
-
 
 @dataclass(frozen=True)
 class Point:
@@ -102,7 +100,7 @@ class RecipeRun:
         scopes = grid.scope or (recipe.train.get("scope", "heads"),)
         combined = itertools.product(seeds, scopes, heads, data)
         points = [
-            Point(heads=head if scope in MODEL_HEADS else None, data=rows, scope=scope, seed=seed)
+            Point(heads=head if scope == "heads" else None, data=rows, scope=scope, seed=seed)
             for seed, scope, head, rows in combined
         ]
         return list(dict.fromkeys([*points, *self._controls(seeds)]))
@@ -154,8 +152,18 @@ class RecipeRun:
         given = self._recipe.table(name) if table is None else table
         resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=given)
         resolved = _owned_by_recipe(resolved, settings)
-        self._done[out] = _function(name)(resolved, self._options)
+        self._done[out] = (
+            self._plan(name, out) if self._is_waiting(settings) else _function(name)(resolved, self._options)
+        )
         return out
+
+    def _is_waiting(self, settings: dict[str, Any]) -> bool:
+        """Say whether an input is an artifact that this dry run has only planned."""
+        planned = {str(out) for out, result in self._done.items() if result.manifest is None}
+        return not planned.isdisjoint(value for value in settings.values() if isinstance(value, str))
+
+    def _plan(self, name: str, out: Path) -> StageResult:
+        return StageResult(stage=name, out=out, status="would-run", key="", inputs={}, manifest=None, wall_seconds=0.0)
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:

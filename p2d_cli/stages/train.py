@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,11 @@ from p2d_cli.errors import DataError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+
+if TYPE_CHECKING:
+    import torch
+
+    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
 PICTURE_NAME = "loss.png"
@@ -42,6 +49,9 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     """
     job = StageRun("train", resolved, options or RunOptions())
     config = job.config
+    for tracker in config.tracker:
+        if importlib.util.find_spec(tracker) is None:
+            raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
     model = job.model(config.model)
     heads_LH = None
     if config.resolved_scope == "heads" and config.heads is not None:
@@ -53,58 +63,23 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import trainable_share
-    from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
-    from p2d_cli.modeling.training import TrainingPlan, train
 
     config, scope = job.config, job.config.resolved_scope
     with job.timer.phase("prepare"):
         records = job.read(inputs.data).records
-    with job.timer.phase("load"):
-        device = str(resolve_device(config.device))
-        job.use_device(device)
-        dtype = resolve_dtype(config.dtype, device)
-        seed_everything(derive_seed(config.seed, "train"))
-        tokenizer = load_tokenizer(inputs.model.folder)
-        ensure_pad_token(tokenizer)
-        model = load_model(inputs.model.folder, dtype=dtype, device=device)
+    device, dtype, model, tokenizer = _load(job, inputs)
     with job.timer.phase("prepare"):
         rows, truncated = _encode(job, inputs, tokenizer, records)
         model = _make_trainable(model, config, inputs.heads_LH)
         share = trainable_share(model)
-    learning_rate = config.lr or DEFAULT_LEARNING_RATE[scope]
     precision = str(dtype).removeprefix("torch.")
-    plan = TrainingPlan(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=learning_rate,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        schedule=config.schedule,
-        warmup_ratio=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        autocast=precision,
-        device=device,
-        seed=derive_seed(config.seed, "train"),
-        checkpointing=config.checkpointing,
-        trackers=config.tracker,
-    )
-    with tempfile.TemporaryDirectory(prefix="p2d-train-") as scratch, job.timer.phase("train"):
-        total = -(-len(rows) // config.batch_size) * config.epochs
-        with job.progress.task(f"train ({scope})", int(min(total, config.max_steps or total))) as advance:
-            record = train(
-                model,
-                rows,
-                plan,
-                pad_id=tokenizer.pad_token_id,
-                scratch=Path(scratch),
-                on_step=lambda *_: advance(1),
-            )
+    plan = _plan(config, precision, device)
+    record = _train(job, model, rows, plan, tokenizer.pad_token_id)
     summary = {
         "scope": scope,
         "rows": len(rows),
         "rows_truncated": truncated,
-        "learning_rate": learning_rate,
+        "learning_rate": plan.learning_rate,
         "updates": record.steps_done,
         "updates_planned": record.steps_planned,
         "first_loss": record.log[0]["loss"] if record.log else None,
@@ -119,15 +94,15 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         save_training_log(folder, record.log)
         save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
         _draw(job, record.log, folder)
+    settings = {
+        "scope": scope,
+        "trainable_share": share.share,
+        "learning_rate": plan.learning_rate,
+        "seed": config.seed,
+    }
     return Outcome(
         summary=summary,
-        settings={
-            "scope": scope,
-            "trainable_share": share.share,
-            "learning_rate": learning_rate,
-            "seed": config.seed,
-            **_selection(job, inputs, len(rows)),
-        },
+        settings=settings | _selection(job, inputs, len(rows)),
         precision=precision,
         device=device,
         tokens=record.tokens,
@@ -136,6 +111,56 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_planned=record.steps_planned,
         decoration=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
     )
+
+
+def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype, Any, Any]:
+    """Return device, precision, model and tokenizer."""
+    from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+
+    with job.timer.phase("load"):
+        device = str(resolve_device(job.config.device))
+        job.use_device(device)
+        dtype = resolve_dtype(job.config.dtype, device)
+        seed_everything(derive_seed(job.config.seed, "train"))
+        tokenizer = load_tokenizer(inputs.model.folder)
+        ensure_pad_token(tokenizer)
+        model = load_model(inputs.model.folder, dtype=dtype, device=device)
+    return device, dtype, model, tokenizer
+
+
+def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
+    from p2d_cli.modeling.training import TrainingPlan
+
+    return TrainingPlan(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.lr or DEFAULT_LEARNING_RATE[config.resolved_scope],
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        schedule=config.schedule,
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        autocast=precision,
+        device=device,
+        seed=derive_seed(config.seed, "train"),
+        checkpointing=config.checkpointing,
+        trackers=config.tracker,
+    )
+
+
+def _train(
+    job: StageRun[TrainConfig], model: Any, rows: list[dict[str, list[int]]], plan: TrainingPlan, pad_id: int
+) -> TrainingRecord:
+    from p2d_cli.modeling.training import planned_updates, train
+
+    updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
+    with (
+        tempfile.TemporaryDirectory(prefix="p2d-train-") as scratch,
+        job.timer.phase("train"),
+        job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
+    ):
+        return train(model, rows, plan, pad_id=pad_id, scratch=Path(scratch), on_step=lambda: advance(1))
 
 
 def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[str, Any]:

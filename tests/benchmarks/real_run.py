@@ -65,30 +65,26 @@ def draw_target(train: str, path: Path, seed: int) -> Path:
 
 def commands(options: argparse.Namespace, target: Path, out: Path) -> list[list[str]]:
     """The stages as typed by hand, into the folders where the recipe will look for them."""
-    seed = str(options.seed)
-    model = ["--model", options.model, "--seed", seed, "--template", options.template]
-    names = (f"heads/contrast-s{seed}", f"subset/p2d-s{seed}", f"subset/full-s{seed}")
-    heads, subset, full_rows = (str(out / name) for name in names)
-    ours, reference = f"heads-contrast-p2d-s{seed}", f"full-full-s{seed}"
-    training = ["--epochs", options.epochs]
-    evaluation = ["--data", options.test, "--max-new-tokens", options.max_new_tokens, "--template", options.template]
-    pool = options.contrast_pool or options.train
+    seed, pool = str(options.seed), options.contrast_pool or options.train
+    heads, subset, all_rows = (str(out / f"{name}-s{seed}") for name in ("heads/contrast", "subset/p2d", "subset/full"))
+    tuned, tuned_scores = (str(out / kind / f"heads-contrast-p2d-s{seed}") for kind in ("adapter", "evaluation"))
+    whole, whole_scores = (str(out / kind / f"full-full-s{seed}") for kind in ("adapter", "evaluation"))
+    common = ["--seed", seed, "--template", options.template]
+    model = ["--model", options.model, *common]
+    mining = ["--pool", options.train, "--target", str(target), "--ratio", "0.1", "--draws", options.draws]
+    training = ["train", *model, "--epochs", options.epochs]
+    scoring = [*common, "--data", options.test, "--max-new-tokens", options.max_new_tokens]
+    contrast = ["--method", "contrast", "--target", str(target), "--pool", pool]
+    trained_heads = ["--scope", "heads", "--heads", heads, "--data", subset, "--lr", options.heads_lr]
     lines = [
-        ["score-heads", *model, "--method", "contrast", "--target", str(target), "--pool", pool, "--out", heads],
-        ["mine-data", *model, "--method", "p2d", "--heads", heads, "--pool", options.train, "--target", str(target)]
-        + ["--ratio", "0.1", "--draws", options.draws, "--out", subset],
-        ["train", *model, "--scope", "heads", "--heads", heads, "--data", subset, *training]
-        + ["--lr", options.heads_lr, "--out", str(out / "adapter" / ours)],
-        ["eval", "--model", options.model, "--adapter", str(out / "adapter" / ours), *evaluation, "--seed", seed]
-        + ["--out", str(out / "evaluation" / ours)],
-        ["mine-data", *model, "--method", "full", "--pool", options.train, "--target", str(target), "--ratio", "0.1"]
-        + ["--draws", options.draws, "--out", full_rows],
-        ["train", *model, "--scope", "full", "--data", full_rows, *training, "--lr", options.full_lr]
-        + ["--out", str(out / "adapter" / reference)],
-        ["eval", "--model", str(out / "adapter" / reference), *evaluation, "--seed", seed]
-        + ["--out", str(out / "evaluation" / reference)],
-        ["report-aer", str(out / "evaluation" / ours), "--reference", str(out / "evaluation" / reference)]
-        + ["--out", str(out.parent / "report-by-hand")],
+        ["score-heads", *model, *contrast, "--out", heads],
+        ["mine-data", *model, "--method", "p2d", "--heads", heads, *mining, "--out", subset],
+        [*training, *trained_heads, "--out", tuned],
+        ["eval", "--model", options.model, "--adapter", tuned, *scoring, "--out", tuned_scores],
+        ["mine-data", *model, "--method", "full", *mining, "--out", all_rows],
+        [*training, "--scope", "full", "--data", all_rows, "--lr", options.full_lr, "--out", whole],
+        ["eval", "--model", whole, *scoring, "--out", whole_scores],
+        ["report-aer", tuned_scores, "--reference", whole_scores, "--out", str(out.parent / "report-by-hand")],
     ]
     return [["p2d", *line, "--json"] for line in lines]
 

@@ -233,6 +233,11 @@ def test_heads_scope_needs_heads(train):
     refused(train(scope="heads"), 2, "--scope heads needs --heads")
 
 
+def test_a_tracker_that_is_not_installed(train, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(train("--tracker", "trackio"), 69, "trackio", "pip install trackio")
+
+
 def test_choices_for_accuracy(p2d, tiny_folder, few, tmp_path):
     evaluate = ("eval", "--model", tiny_folder, "--data", few["test"], "--limit", 2, "--metric", "accuracy")
     refused(p2d(*evaluate, "--out", tmp_path / "e"), 65, "choices")

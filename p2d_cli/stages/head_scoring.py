@@ -1,0 +1,275 @@
+"""The methods of score-heads behind one interface: a task goes in, scores of every repeat come out, higher is better.
+
+Legend: R repeats, E episodes, L layers, H query heads a layer, K heads in (layer, head) order, S demos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.config import ScoreHeadsConfig
+from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.data.records import Record
+from p2d_cli.data.sources import RowSource
+from p2d_cli.errors import DataError, UsageError
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
+from p2d_cli.stages.execution import StageRun
+
+if TYPE_CHECKING:
+    import torch
+
+    from p2d_cli.core.head_importance import LayerWeights
+    from p2d_cli.stages.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """The inputs of score-heads, located; those that the method does not use are None."""
+
+    method: str
+    model: ModelFiles
+    task_model: ModelFiles | None
+    target: RowSource | None
+    pool: RowSource | None
+
+
+@dataclass
+class HeadsScored:
+    """What a method found."""
+
+    geometry: HeadGeometry
+    repeats_RLH: NDArray[np.float64]
+    selected_LH: NDArray[np.bool_] | None = None
+    """Set by a method that selects without ranking."""
+    device: str = "cpu"
+    precision: str = ""
+    """Empty where no model was run."""
+    tokens: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def score_heads(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) -> HeadsScored:
+    """Score every head of the model with the method of `inputs`."""
+    if inputs.target is None:
+        return _score_by_weights(job, inputs)
+    return _score_by_rows(job, inputs, inputs.target)
+
+
+# --- from weights alone, or from nothing: no rows, no tokenizer, no whole model
+
+
+def _score_by_weights(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) -> HeadsScored:
+    from p2d_cli.core.head_selection import select_uniform
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import geometry
+
+    config = job.config
+    with job.timer.phase("load"):
+        shape = geometry(skeleton(inputs.model.folder))
+    size = (shape.num_layers, shape.num_heads)
+    with job.timer.phase("score"):
+        if inputs.method == "pad":
+            return HeadsScored(shape, _compare_checkpoints(job, inputs, shape)[None])
+        if inputs.method == "uniform":
+            selected_LH = select_uniform(*size, shape.head_budget(config.ratio))
+            return HeadsScored(shape, selected_LH[None].astype(np.float64), selected_LH)
+        draws = (generator(config.seed, "score-heads", "random", repeat) for repeat in range(config.repeats))
+        return HeadsScored(shape, np.stack([draw.random(size) for draw in draws]))
+
+
+def _compare_checkpoints(
+    job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, shape: HeadGeometry
+) -> NDArray[np.float64]:
+    """Score `pad` between two checkpoints on disk, one layer in memory at a time."""
+    from p2d_cli.modeling.checkpoints import CheckpointReader, read_layer_weights, skeleton
+    from p2d_cli.modeling.layouts import geometry, model_layout
+
+    if inputs.task_model is None:
+        raise UsageError("--method pad needs --target or --task-model")
+    empty_task = skeleton(inputs.task_model.folder)
+    if geometry(empty_task) != shape:
+        raise DataError(
+            f"--task-model has another shape than --model: {geometry(empty_task)} and {shape}",
+            hint="give a model that was fine-tuned from --model",
+        )
+    base, task = CheckpointReader(inputs.model.folder), CheckpointReader(inputs.task_model.folder)
+    pairs = ((read_layer_weights(base, layer), read_layer_weights(task, layer)) for layer in model_layout(empty_task))
+    return _alignment_change(job, pairs, shape.num_layers)
+
+
+def _alignment_change(
+    job: StageRun[ScoreHeadsConfig], pairs: Iterator[tuple[LayerWeights, LayerWeights]], layers: int
+) -> NDArray[np.float64]:
+    """Return the distance between each head's weights before and after, `[L, H]` (ALPS, arXiv:2505.18799, eq. 5-7)."""
+    from p2d_cli.core.head_importance import score_layer
+
+    config = job.config
+    scores = []
+    with job.progress.task("compare layers", layers) as advance:
+        for base, task in pairs:
+            distances_H = score_layer(
+                base, task, weights=config.weights, distance=config.distance, temperature=config.temperature
+            )
+            scores.append(distances_H.numpy())
+            advance(1)
+    return np.stack(scores)
+
+
+# --- from the model's reaction to rows
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One repeat of a method: the model, the rows, and this repeat's source of chance."""
+
+    job: StageRun[ScoreHeadsConfig]
+    bench: Workbench
+    target: tuple[Record, ...]
+    pool: tuple[Record, ...]
+    rng: np.random.Generator
+
+    def sample(self) -> list[Record]:
+        """Return the target rows that this repeat looks at."""
+        return [self.target[index] for index in self.rng.permutation(len(self.target))[: self.job.config.proxy_samples]]
+
+
+RowMethod = Callable[[_Draw], tuple[NDArray[np.float64], dict[str, Any]]]
+
+
+def _score_by_rows(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, target: RowSource) -> HeadsScored:
+    from p2d_cli.modeling.layouts import geometry
+    from p2d_cli.stages.workbench import open_workbench
+
+    config = job.config
+    with job.timer.phase("prepare"):
+        target_rows = job.read(target).records
+        pool_rows = job.read(inputs.pool).records if inputs.pool is not None else ()
+    bench = open_workbench(job, inputs.model, config)
+    repeats: list[NDArray[np.float64]] = []
+    notes: dict[str, Any] = {}
+    for repeat in range(config.repeats):
+        seed_everything(derive_seed(config.seed, "score-heads", repeat))
+        rng = generator(config.seed, "score-heads", inputs.method, repeat)
+        scores_LH, notes = ROW_METHODS[inputs.method](_Draw(job, bench, target_rows, pool_rows, rng))
+        repeats.append(scores_LH)
+    return HeadsScored(
+        geometry(bench.model),
+        np.stack(repeats),
+        device=bench.device,
+        precision=bench.precision,
+        tokens=bench.tokens,
+        notes=notes,
+    )
+
+
+def _score_pad(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Tune the attention on some target rows, and measure how far each head's weights moved."""
+    from p2d_cli.modeling.layouts import model_layout
+    from p2d_cli.modeling.proxy import AttentionProxy
+
+    job, bench = draw.job, draw.bench
+    layout = model_layout(bench.model)
+    rows = draw.sample()
+    with job.timer.phase("prepare"):
+        batches = list(_proxy_batches(draw, bench.encode_examples(rows)))
+    with job.timer.phase("proxy"), job.progress.task("tune the proxy", len(batches)) as advance:
+        proxy = AttentionProxy(bench.model, layout, lr=job.config.proxy_lr)
+        losses = []
+        for loss in proxy.steps(batches):
+            losses.append(loss)
+            advance(1)
+    with job.timer.phase("score"):
+        pairs = ((proxy.base_weights(layer), proxy.task_weights(layer)) for layer in range(len(layout)))
+        scores_LH = _alignment_change(job, pairs, len(layout))
+        proxy.restore()
+    notes = {"proxy_rows": len(rows), "proxy_steps": len(losses)}
+    return scores_LH, notes | {"proxy_first_loss": losses[0], "proxy_last_loss": losses[-1]}
+
+
+def _proxy_batches(draw: _Draw, examples: Sequence[Any]) -> Iterator[dict[str, torch.Tensor]]:
+    config = draw.job.config
+    for _ in range(config.proxy_epochs):
+        order = draw.rng.permutation(len(examples))
+        for start in range(0, len(order), config.proxy_batch_size):
+            chosen = order[start : start + config.proxy_batch_size]
+            yield draw.bench.training_batch([examples[index] for index in chosen])
+
+
+def _score_taylor(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """First-order effect on the loss of removing each head, averaged over rows."""
+    from p2d_cli.modeling.importance import taylor_scores
+    from p2d_cli.modeling.layouts import geometry, model_layout
+
+    job, bench = draw.job, draw.bench
+    rows = draw.sample()
+    with job.timer.phase("prepare"):
+        examples = bench.encode_examples(rows)
+    shape = geometry(bench.model)
+    total_LH = np.zeros((shape.num_layers, shape.num_heads))
+    with job.timer.phase("score"), job.progress.task("read rows", len(rows)) as advance:
+        groups = bench.batches([len(example.input_ids) for example in examples])
+        batches = (bench.training_batch([examples[index] for index in group]) for group in groups)
+        for effect_BLH in taylor_scores(bench.model, model_layout(bench.model), batches):
+            total_LH += effect_BLH.sum(dim=0).numpy()
+            advance(len(effect_BLH))
+    return total_LH / len(rows), {"rows": len(rows)}
+
+
+def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """How far each head's attention, from a target query, favours the one target demo among pool demos."""
+    from p2d_cli.core.head_selection import contrast_scores
+    from p2d_cli.core.sample_affinity import demo_shares
+    from p2d_cli.modeling.layouts import geometry
+
+    job, bench, demos = draw.job, draw.bench, draw.job.config.demos
+    with job.timer.phase("prepare"):
+        plan, episodes = _contrast_episodes(draw)
+    shape = geometry(bench.model)
+    everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
+    target_share_EK = np.zeros((len(plan), shape.total_heads))
+    with job.timer.phase("score"), job.progress.task("watch episodes", len(plan)) as advance:
+        for group, attention_BKS in bench.watch(episodes, everyone_LH, num_segments=demos):
+            for index, attention_KS in zip(group, attention_BKS, strict=True):
+                # Each head is weighed alone, so to demo_shares each is an episode of its own.
+                target_share_EK[index] = demo_shares(attention_KS[:, None, :])[:, plan[index].target_demo]
+            advance(len(group))
+    scores_K = contrast_scores(target_share_EK, demos)
+    notes = {
+        "episodes": len(plan),
+        "truncated_demos": sum(episode.truncated_demos for episode in episodes),
+        "best_target_share": float(target_share_EK.mean(axis=0).max()),
+        "chance_target_share": 1 / demos,
+    }
+    return scores_K.reshape(shape.num_layers, shape.num_heads), notes
+
+
+def _contrast_episodes(draw: _Draw) -> tuple[list[Any], list[Any]]:
+    """Plan and tokenize episodes with one target demo among pool demos, asked by another target row."""
+    from p2d_cli.data.episodes import duplicate_groups, plan_contrast
+
+    config, target, pool = draw.job.config, draw.target, draw.pool
+    pool_groups, target_groups = duplicate_groups(pool, target)
+    plan = plan_contrast(
+        len(target),
+        len(pool),
+        demos=config.demos,
+        episodes=config.episodes,
+        rng=draw.rng,
+        pool_groups=pool_groups,
+        target_groups=target_groups,
+    )
+    episodes = []
+    for episode in plan:
+        sources = [target if slot == episode.target_demo else pool for slot in range(len(episode.demos))]
+        demos = [source[index] for source, index in zip(sources, episode.demos, strict=True)]
+        episodes.append(draw.bench.encode_episode(demos, [target[index] for index in episode.queries]))
+    return plan, episodes
+
+
+ROW_METHODS: dict[str, RowMethod] = {"pad": _score_pad, "taylor": _score_taylor, "contrast": _score_contrast}

@@ -1,0 +1,97 @@
+"""What a person sees: bars on a terminal, lines in a log, numbers in a table."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from p2d_cli.cli import render
+from p2d_cli.runtime.progress import SilentProgress
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Collect what is written to both streams."""
+    streams = {"out": io.StringIO(), "err": io.StringIO()}
+    monkeypatch.setattr(render, "out", Console(file=streams["out"], width=80, highlight=False))
+    monkeypatch.setattr(render, "err", Console(file=streams["err"], width=80, highlight=False))
+    return streams
+
+
+def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
+    clock = FakeClock()
+    with render.LineProgress(clock).task("read rows", 100) as advance:
+        advance(10)
+        assert capsys.readouterr().err == ""
+        clock.now = 10
+        advance(10)
+        assert capsys.readouterr().err == "read rows: 20/100, 10 s, about 40 s left\n"
+        clock.now = 19
+        advance(10)
+        assert capsys.readouterr().err == ""
+
+
+def test_progress_fits_the_listener(monkeypatch, said):
+    assert isinstance(render.progress_for(quiet=True), SilentProgress)
+    assert isinstance(render.progress_for(quiet=False), render.LineProgress)
+    monkeypatch.setattr(render, "err", Console(file=said["err"], force_terminal=True))
+    assert isinstance(render.progress_for(quiet=False), render.BarProgress)
+    monkeypatch.setenv("RANK", "1")
+    assert isinstance(render.progress_for(quiet=False), SilentProgress)
+
+
+def test_bars_and_notes(said):
+    bars = render.BarProgress()
+    with bars.task("train", 3) as advance:
+        advance(3)
+    bars.note("[not markup]")
+    assert "note: [not markup]" in said["err"].getvalue()
+
+
+def test_a_heat_map_marks_what_is_selected(said):
+    scores = np.arange(6, dtype=float).reshape(2, 3)
+    render.print_heat_map(scores, scores > 3)
+    lines = said["out"].getvalue().splitlines()
+    assert "##" not in lines[2]
+    assert lines[3].count("##") == 2
+    assert "0 to 5" in lines[-1]
+
+
+def test_equal_scores_do_not_break_a_heat_map(said):
+    render.print_heat_map(np.ones((1, 2)), np.zeros((1, 2), bool))
+    assert "1 to 1" in said["out"].getvalue()
+
+
+def row(**changes):
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 10}
+    fields = {"name": "run", "metrics": {"exact_match": metric}, "aer": 0.1, "speedup": 10.0, "str_ratio": 0.05}
+    fields |= {"total_seconds": 1.0, "trainable_share": 0.02, "is_control": False, "is_reference": False, "mixed": []}
+    return fields | changes
+
+
+def test_report_cells_carry_marks_margins_and_gaps():
+    assert render._report_cells(row(), "exact_match")[:4] == ["run", "0.500 ±0.100", "0.100", "10.0x"]
+    marked = render._report_cells(row(is_control=True, mixed=["precision"], speedup=None, metrics={}), "exact_match")
+    assert marked[:4] == ["run *!", "", "0.100", ""]
+    bare = {"exact_match": {"value": 0.5, "low": None, "high": None, "count": 1}}
+    assert render._report_cells(row(is_reference=True, metrics=bare), "exact_match")[:2] == ["run =", "0.500"]
+
+
+def test_a_report_fits_80_columns(said):
+    rows = [row(name="contrast heads, p2d rows (heads-contrast-p2d-s0)"), row(is_reference=True)]
+    summary = {"rows": rows, "reference": {"extrapolated": True}, "warnings": ["a control does as well"]}
+    for line in render._report_lines(summary):
+        render.out.print(line)
+    text = said["out"].getvalue()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "extrapolated" in text
+    assert "warning: a control does as well" in text
