@@ -26,8 +26,10 @@ from p2d_cli.pipeline import ArtifactKind
 class Draft:
     """A folder in which an artifact is being written."""
 
-    def __init__(self, folder: Path, target: Path) -> None:
+    def __init__(self, folder: Path, target: Path, unfinished: Path) -> None:
         self.folder = folder
+        self.unfinished = unfinished
+        """Where the stage keeps what it has finished so far; it outlives the draft, but not the commit."""
         self._target = target
 
     def describe_outputs(self, decoration: frozenset[str]) -> dict[str, OutputFile]:
@@ -54,6 +56,7 @@ class Draft:
         self.folder.rename(self._target)
         _flush_directory(self._target.parent)
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 def open_artifact(folder: Path, kind: ArtifactKind) -> Manifest:
@@ -84,8 +87,14 @@ def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
 
 
 @contextmanager
-def draft(target: Path, kind: ArtifactKind) -> Iterator[Draft]:
+def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) -> Iterator[Draft]:
     """Open a draft of `target`; whatever is not committed is removed when the block ends.
+
+    Args:
+        target: the output folder.
+        kind: what is about to be written there.
+        key: what the artifact is made with; unfinished work for another key is removed.
+        resume: whether to keep unfinished work for this key.
 
     Raises:
         CannotCreateError: the parent folder cannot be written.
@@ -93,12 +102,16 @@ def draft(target: Path, kind: ArtifactKind) -> Iterator[Draft]:
         StorageError: the disk is full or failed.
     """
     folder = target.with_name(f".{target.name}.draft-{uuid.uuid4().hex[:8]}")
+    unfinished = target.with_name(f".{target.name}.unfinished-{key[:16]}")
     with _lock(target):
         for leftover in target.parent.glob(f".{target.name}.draft-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in target.parent.glob(f".{target.name}.unfinished-*"):
+            if leftover != unfinished or not resume:
+                shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir()
         try:
-            yield Draft(folder, target)
+            yield Draft(folder, target, unfinished)
         except OSError as problem:
             raise StorageError(f"making the {kind} artifact {target} failed: {problem}") from problem
         finally:

@@ -38,6 +38,10 @@ class PhaseTimer:
             self._switch()
             self._open.pop()
 
+    def charge(self, name: str, seconds: float) -> None:
+        """Add seconds that an earlier process, since interrupted, spent on a phase."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def _switch(self) -> None:
         self._synchronize()
         now = self._clock()

@@ -5,7 +5,8 @@ Legend: E episodes, B batch, T tokens, K chosen heads in (layer, head) order, S 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from p2d_cli.data.records import Record
 from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments
 from p2d_cli.modeling.generation import generate_greedy
-from p2d_cli.stages.workbench import Workbench
+from p2d_cli.stages.workbench import Workbench, heads_by_layer
 
 
 class EpisodeReader:
@@ -44,8 +45,6 @@ class EpisodeReader:
         self._heads_LH = heads_LH
         self._config = config
         self._queries = queries_from
-        self.unparsed = 0
-        """Generated answers that could not be parsed; they are failures to judge, not bad answers."""
 
     def encode(self, plan: Sequence[Episode], pool: Sequence[Record]) -> list[EncodedEpisode]:
         """Tokenize the planned episodes."""
@@ -56,58 +55,57 @@ class EpisodeReader:
             for episode in plan
         ]
 
-    def read(
-        self, plan: Sequence[Episode], episodes: Sequence[EncodedEpisode]
-    ) -> Iterator[tuple[list[int], NDArray[np.float64], NDArray[np.float64]]]:
-        """Yield `(indices, attention_BKS, perf_B)`; `perf` in [0, 1], NaN where no answer could be judged."""
-        if self._config.perf == "likelihood":
-            yield from self._read_with_likelihood(episodes)
-            return
-        watched = self._bench.watch(episodes, self._heads_LH, num_segments=self._config.demos)
-        for group, attention_BKS in watched:
-            if self._config.perf == "none":
-                yield group, attention_BKS, np.ones(len(group))
-            else:
-                yield group, attention_BKS, self._judge(plan, episodes, group)
+    def batches(self, episodes: Sequence[EncodedEpisode]) -> list[list[int]]:
+        """Group episodes of similar length under the token budget."""
+        return self._bench.batches([len(episode.input_ids) for episode in episodes])
 
-    def _read_with_likelihood(
-        self, episodes: Sequence[EncodedEpisode]
-    ) -> Iterator[tuple[list[int], NDArray[np.float64], NDArray[np.float64]]]:
+    def read(
+        self, plan: Sequence[Episode], episodes: Sequence[EncodedEpisode], group: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Read a batch of episodes.
+
+        Returns:
+            `attention` float64 `[B, K, S]`, `perf` float64 `[B]` in [0, 1], NaN where no answer could be judged, and
+            `unparsed` int64 `[1]`, the generated answers that could not be.
+        """
+        chosen = [episodes[index] for index in group]
+        if self._config.perf == "likelihood":
+            return self._read_with_likelihood(chosen)
+        attention_BKS = self._bench.watch(chosen, self._heads_LH, num_segments=self._config.demos)
+        if self._config.perf == "none":
+            return _reading(attention_BKS, np.ones(len(chosen)))
+        perf_B, unparsed = self._judge([plan[index] for index in group], chosen)
+        return _reading(attention_BKS, perf_B, unparsed)
+
+    def _read_with_likelihood(self, chosen: Sequence[EncodedEpisode]) -> dict[str, NDArray[Any]]:
         """One forward pass gives both: the attention on its way, the answers' likelihood at its end."""
         bench = self._bench
-        heads = {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(self._heads_LH) if row.any()}
-        for group in bench.batches([len(episode.input_ids) for episode in episodes]):
-            chosen = [episodes[index] for index in group]
-            query_mask_BT, segment_BT = bench.episode_masks(chosen)
-            answer_mask_BT = pad_mask([episode.answer_mask for episode in chosen], False).to(bench.device)
-            input_ids_BT = bench.pad([episode.input_ids for episode in chosen])
-            with capture_segments(bench.model, heads, query_mask_BT, segment_BT, self._config.demos) as captured:
-                sum_B, count_B = completion_log_likelihood(
-                    bench.model, input_ids_BT, torch.ones_like(input_ids_BT), answer_mask_BT
-                )
-            perf_B = torch.exp(sum_B / count_B.clamp(min=1)).double().cpu().numpy()
-            yield group, captured.attention_BKS.double().cpu().numpy(), perf_B
+        query_mask_BT, segment_BT = bench.episode_masks(chosen)
+        answer_mask_BT = pad_mask([episode.answer_mask for episode in chosen], False).to(bench.device)
+        input_ids_BT = bench.pad([episode.input_ids for episode in chosen])
+        heads = heads_by_layer(self._heads_LH)
+        with capture_segments(bench.model, heads, query_mask_BT, segment_BT, self._config.demos) as captured:
+            sum_B, count_B = completion_log_likelihood(
+                bench.model, input_ids_BT, torch.ones_like(input_ids_BT), answer_mask_BT
+            )
+        perf_B = torch.exp(sum_B / count_B.clamp(min=1)).double().cpu().numpy()
+        return _reading(captured.attention_BKS.double().cpu().numpy(), perf_B)
 
-    def _judge(
-        self, plan: Sequence[Episode], episodes: Sequence[EncodedEpisode], group: Sequence[int]
-    ) -> NDArray[np.float64]:
-        """Let the model answer each query, and return the mean metric of each episode's parsed answers."""
+    def _judge(self, plan: Sequence[Episode], chosen: Sequence[EncodedEpisode]) -> tuple[NDArray[np.float64], int]:
+        """Let the model answer each query; the mean metric of each episode's parsed answers, and how many were not."""
         prompts, references, owners = [], [], []
-        for position, index in enumerate(group):
-            starts = _answer_starts(episodes[index].answer_mask)
-            for start, query in zip(starts, plan[index].queries, strict=True):
-                prompts.append(list(episodes[index].input_ids[:start]))
+        for position, (episode, encoded) in enumerate(zip(plan, chosen, strict=True)):
+            for start, query in zip(_answer_starts(encoded.answer_mask), episode.queries, strict=True):
+                prompts.append(list(encoded.input_ids[:start]))
                 references.append(self._queries[query].completion)
                 owners.append(position)
-        answers = self._generate(prompts)
-        judged: list[list[float]] = [[] for _ in group]
-        for owner, answer, reference in zip(owners, answers, references, strict=True):
+        judged: list[list[float]] = [[] for _ in chosen]
+        for owner, answer, reference in zip(owners, self._generate(prompts), references, strict=True):
             value = self._metric(answer, reference)
-            if value is None:
-                self.unparsed += 1
-            else:
+            if value is not None:
                 judged[owner].append(value)
-        return np.array([np.mean(values) if values else np.nan for values in judged])
+        unparsed = len(prompts) - sum(map(len, judged))
+        return np.array([np.mean(values) if values else np.nan for values in judged]), unparsed
 
     def _generate(self, prompts: list[list[int]]) -> list[str]:
         bench, config = self._bench, self._config
@@ -129,6 +127,12 @@ class EpisodeReader:
             return None if matched is None else float(matched)
         metric = {"exact_match": exact_match, "token_f1": token_f1, "rougeL": rouge_l}[self._config.perf_metric]
         return float(metric(answer, reference))
+
+
+def _reading(
+    attention_BKS: NDArray[np.float64], perf_B: NDArray[np.float64], unparsed: int = 0
+) -> dict[str, NDArray[Any]]:
+    return {"attention": attention_BKS, "perf": perf_B, "unparsed": np.array([unparsed])}
 
 
 def _answer_starts(answer_mask: Sequence[bool]) -> list[int]:

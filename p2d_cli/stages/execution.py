@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
+from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import (
     SCHEMA_VERSIONS,
     InputEntry,
@@ -99,6 +100,7 @@ class StageRun(Generic[ConfigT]):
         """Manifests of the inputs that are artifacts, by the input's name."""
         self.model_identity: ModelIdentity | None = None
         self._ledger: dict[str, dict[str, Any]] = {}
+        self._unfinished: Path | None = None
         self._started = time.perf_counter()
 
     def use_device(self, device: str) -> None:
@@ -177,6 +179,17 @@ class StageRun(Generic[ConfigT]):
             self.progress.note(f"{source.spec}: {len(records.skipped)} bad rows left out, first: {records.skipped[0]}")
         return records
 
+    def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
+        """Open the record of the finished batches of `plan`, those of an interrupted run included.
+
+        Args:
+            label: what the batches are for; several journals of a stage need different labels.
+            plan: the row indices of each batch.
+        """
+        if self._unfinished is None:
+            raise RuntimeError("a stage keeps journals while it computes, not before")
+        return Journal(self._unfinished / f"{label.replace(' ', '-')}.jsonl", plan)
+
     def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
@@ -191,7 +204,8 @@ class StageRun(Generic[ConfigT]):
         self._ensure_room(identity)
         if self.options.dry_run:
             return self._result("would-run", key, None)
-        with draft(self.config.out, self.kind) as place:
+        with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
+            self._unfinished = place.unfinished
             outcome = compute(place.folder)
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
             place.commit(manifest)

@@ -234,7 +234,8 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
     target_share_EK = np.zeros((len(plan), shape.total_heads))
     with job.timer.phase("score"), job.progress.task("watch episodes", len(plan)) as advance:
-        for group, attention_BKS in bench.watch(episodes, everyone_LH, num_segments=demos):
+        for group in bench.batches([len(episode.input_ids) for episode in episodes]):
+            attention_BKS = bench.watch([episodes[index] for index in group], everyone_LH, num_segments=demos)
             for index, attention_KS in zip(group, attention_BKS, strict=True):
                 # Each head is weighed alone, so to demo_shares each is an episode of its own.
                 target_share_EK[index] = demo_shares(attention_KS[:, None, :])[:, plan[index].target_demo]

@@ -75,7 +75,7 @@ def _score_episodes(task: PoolTask) -> PoolScored:
     from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
     from p2d_cli.modeling.layouts import geometry
     from p2d_cli.stages.episode_scoring import EpisodeReader
-    from p2d_cli.stages.workbench import open_workbench
+    from p2d_cli.stages.workbench import finish_batches, open_workbench
 
     job, config = task.job, task.job.config
     with job.timer.phase("prepare"):
@@ -89,17 +89,21 @@ def _score_episodes(task: PoolTask) -> PoolScored:
         episodes = reader.encode(plan, task.pool)
     tally = AffinityTally(len(task.pool))
     demos_ES = np.array([episode.demos for episode in plan], dtype=np.int64)
-    with job.timer.phase("score"), job.progress.task("read episodes", len(plan)) as advance:
-        for group, attention_BKS, perf_B in reader.read(plan, episodes):
-            weights_BS = demo_shares(attention_BKS, normalise=config.normalise)
-            answered = np.isfinite(perf_B)
-            tally.add(demos_ES[group][answered], (weights_BS * perf_B[:, None])[answered])
-            advance(len(group))
+    unparsed = 0
+    batches = reader.batches(episodes)
+    for group, reading in finish_batches(
+        job, bench, "read episodes", batches, lambda group: reader.read(plan, episodes, group)
+    ):
+        weights_BS = demo_shares(reading["attention"], normalise=config.normalise)
+        perf_B = reading["perf"]
+        answered = np.isfinite(perf_B)
+        tally.add(demos_ES[group][answered], (weights_BS * perf_B[:, None])[answered])
+        unparsed += int(reading["unparsed"].sum())
     notes = {
         "episodes": len(plan),
         "heads_read": int(heads_LH.sum()),
         "truncated_demos": sum(episode.truncated_demos for episode in episodes),
-        "unparsed_answers": reader.unparsed,
+        "unparsed_answers": unparsed,
     }
     return _by_model(bench, tally.means(), tally.counts, notes)
 
@@ -157,7 +161,7 @@ def _score_ifd(task: PoolTask) -> PoolScored:
     first = bench.tokenizer.bos_token_id
     first = bench.tokenizer.eos_token_id if first is None else first
     alone = [((first, *example.input_ids[example.prompt_length :]), 1) for example in examples]
-    ratio_N = np.exp(given_N - _completion_losses(task, bench, alone))
+    ratio_N = np.exp(given_N - _completion_losses(task, bench, alone, "read completions"))
     return _by_model(bench, np.where(ratio_N < 1, ratio_N, -ratio_N))
 
 
@@ -170,35 +174,41 @@ def _open_with_examples(task: PoolTask) -> tuple[Workbench, list[Any]]:
 
 
 def _completion_losses(
-    task: PoolTask, bench: Workbench, examples: Sequence[tuple[Sequence[int], int]]
+    task: PoolTask, bench: Workbench, examples: Sequence[tuple[Sequence[int], int]], label: str = "read rows"
 ) -> NDArray[np.float64]:
     """Return the mean negative log-likelihood, in nats a token, of each example's completion."""
     from p2d_cli.modeling.generation import score_completions
+    from p2d_cli.stages.workbench import finish_batches
+
+    def read(group: list[int]) -> dict[str, NDArray[Any]]:
+        [(_, sums, counts)] = score_completions(bench.model, examples, [group], bench.tokenizer.pad_token_id)
+        bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
+        return {"loss": -np.asarray(sums) / np.maximum(counts, 1)}
 
     losses_N = np.full(len(examples), np.nan)
-    with task.job.timer.phase("score"), task.job.progress.task("read rows", len(examples)) as advance:
-        batches = bench.batches([len(ids) for ids, _ in examples])
-        for group, sums, counts in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
-            losses_N[group] = -np.asarray(sums) / np.maximum(counts, 1)
-            bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
-            advance(len(group))
+    batches = bench.batches([len(ids) for ids, _ in examples])
+    for group, reading in finish_batches(task.job, bench, label, batches, read):
+        losses_N[group] = reading["loss"]
     return losses_N
 
 
 def _score_embedding(task: PoolTask) -> PoolScored:
     """Cosine of a row's mean last hidden state to the mean of the target rows' (of the pool's without a target)."""
     from p2d_cli.modeling.generation import mean_hidden_states
+    from p2d_cli.stages.workbench import finish_batches
 
     bench, examples = _open_with_examples(task)
     ids = [example.input_ids for example in examples]
+
+    def read(group: list[int]) -> dict[str, NDArray[Any]]:
+        [(_, states_BD)] = mean_hidden_states(bench.model, ids, [group], bench.tokenizer.pad_token_id)
+        bench.tokens += len(group) * max(len(ids[index]) for index in group)
+        return {"states": states_BD.numpy()}
+
     vectors: list[Any] = [None] * len(ids)
-    with task.job.timer.phase("score"), task.job.progress.task("embed rows", len(ids)) as advance:
-        batches = bench.batches([len(row) for row in ids])
-        for group, states_BD in mean_hidden_states(bench.model, ids, batches, bench.tokenizer.pad_token_id):
-            for index, vector in zip(group, states_BD.double().numpy(), strict=True):
-                vectors[index] = vector / np.linalg.norm(vector)
-            bench.tokens += len(group) * max(len(ids[index]) for index in group)
-            advance(len(group))
+    for group, reading in finish_batches(task.job, bench, "embed rows", bench.batches([len(row) for row in ids]), read):
+        for index, vector in zip(group, reading["states"].astype(np.float64), strict=True):
+            vectors[index] = vector / np.linalg.norm(vector)
     unit_ND = np.stack(vectors)
     count = len(task.pool)
     centre_D = (unit_ND[count:] if task.target else unit_ND).mean(axis=0)

@@ -5,7 +5,8 @@ Legend: B batch, T tokens, K selected heads in (layer, head) order, S demos.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,26 +76,72 @@ class Workbench:
         }
 
     def watch(
-        self, episodes: Sequence[EncodedEpisode], heads_LH: NDArray[np.bool_], *, num_segments: int
-    ) -> Iterator[tuple[list[int], NDArray[np.float64]]]:
-        """Yield `(indices, attention_BKS)`: mean attention of the heads from query tokens to each demo's tokens.
+        self, chosen: Sequence[EncodedEpisode], heads_LH: NDArray[np.bool_], *, num_segments: int
+    ) -> NDArray[np.float64]:
+        """Read a batch of episodes; the mean attention of the heads from query tokens to each demo's, `[B, K, S]`.
 
         The forward pass ends at the deepest layer that has one of these heads.
         """
-        heads = {int(layer): tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(heads_LH) if row.any()}
-        for group in self.batches([len(episode.input_ids) for episode in episodes]):
-            chosen = [episodes[index] for index in group]
-            query_mask_BT, segment_BT = self.episode_masks(chosen)
-            input_ids_BT = self.pad([episode.input_ids for episode in chosen])
-            batch = {"input_ids": input_ids_BT, "attention_mask": torch.ones_like(input_ids_BT)}
-            attention_BKS = run_captured(self.model, batch, heads, query_mask_BT, segment_BT, num_segments)
-            yield group, attention_BKS.double().cpu().numpy()
+        query_mask_BT, segment_BT = self.episode_masks(chosen)
+        input_ids_BT = self.pad([episode.input_ids for episode in chosen])
+        batch = {"input_ids": input_ids_BT, "attention_mask": torch.ones_like(input_ids_BT)}
+        heads = heads_by_layer(heads_LH)
+        attention_BKS = run_captured(self.model, batch, heads, query_mask_BT, segment_BT, num_segments)
+        return attention_BKS.double().cpu().numpy()
 
     def episode_masks(self, episodes: Sequence[EncodedEpisode]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which tokens are a query's `[B, T]` bool, and which demo each token belongs to `[B, T]`, else -1."""
         query_mask_BT = pad_mask([episode.query_mask for episode in episodes], False)
         segment_BT = pad_mask([episode.segment_ids for episode in episodes], -1)
         return query_mask_BT.to(self.device), segment_BT.to(self.device)
+
+
+def finish_batches(
+    job: StageRun[Any],
+    bench: Workbench,
+    label: str,
+    batches: Sequence[list[int]],
+    compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
+) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
+    """Compute batch after batch, each once: those that an interrupted run had finished are taken from its journal.
+
+    The seconds and tokens that they cost then are charged now.
+
+    Args:
+        job: the running stage; its `score` phase is charged.
+        bench: counts the tokens.
+        label: shown beside the bar.
+        batches: row indices of each batch, and no row in two of them.
+        compute: turns a batch into arrays.
+
+    Yields:
+        Each batch with its arrays, in order.
+    """
+    with (
+        job.timer.phase("score"),
+        job.journal(label, batches) as journal,
+        job.progress.task(label, sum(map(len, batches))) as advance,
+    ):
+        if journal.finished:
+            job.progress.note(f"{label}: {len(journal.finished)} of {len(batches)} batches were finished before")
+        for position, batch in enumerate(batches):
+            entry = journal.finished.get(position)
+            if entry is None:
+                started, tokens = time.perf_counter(), bench.tokens
+                arrays = compute(batch)
+                seconds = time.perf_counter() - started
+                journal.add(position, arrays, seconds=seconds, tokens=bench.tokens - tokens)
+            else:
+                arrays = entry.arrays
+                job.timer.charge("score", entry.seconds)
+                bench.tokens += entry.tokens
+            advance(len(batch))
+            yield batch, arrays
+
+
+def heads_by_layer(heads_LH: NDArray[np.bool_]) -> dict[int, tuple[int, ...]]:
+    """Return the heads of each layer that has some."""
+    return {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(heads_LH) if row.any()}
 
 
 def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) -> Workbench:

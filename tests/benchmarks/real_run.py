@@ -35,7 +35,7 @@ def main() -> None:
     results.append(run(["p2d", "run", str(recipe), "--json"]))
     report = json.loads((out / "run" / "report" / "aer.json").read_text(encoding="utf-8"))
     document = {"settings": {k: str(v) for k, v in vars(options).items()}, "commands": results, "report": report}
-    (out / "results.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_results(document, options, out / "results.json")
     print((out / "run" / "report" / "aer.md").read_text(encoding="utf-8"))
 
 
@@ -136,6 +136,16 @@ lr = {options.full_lr}
     return recipe
 
 
+def save_results(document: dict[str, Any], options: argparse.Namespace, path: Path) -> None:
+    """Write the results with the names of the options in place of this machine's paths."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    paths = {name: str(getattr(options, name) or "") for name in ("contrast_pool", "train", "test", "model", "out")}
+    for name, value in sorted(paths.items(), key=lambda item: -len(item[1])):
+        if value:
+            text = text.replace(value, name.upper())
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def run(command: list[str]) -> dict[str, Any]:
     """Run one command and return what it printed, with the seconds it took from outside."""
     print("$", " ".join(command), file=sys.stderr, flush=True)
@@ -145,7 +155,10 @@ def run(command: list[str]) -> dict[str, Any]:
     print(f"  exit {done.returncode}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if done.returncode:
         raise SystemExit(done.stdout or done.returncode)
-    return {"command": command, "seconds": round(seconds, 2), "result": json.loads(done.stdout)}
+    result = json.loads(done.stdout)
+    return {"command": command, "seconds": round(seconds, 2)} | {
+        name: result[name] for name in ("status", "summary") if name in result
+    }
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def make_manifest(outputs, kind="heads", **changes):
 
 
 def write(target, text="payload", kind="heads", decoration=frozenset()):
-    with draft(target, kind) as place:
+    with draft(target, kind, "key") as place:
         (place.folder / "scores.txt").write_text(text)
         (place.folder / "picture.png").write_text("picture of " + text)
         manifest = make_manifest(place.describe_outputs(decoration), kind)
@@ -71,7 +71,7 @@ def test_a_failure_inside_a_draft_leaves_the_old_artifact(tmp_path):
     before = write(target, "old")
 
     def fail():
-        with draft(target, "heads") as place:
+        with draft(target, "heads", "key") as place:
             (place.folder / "scores.txt").write_text("half")
             raise RuntimeError("stop")
 
@@ -83,7 +83,7 @@ def test_a_failure_inside_a_draft_leaves_the_old_artifact(tmp_path):
 
 def test_an_os_error_in_a_draft_is_a_storage_error(tmp_path):
     def fail():
-        with draft(tmp_path / "heads", "heads"):
+        with draft(tmp_path / "heads", "heads", "key"):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match="No space left") as caught:
@@ -111,7 +111,7 @@ def test_an_artifact_moved_aside_by_a_killed_writer_is_put_back(tmp_path):
 
 def test_a_second_writer_is_told(tmp_path):
     def both():
-        with draft(tmp_path / "heads", "heads"), draft(tmp_path / "heads", "heads"):
+        with draft(tmp_path / "heads", "heads", "key"), draft(tmp_path / "heads", "heads", "key"):
             pass
 
     with pytest.raises(StoppedEarlyError, match="another p2d process"):
@@ -121,13 +121,13 @@ def test_a_second_writer_is_told(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_parent_that_cannot_be_written_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(CannotCreateError), draft(tmp_path / "heads", "heads"):
+    with pytest.raises(CannotCreateError), draft(tmp_path / "heads", "heads", "key"):
         pass
 
 
 def test_a_parent_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CannotCreateError) as caught, draft(tmp_path / "file" / "heads", "heads"):
+    with pytest.raises(CannotCreateError) as caught, draft(tmp_path / "file" / "heads", "heads", "key"):
         pass
     assert caught.value.exit_code == 73
 
@@ -168,7 +168,7 @@ def test_damage_is_refused_by_name(tmp_path, damage, words):
 def test_content_digest_ignores_pictures(tmp_path):
     first = write(tmp_path / "a", decoration=frozenset({"picture.png"}))
     (tmp_path / "b").mkdir()
-    with draft(tmp_path / "b", "heads") as place:
+    with draft(tmp_path / "b", "heads", "key") as place:
         (place.folder / "scores.txt").write_text("payload")
         (place.folder / "picture.png").write_text("drawn by another version")
         second = make_manifest(place.describe_outputs(frozenset({"picture.png"})))
@@ -278,7 +278,7 @@ def test_every_kind_that_a_stage_writes_has_a_schema():
 
 
 def test_verify_reads_nested_files(tmp_path):
-    with draft(tmp_path / "heads", "heads") as place:
+    with draft(tmp_path / "heads", "heads", "key") as place:
         (place.folder / "inner").mkdir()
         (place.folder / "inner" / "a.bin").write_bytes(b"1234")
         manifest = make_manifest(place.describe_outputs(frozenset()))

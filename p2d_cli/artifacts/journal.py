@@ -1,0 +1,118 @@
+"""The finished batches of a stage that is still running, so that a stage that was killed goes on where it stopped.
+
+A journal is a file of lines, one a batch: a checksum, and a JSON object with the batch's arrays and what they cost.
+Lines are only ever appended. A line that was cut by a crash fails its checksum, and it and what follows is dropped.
+The arrays come back bit by bit, and the plan of the batches is part of the journal, so that a stage that was
+interrupted ends with the same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.digests import digest_json
+
+SECONDS_BETWEEN_FLUSHES = 5.0
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished batch."""
+
+    arrays: dict[str, NDArray[Any]]
+    seconds: float
+    """What the batch took when it was computed."""
+    tokens: int
+
+
+class Journal:
+    """The finished batches of one piece of work.
+
+    Args:
+        path: the file; its folder is made.
+        plan: the row indices of each batch. A journal of another plan is started anew.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, plan: Sequence[Sequence[int]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"plan": digest_json([list(batch) for batch in plan])}
+        lines, length = _read(path)
+        if lines[:1] != [header]:
+            lines, length = [], 0
+        self.finished = {line["batch"]: _entry(line) for line in lines[1:]}
+        """By the position of the batch in the plan."""
+        self._stream = path.open("r+b" if path.exists() else "w+b")
+        self._stream.truncate(length)
+        self._stream.seek(length)
+        self._flushed = time.monotonic()
+        if not lines:
+            self._append(header)
+
+    def add(self, batch: int, arrays: Arrays, *, seconds: float, tokens: int) -> None:
+        """Record a finished batch; it outlives the process at once, and the machine within seconds."""
+        packed = {name: _pack(array) for name, array in arrays.items()}
+        self._append({"batch": batch, "seconds": seconds, "tokens": tokens, "arrays": packed})
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, separators=(",", ":"))
+        self._stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+        self._stream.flush()
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            os.fsync(self._stream.fileno())
+            self._flushed = time.monotonic()
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the sound lines at the start of a journal, and how many bytes they take."""
+    if not path.exists():
+        return [], 0
+    lines, length = [], 0
+    with path.open("rb") as stream:
+        for raw in stream:
+            checksum, _, text = raw.partition(b" ")
+            if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+                break
+            lines.append(json.loads(text))
+            length += len(raw)
+    return lines, length
+
+
+def _pack(array: NDArray[Any]) -> dict[str, Any]:
+    array = np.ascontiguousarray(array)
+    return {
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "data": base64.b64encode(array.tobytes()).decode("ascii"),
+    }
+
+
+def _entry(line: Mapping[str, Any]) -> Entry:
+    arrays = {
+        name: np.frombuffer(base64.b64decode(packed["data"]), dtype=packed["dtype"]).reshape(packed["shape"])
+        for name, packed in line["arrays"].items()
+    }
+    return Entry(arrays, line["seconds"], line["tokens"])
