@@ -19,8 +19,8 @@ from pydantic_core import PydanticUndefined
 
 from p2d_cli.errors import DataError, UsageError
 
-Origin = Literal["flag", "variable", "recipe", "default"]
-HeadMethod = Literal["auto", "pad", "taylor", "contrast", "random", "uniform"]
+Origin = Literal["flag", "variable", "recipe", "preset", "default"]
+HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform"]
 DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "full"]
 Scope = Literal["heads", "attention", "lora", "full"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -55,6 +55,14 @@ def setting(default: Any, description: str, *, identity: bool = True, panel: str
 
 
 REQUIRED: Any = PydanticUndefined
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "score-heads": {"method": "pad", "selection": "top"},
+        "mine-data": {"affinity": "attention", "perf": "likelihood", "normalise": "pooled"},
+    }
+}
+"""For each preset, what it sets in a stage where neither flag, variable nor recipe says otherwise."""
 
 
 class StageConfig(BaseModel):
@@ -104,11 +112,17 @@ class ScoreHeadsConfig(RowOptions):
 
     model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
     target: PathSpec | None = setting(None, "Rows of the target task.", panel="Input and output")
-    pool: PathSpec | None = setting(None, "Pool rows, for contrast.", panel="Input and output")
+    pool: PathSpec | None = setting(None, "Pool rows, for contrast and readout.", panel="Input and output")
+    preset: Literal["paper"] | None = setting(None, "paper: the published recipe, pad.", identity=False)
     method: HeadMethod = setting(
-        "auto", "pad, taylor, contrast, random or uniform; auto is contrast with a pool, else pad."
+        "auto", "pad, taylor, contrast, readout, random or uniform; auto is readout with a pool, else pad."
     )
     ratio: Ratio = setting(0.1, "Share of all heads to select.")
+    selection: Literal["auto", "top", "spread"] = setting(
+        "auto",
+        "top: the highest scores; spread: the highest with an even share of each layer and one head a KV group; auto: "
+        "spread for readout and contrast, top for the others.",
+    )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
     task_model: PathSpec | None = setting(
         None, "A fine-tuned model to compare with (pad); otherwise p2d tunes a proxy.", panel="Input and output"
@@ -118,13 +132,18 @@ class ScoreHeadsConfig(RowOptions):
         "w1", "pad: distance between the two.", panel="pad"
     )
     temperature: Annotated[float, Field(gt=0)] = setting(1.0, "pad: softmax temperature.", panel="pad")
-    proxy_samples: Positive = setting(100, "Rows that the proxy is tuned on; also the rows of taylor.", panel="pad")
+    proxy_samples: Positive = setting(
+        100, "Rows that the proxy is tuned on; also the target rows of taylor and readout.", panel="pad"
+    )
     proxy_epochs: Positive = setting(1, "pad: epochs of the proxy.", panel="pad")
     proxy_lr: Annotated[float, Field(gt=0)] = setting(1e-4, "pad: learning rate of the proxy.", panel="pad")
     proxy_batch_size: Positive = setting(8, "pad: rows a step of the proxy.", panel="pad")
     episodes: Positive = setting(192, "contrast: few-shot episodes to look at.", panel="contrast")
     demos: Annotated[int, Field(ge=2)] = setting(
         5, "contrast: demos an episode, one from the target.", panel="contrast"
+    )
+    background: Annotated[int, Field(ge=4)] = setting(
+        1000, "readout: pool rows that the target's rows are told from.", panel="readout"
     )
 
 
@@ -156,6 +175,31 @@ class MineDataConfig(RowOptions):
         None, "data-whisperer: the layer to read, from 0; the middle one by default."
     )
     max_new_tokens: Positive = setting(64, "Longest generated answer (with --perf generate).")
+
+    preset: Literal["paper"] | None = setting(
+        None, "paper: the published recipe, attention from target queries to few-shot demos.", identity=False
+    )
+    affinity: Literal["auto", "readout", "attention"] = setting(
+        "auto",
+        "p2d: how heads respond to a row. readout: their outputs are like those on the target's rows; attention: "
+        "target queries look at it among demos. auto is readout where target rows are given.",
+    )
+    background: Annotated[int, Field(ge=2)] = setting(
+        1000, "Pool rows that the readout tells the target's rows from.", panel="readout"
+    )
+
+    @property
+    def resolved_affinity(self) -> Literal["readout", "attention"]:
+        """The affinity given, or the one that follows from the inputs."""
+        if self.affinity == "auto":
+            return "readout" if self.target is not None else "attention"
+        return self.affinity
+
+    @model_validator(mode="after")
+    def _readout_has_target(self) -> MineDataConfig:
+        if self.method == "p2d" and self.affinity == "readout" and self.target is None:
+            raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
+        return self
 
     @model_validator(mode="after")
     def _one_size(self) -> MineDataConfig:
@@ -274,7 +318,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    heads: tuple[Literal["auto", "pad", "taylor", "contrast", "random", "uniform", "all"], ...] = Field(
+    heads: tuple[Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform", "all"], ...] = Field(
         (), description="Head methods, or `all` for every head; by default the method of [score-heads]."
     )
     data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
@@ -342,7 +386,7 @@ def resolve(
     recipe: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Resolved[ConfigT]:
-    """Merge flag > `P2D_*` variable > recipe > default into a checked config.
+    """Merge flag > `P2D_*` variable > recipe > preset > default into a checked config.
 
     Raises:
         UsageError: for unknown keys, with the nearest known one, and for all bad values together.
@@ -358,10 +402,19 @@ def resolve(
     for origin, settings in sources.items():
         values |= settings
         origins |= dict.fromkeys(settings, origin)
+    preset = {key: value for key, value in _preset(model, values.get("preset")).items() if key not in values}
+    values |= preset
+    origins |= dict.fromkeys(preset, "preset")
     try:
         return Resolved(model(**values), origins)
     except ValidationError as problems:
         raise UsageError(_explain(problems, origins)) from None
+
+
+def _preset(model: type[StageConfig], name: Any) -> dict[str, Any]:
+    """Return what a preset sets; an unknown one sets nothing, and is refused when the config is made."""
+    stage = next((stage for stage, config in STAGE_CONFIGS.items() if config is model), "")
+    return PRESETS.get(name, {}).get(stage, {}) if isinstance(name, str) else {}
 
 
 def _known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:

@@ -166,6 +166,8 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
         lines.append(
             f"best head looks at the target demo {share:.0%} of the time, chance {summary['chance_target_share']:.0%}"
         )
+    if (best := summary.get("best_separation")) is not None:
+        lines.append(f"best head tells target rows from pool rows with ROC area {best:.3f}, chance 0.5")
     if "proxy_first_loss" in summary:
         lines.append(
             f"proxy: {summary['proxy_steps']} updates on {summary['proxy_rows']} rows,"
@@ -183,12 +185,21 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
     lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {summary['method']}"]
     if "episodes" in summary:
         lines.append(f"{summary['episodes']:,} episodes, {summary['heads_read']} heads read")
+    if summary.get("affinity") == "readout":
+        lines.append(
+            f"{summary['heads_read']} heads read, told from {summary['rows_background']:,} background rows;"
+            f" target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
+        )
+    if summary.get("truncated_rows"):
+        lines.append(f"{summary['truncated_rows']} rows were cut to fit the context")
+    if summary.get("rows_that_are_targets"):
+        lines.append(f"{summary['rows_that_are_targets']} pool rows are target rows as well and were left out")
     if summary.get("truncated_demos"):
         lines.append(f"{summary['truncated_demos']} demos were cut to fit the context")
     if summary.get("unparsed_answers"):
         lines.append(f"{summary['unparsed_answers']} generated answers could not be parsed and were left out")
-    if summary["rows_without_score"]:
-        lines.append(f"{summary['rows_without_score']} rows could not be scored and come last")
+    if unscored := summary["rows_without_score"] - summary.get("rows_that_are_targets", 0):
+        lines.append(f"{unscored} rows could not be scored and come last")
     return lines
 
 

@@ -38,6 +38,38 @@ def select_top(scores_LH: ArrayLike, count: int) -> NDArray[np.bool_]:
     return _mask(best, *scores.shape)
 
 
+def select_spread(scores_LH: ArrayLike, count: int, num_groups: int) -> NDArray[np.bool_]:
+    """Return `count` heads of high score, spread over layers and key/value groups; bool [L, H].
+
+    Trained heads that crowd into few layers or groups move few parameters and learn less. Heads are taken by falling
+    score, passing over those whose layer has its even share, `ceil(count / L)`, or whose group is taken already while
+    there are others; what that leaves open is filled up by score alone.
+
+    Args:
+        scores_LH: Finite scores, [L, H], higher is more important.
+        count: Heads to select, 1 to `L * H`.
+        num_groups: Key/value groups a layer, G; head `h` reads group `floor(h * G / H)`.
+
+    Raises:
+        NonFiniteError: a score is nan or infinite.
+        UsageError: `count` is out of range.
+    """
+    scores = np.asarray(scores_LH, dtype=np.float64)
+    num_layers, num_heads = scores.shape
+    ranked = np.argsort(-scores, axis=None, kind="stable")
+    selected = np.zeros_like(select_top(scores, count))
+    share, taken_groups = -(-count // num_layers), set()
+    for layer, head in zip(*np.unravel_index(ranked, scores.shape), strict=True):
+        group = (int(layer), int(head) * num_groups // num_heads)
+        if selected.sum() == count:
+            break
+        if selected[layer].sum() < share and group not in taken_groups:
+            selected[layer, head] = True
+            taken_groups.add(group)
+    rest = ranked[~selected.ravel()[ranked]][: count - int(selected.sum())]
+    return selected | _mask(rest, num_layers, num_heads)
+
+
 def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bool_]:
     """Return `count` heads spread evenly over depth and, within a layer, over its heads: a control.
 

@@ -17,6 +17,7 @@ from p2d_cli.core.metrics import exact_match, number_match, rouge_l, token_f1
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
 from p2d_cli.data.records import Record
+from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments
 from p2d_cli.modeling.generation import generate_greedy
@@ -65,8 +66,8 @@ class EpisodeReader:
         """Read a batch of episodes.
 
         Returns:
-            `attention` float64 `[B, K, S]`, `perf` float64 `[B]` in [0, 1], NaN where no answer could be judged, and
-            `unparsed` int64 `[1]`, the generated answers that could not be.
+            `attention` float64 `[B, K, S]`, `perf` float64 `[B]` in [0, 1], NaN where no generated answer could be
+            judged, and `unparsed` int64 `[1]`, the generated answers that could not be.
         """
         chosen = [episodes[index] for index in group]
         if self._config.perf == "likelihood":
@@ -89,6 +90,10 @@ class EpisodeReader:
                 bench.model, input_ids_BT, torch.ones_like(input_ids_BT), answer_mask_BT
             )
         perf_B = torch.exp(sum_B / count_B.clamp(min=1)).double().cpu().numpy()
+        if not np.isfinite(perf_B).all():
+            raise NonFiniteError(
+                "reading episodes: expected finite likelihoods, found nan or infinity", hint="try --dtype float32"
+            )
         return _reading(captured.attention_BKS.double().cpu().numpy(), perf_B)
 
     def _judge(self, plan: Sequence[Episode], chosen: Sequence[EncodedEpisode]) -> tuple[NDArray[np.float64], int]:

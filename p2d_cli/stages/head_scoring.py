@@ -250,6 +250,31 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     return scores_K.reshape(shape.num_layers, shape.num_heads), notes
 
 
+def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """How well each head's output, read alone, tells target rows from pool rows that it was not fitted on."""
+    from p2d_cli.core.readout import separation
+    from p2d_cli.data.episodes import duplicate_groups
+    from p2d_cli.modeling.layouts import layout_geometry
+
+    job, bench = draw.job, draw.bench
+    target = draw.sample()
+    pool_groups, target_groups = duplicate_groups(draw.pool, target)
+    others = draw.rng.permutation(np.flatnonzero(~np.isin(pool_groups, target_groups)))
+    background = [draw.pool[index] for index in others[: job.config.background]]
+    with job.timer.phase("prepare"):
+        examples = bench.encode_examples([*target, *background])
+    shape = layout_geometry(bench.layout)
+    everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
+    outputs = np.empty((len(examples), shape.total_heads, shape.head_dim), dtype=np.float32)
+    with job.timer.phase("score"), job.progress.task("read rows", len(examples)) as advance:
+        for group in bench.batches([len(example.input_ids) for example in examples]):
+            outputs[group] = bench.head_outputs([examples[index] for index in group], everyone_LH)
+            advance(len(group))
+        scores_K = separation(outputs[: len(target)], outputs[len(target) :])
+    notes = {"rows": len(target), "rows_background": len(background), "best_separation": float(scores_K.max())}
+    return scores_K.reshape(everyone_LH.shape), notes
+
+
 def _contrast_episodes(draw: _Draw) -> tuple[list[Any], list[Any]]:
     """Plan and tokenize episodes with one target demo among pool demos, asked by another target row."""
     from p2d_cli.data.episodes import duplicate_groups, plan_contrast
@@ -273,4 +298,9 @@ def _contrast_episodes(draw: _Draw) -> tuple[list[Any], list[Any]]:
     return plan, episodes
 
 
-ROW_METHODS: dict[str, RowMethod] = {"pad": _score_pad, "taylor": _score_taylor, "contrast": _score_contrast}
+ROW_METHODS: dict[str, RowMethod] = {
+    "pad": _score_pad,
+    "taylor": _score_taylor,
+    "contrast": _score_contrast,
+    "readout": _score_readout,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,15 +54,20 @@ def inspect(folder: Path) -> Inspection:
 
 
 def _ranking_warnings(manifest: Manifest) -> tuple[str, ...]:
-    """Say so if the heads chosen by two draws overlap no more than two random choices would."""
+    """Say so if two draws agree no better than chance: in the heads they choose, or in the ranking of all.
+
+    The rank correlation of two independent rankings of n heads has a standard deviation of `1 / sqrt(n - 1)`.
+    """
     repeat = manifest.summary.get("repeatability")
     if repeat is None or manifest.summary["method"] == "random":
         return ()
-    if repeat["mean_jaccard"] > 2 * repeat["chance_jaccard"]:
+    chance_spearman = 2 / math.sqrt(max(manifest.summary["heads_total"] - 1, 1))
+    if repeat["mean_jaccard"] > 2 * repeat["chance_jaccard"] and repeat["mean_spearman"] > chance_spearman:
         return ()
     return (
-        f"this ranking hardly repeats: draws share {repeat['mean_jaccard']:.2f} of their heads,"
-        f" random choices {repeat['chance_jaccard']:.2f}",
+        f"this ranking is hardly better than chance: draws share {repeat['mean_jaccard']:.2f} of their heads"
+        f" (random choices {repeat['chance_jaccard']:.2f}), with a rank correlation of {repeat['mean_spearman']:.2f}"
+        f" (chance stays below {chance_spearman:.2f}); more rows or episodes would tell",
     )
 
 

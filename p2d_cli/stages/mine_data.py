@@ -6,6 +6,7 @@ Legend: N pool rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.subset import PoolScores, save_subset
 from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.subset_selection import rank_rows, resolve_count, select_rows
-from p2d_cli.errors import NonFiniteError, UnavailableError, UsageError
+from p2d_cli.data.records import Record
+from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.pool_scoring import METHODS, MiningInputs, PoolTask
+from p2d_cli.stages.pool_scoring import METHODS
+from p2d_cli.stages.pool_task import MiningInputs, PoolTask
 
 PICTURE_NAME = "scores.png"
 
@@ -57,7 +60,10 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         pool = job.read(inputs.pool).records
         target = job.read(inputs.target).records if inputs.target is not None else ()
         count = len(pool) if config.method == "full" else resolve_count(len(pool), config.ratio, config.count)
-    scored = METHODS[config.method](PoolTask(job, inputs, pool, target))
+        others = _rows_that_are_no_target(job, pool, target)
+    scored = METHODS[config.method](PoolTask(job, inputs, [pool[index] for index in others], target))
+    scored = scored.spread(others, len(pool))
+    count = min(count, len(others))
     if np.isinf(scored.scores_N).any():
         row = pool[int(np.flatnonzero(np.isinf(scored.scores_N))[0])]
         raise NonFiniteError(
@@ -80,6 +86,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_selected": count,
             "rows_total": len(pool),
             "rows_target": len(target),
+            "rows_that_are_targets": len(pool) - len(others),
             "rows_without_score": int(np.isnan(scored.scores_N).sum()),
             "cut_score": float(scored.scores_N[chosen[-1]]),
             **scored.notes,
@@ -95,6 +102,24 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         tokens=scored.tokens,
         decoration=frozenset({PICTURE_NAME}),
     )
+
+
+def _rows_that_are_no_target(
+    job: StageRun[MineDataConfig], pool: Sequence[Record], target: Sequence[Record]
+) -> list[int]:
+    """Return the pool rows to choose from: a row that is a target row as well would be found by its own likeness."""
+    from p2d_cli.data.episodes import duplicate_groups
+
+    pool_groups, target_groups = duplicate_groups(pool, target)
+    others: list[int] = np.flatnonzero(~np.isin(pool_groups, target_groups)).tolist()
+    if not others:
+        raise DataError(
+            f"all {len(pool)} rows of the pool are target rows as well: there is nothing to choose from",
+            hint="give a pool of other rows, or train on the target rows themselves",
+        )
+    if len(others) < len(pool):
+        job.progress.note(f"{len(pool) - len(others)} pool rows are target rows as well and are left out")
+    return others
 
 
 def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: float, folder: Path) -> None:

@@ -6,64 +6,32 @@ Legend: N pool rows, B batch, K selected heads, S demos.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.config import MineDataConfig
-from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import UsageError
-from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import generator
-from p2d_cli.stages.execution import StageRun
+from p2d_cli.stages.pool_task import PoolScored, PoolTask, scored_by_model
 
 if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
 
 
-@dataclass(frozen=True)
-class MiningInputs:
-    """The inputs of mine-data, located."""
-
-    model: ModelFiles
-    pool: RowSource
-    target: RowSource | None
-    heads_LH: NDArray[np.bool_] | None
-    """The selected heads (p2d only)."""
-
-
-@dataclass(frozen=True)
-class PoolTask:
-    """A pool to be scored."""
-
-    job: StageRun[MineDataConfig]
-    inputs: MiningInputs
-    pool: Sequence[Record]
-    target: Sequence[Record]
-    """Empty where the method has no use for target rows, or none were given."""
-
-
-@dataclass
-class PoolScored:
-    """What a method found."""
-
-    scores_N: NDArray[np.float64]
-    draws_N: NDArray[np.int64]
-    """Number of measurements behind each score."""
-    device: str = "cpu"
-    precision: str = ""
-    """Empty where no model was read."""
-    tokens: int = 0
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
 Method = Callable[[PoolTask], PoolScored]
 
 
-# --- few-shot episodes: p2d and its predecessor
+# --- heads: p2d and its predecessor
+
+
+def _score_by_heads(task: PoolTask) -> PoolScored:
+    """Ask the selected heads how they respond to each row, in one of two ways."""
+    if task.job.config.resolved_affinity == "attention":
+        return _score_episodes(task)
+    from p2d_cli.stages.readout_scoring import score_by_readout
+
+    return score_by_readout(task)
 
 
 def _score_episodes(task: PoolTask) -> PoolScored:
@@ -105,7 +73,7 @@ def _score_episodes(task: PoolTask) -> PoolScored:
         "truncated_demos": sum(episode.truncated_demos for episode in episodes),
         "unparsed_answers": unparsed,
     }
-    return _by_model(bench, tally.means(), tally.counts, notes)
+    return scored_by_model(bench, tally.means(), tally.counts, notes)
 
 
 def _plan_episodes(task: PoolTask) -> list[Any]:
@@ -147,7 +115,7 @@ def _score_loss(task: PoolTask) -> PoolScored:
     """Mean loss of the completion: the rows that the model finds hardest come first."""
     bench, examples = _open_with_examples(task)
     losses_N = _completion_losses(task, bench, [(example.input_ids, example.prompt_length) for example in examples])
-    return _by_model(bench, losses_N)
+    return scored_by_model(bench, losses_N)
 
 
 def _score_ifd(task: PoolTask) -> PoolScored:
@@ -162,7 +130,7 @@ def _score_ifd(task: PoolTask) -> PoolScored:
     first = bench.tokenizer.eos_token_id if first is None else first
     alone = [((first, *example.input_ids[example.prompt_length :]), 1) for example in examples]
     ratio_N = np.exp(given_N - _completion_losses(task, bench, alone, "read completions"))
-    return _by_model(bench, np.where(ratio_N < 1, ratio_N, -ratio_N))
+    return scored_by_model(bench, np.where(ratio_N < 1, ratio_N, -ratio_N))
 
 
 def _open_with_examples(task: PoolTask) -> tuple[Workbench, list[Any]]:
@@ -212,23 +180,7 @@ def _score_embedding(task: PoolTask) -> PoolScored:
     unit_ND = np.stack(vectors)
     count = len(task.pool)
     centre_D = (unit_ND[count:] if task.target else unit_ND).mean(axis=0)
-    return _by_model(bench, unit_ND[:count] @ (centre_D / np.linalg.norm(centre_D)))
-
-
-def _by_model(
-    bench: Workbench,
-    scores_N: NDArray[np.float64],
-    draws_N: NDArray[np.int64] | None = None,
-    notes: dict[str, Any] | None = None,
-) -> PoolScored:
-    return PoolScored(
-        scores_N=scores_N,
-        draws_N=np.ones(len(scores_N), np.int64) if draws_N is None else draws_N,
-        device=bench.device,
-        precision=bench.precision,
-        tokens=bench.tokens,
-        notes=notes or {},
-    )
+    return scored_by_model(bench, unit_ND[:count] @ (centre_D / np.linalg.norm(centre_D)))
 
 
 # --- without a model
@@ -259,7 +211,7 @@ def _score_full(task: PoolTask) -> PoolScored:
 
 
 METHODS: dict[str, Method] = {
-    "p2d": _score_episodes,
+    "p2d": _score_by_heads,
     "data-whisperer": _score_episodes,
     "random": _score_random,
     "loss": _score_loss,

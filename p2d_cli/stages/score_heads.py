@@ -15,9 +15,10 @@ from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
 from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.errors import NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
+from p2d_cli.stages.head_scoring import HeadsScored, ScoringInputs, score_heads
 
 PICTURE_NAME = "heads.png"
+NEED_POOL = {"contrast", "readout"}
 
 
 def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None) -> StageResult:
@@ -35,12 +36,12 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
     """Take the inputs that the method needs, and leave the others out of the artifact's identity."""
     config = job.config
     method = _resolve_method(config)
-    needs_target = method in {"contrast", "taylor"} or (method == "pad" and config.task_model is None)
+    needs_target = method in {*NEED_POOL, "taylor"} or (method == "pad" and config.task_model is None)
     if needs_target and config.target is None:
         raise UsageError(f"--method {method} needs --target: rows of the task", hint="give a file, folder or hub id")
-    if method == "contrast" and config.pool is None:
+    if method in NEED_POOL and config.pool is None:
         raise UsageError(
-            "--method contrast needs --pool: rows to tell the target from",
+            f"--method {method} needs --pool: rows to tell the target from",
             hint="give --pool, or use --method pad, which needs the target rows only",
         )
     task_model = config.task_model if method == "pad" else None
@@ -49,18 +50,18 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
         model=job.model(config.model, with_tokenizer=needs_target),
         task_model=job.model(task_model, name="task_model", with_tokenizer=False) if task_model else None,
         target=job.rows("target", config.target) if needs_target and config.target else None,
-        pool=job.rows("pool", config.pool) if method == "contrast" and config.pool else None,
+        pool=job.rows("pool", config.pool) if method in NEED_POOL and config.pool else None,
     )
 
 
 def _resolve_method(config: ScoreHeadsConfig) -> str:
     if config.method != "auto":
         return config.method
-    return "contrast" if config.pool is not None and config.task_model is None else "pad"
+    return "readout" if config.pool is not None and config.task_model is None else "pad"
 
 
 def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Path) -> Outcome:
-    from p2d_cli.core.head_selection import repeatability, select_top
+    from p2d_cli.core.head_selection import repeatability
 
     config = job.config
     scored = score_heads(job, inputs)
@@ -69,7 +70,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
     budget = scored.geometry.head_budget(config.ratio)
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
-        selected_LH=select_top(scores_LH, budget) if scored.selected_LH is None else scored.selected_LH,
+        selected_LH=_select(job, inputs.method, scored, scores_LH),
         repeats_RLH=scored.repeats_RLH.astype(np.float32),
         method=inputs.method,
         geometry=scored.geometry,
@@ -86,6 +87,20 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
         tokens=scored.tokens,
         decoration=frozenset({PICTURE_NAME}),
     )
+
+
+def _select(
+    job: StageRun[ScoreHeadsConfig], method: str, scored: HeadsScored, scores_LH: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    from p2d_cli.core.head_selection import select_spread, select_top
+
+    if scored.selected_LH is not None:
+        return scored.selected_LH
+    budget = scored.geometry.head_budget(job.config.ratio)
+    rule = job.config.selection
+    if rule == "spread" or (rule == "auto" and method in NEED_POOL):
+        return select_spread(scores_LH, budget, scored.geometry.num_groups)
+    return select_top(scores_LH, budget)
 
 
 def _require_finite(scores_LH: NDArray[np.float64], method: str) -> None:

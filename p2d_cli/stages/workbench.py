@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, PromptTemplate, resolve_template
 from p2d_cli.data.records import Record
 from p2d_cli.modeling.attention_capture import run_captured
+from p2d_cli.modeling.head_outputs import mean_head_outputs
+from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
@@ -89,11 +92,39 @@ class Workbench:
         attention_BKS = run_captured(self.model, batch, heads, query_mask_BT, segment_BT, num_segments)
         return attention_BKS.double().cpu().numpy()
 
+    @cached_property
+    def layout(self) -> tuple[LayerLayout, ...]:
+        """Where each head's weights are."""
+        return model_layout(self.model)
+
+    def head_outputs(self, chosen: Sequence[EncodedExample], heads_LH: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Read a batch of rows; the mean output of the heads over each completion's tokens, float32 `[B, K, d]`.
+
+        There the heads relate answer to prompt, which tells tasks apart whose prompts look alike. The forward pass
+        ends at the deepest layer that has one of these heads.
+        """
+        input_ids_BT = self.pad([example.input_ids for example in chosen])
+        token_mask_BT = pad_mask([_completion_mask(example) for example in chosen], 0).to(self.device)
+        outputs_BKd = mean_head_outputs(
+            self.model,
+            self.layout,
+            heads_by_layer(heads_LH),
+            input_ids_BT,
+            torch.ones_like(input_ids_BT),
+            token_mask_BT,
+        )
+        found: NDArray[np.float32] = outputs_BKd.numpy()
+        return found
+
     def episode_masks(self, episodes: Sequence[EncodedEpisode]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which tokens are a query's `[B, T]` bool, and which demo each token belongs to `[B, T]`, else -1."""
         query_mask_BT = pad_mask([episode.query_mask for episode in episodes], False)
         segment_BT = pad_mask([episode.segment_ids for episode in episodes], -1)
         return query_mask_BT.to(self.device), segment_BT.to(self.device)
+
+
+def _completion_mask(example: EncodedExample) -> list[int]:
+    return [0] * example.prompt_length + [1] * (len(example.input_ids) - example.prompt_length)
 
 
 def finish_batches(

@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contrast-pool", help="rows to tell the task from; default: the train rows")
     parser.add_argument("--template", default="auto")
     parser.add_argument("--epochs", default="3")
+    parser.add_argument("--affinity", default="auto", choices=["auto", "readout", "attention"])
     parser.add_argument("--draws", default="2")
     parser.add_argument("--heads-lr", default="1e-3")
     parser.add_argument("--full-lr", default="1e-4")
@@ -75,10 +76,11 @@ def commands(options: argparse.Namespace, target: Path, out: Path) -> list[list[
     training = ["train", *model, "--epochs", options.epochs]
     scoring = [*common, "--data", options.test, "--max-new-tokens", options.max_new_tokens]
     contrast = ["--method", "contrast", "--target", str(target), "--pool", pool]
+    by_heads = ["--method", "p2d", "--heads", heads, "--affinity", options.affinity]
     trained_heads = ["--scope", "heads", "--heads", heads, "--data", subset, "--lr", options.heads_lr]
     lines = [
         ["score-heads", *model, *contrast, "--out", heads],
-        ["mine-data", *model, "--method", "p2d", "--heads", heads, *mining, "--out", subset],
+        ["mine-data", *model, *by_heads, *mining, "--out", subset],
         [*training, *trained_heads, "--out", tuned],
         ["eval", "--model", options.model, "--adapter", tuned, *scoring, "--out", tuned_scores],
         ["mine-data", *model, "--method", "full", *mining, "--out", all_rows],
@@ -114,6 +116,7 @@ pool = {path["contrast"]}
 target = {path["target"]}
 pool = {path["train"]}
 ratio = 0.1
+affinity = "{options.affinity}"
 draws = {options.draws}
 
 [train]

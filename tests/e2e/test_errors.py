@@ -1,6 +1,7 @@
 """Bad input through the real command line: what was expected, what was found, what to do; the documented code."""
 
 import json
+import shutil
 
 import pytest
 
@@ -185,10 +186,12 @@ def test_a_wrong_column_name(score, few):
 
 
 def test_columns_can_be_named(score, tmp_path):
-    rows = [{"source": f"row {n}", "sink": "b"} for n in range(8)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    done = score("--prompt-column", "source", "--completion-column", "sink", "--episodes", 4, target=path, pool=path)
-    refused(done, 65, "duplicate") if done.code else None
+    target, pool = (
+        write_rows(tmp_path / f"{name}.jsonl", [{"source": f"{name} {n}", "sink": "b"} for n in range(8)])
+        for name in ("target", "pool")
+    )
+    done = score("--prompt-column", "source", "--completion-column", "sink", target=target, pool=pool)
+    assert done.code == 0, done.said
 
 
 def test_truncation_takes_the_prompt_first_so_that_labels_are_left(train, tmp_path):
@@ -210,13 +213,55 @@ def test_labels_that_truncation_removed(train, monkeypatch):
 
 def test_a_pool_smaller_than_an_episode(score, p2d, pipeline, tiny_folder, tmp_path):
     path = write_rows(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
-    refused(score(pool=path), 65, "pool", "demos")
+    refused(score(pool=path, method="contrast"), 65, "pool", "demos")
     mine = ("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--pool", path)
     refused(p2d(*mine, "--out", tmp_path / "s"), 65, "demos")
 
 
+def test_a_pool_too_small_to_tell_the_target_from(score, p2d, pipeline, tiny_folder, few, tmp_path):
+    path = write_rows(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": "b"}])
+    mine = ("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"])
+    refused(p2d(*mine, "--pool", path, "--out", tmp_path / "s"), 65, "at least 2 pool rows", "found 12 and 1")
+    refused(score(pool=path, method="readout"), 65, "4 pool rows", "found 12 and 1")
+
+
+def test_a_pool_of_target_rows_only(p2d, pipeline, tiny_folder, few, tmp_path):
+    mine = ("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"])
+    done = p2d(*mine, "--pool", few["target"], "--out", tmp_path / "s")
+    refused(done, 65, "all 12 rows of the pool are target rows", "nothing to choose from")
+
+
+def test_empty_completions_are_named(score, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}]
+    refused(score(target=write_rows(tmp_path / "t.jsonl", rows)), 65, "t.jsonl:2", "empty")
+
+
+@pytest.mark.parametrize("affinity", ["readout", "attention"])
+def test_numbers_that_are_none_are_no_scores(p2d, tiny_folder, few, tmp_path, affinity):
+    """A model with a NaN among its weights is found out, and leaves nothing behind."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(broken)
+    common = ("--model", broken, "--dtype", "float32")
+    assert p2d("score-heads", *common, "--method", "uniform", "--out", tmp_path / "h").code == 0
+    mine = ("mine-data", *common, "--heads", tmp_path / "h", "--pool", few["pool"], "--target", few["target"])
+    refused(p2d(*mine, "--affinity", affinity, "--out", tmp_path / "s"), 70, "finite", "--dtype float32")
+    assert not (tmp_path / "s").exists()
+    refused(
+        p2d("score-heads", *common, "--target", few["target"], "--pool", few["pool"], "--method", "readout",
+            "--out", tmp_path / "r"), 70, "finite",
+    )  # fmt: skip
+
+
 def test_one_target_row(score, tmp_path):
-    refused(score(target=write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}])), 65, "two different")
+    one = write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}])
+    refused(score(target=one, method="contrast"), 65, "two different")
+    refused(score(target=one, method="readout"), 65, "at least 2 target rows")
 
 
 def test_what_a_method_needs_is_said(score, p2d, tiny_folder, few, tmp_path):

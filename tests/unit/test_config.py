@@ -8,8 +8,10 @@ from pydantic import BaseModel
 from p2d_cli.cli.options import _INVOCATION_FLAGS
 from p2d_cli.config import (
     INPUT_FIELDS,
+    PRESETS,
     STAGE_CONFIGS,
     EvalConfig,
+    MineDataConfig,
     ReportAerConfig,
     ScoreHeadsConfig,
     TrainConfig,
@@ -35,6 +37,36 @@ def test_precedence_is_flag_variable_recipe_default():
     assert (config.batch_size, origins["batch_size"]) == (8, "recipe")
     assert (config.schedule, origins["schedule"]) == ("cosine", "default")
     assert resolved.provenance()["lr"] == {"value": 0.2, "origin": "variable"}
+
+
+def test_a_preset_goes_over_defaults_and_under_everything_else():
+    needed = {"model": "m", "pool": "p", "target": "t", "heads": "h", "out": "o", "preset": "paper"}
+    resolved = resolve(MineDataConfig, flags=needed, recipe={"normalise": "per-head"}, environ={})
+    assert resolved.config.resolved_affinity == "attention"
+    assert resolved.origins["affinity"] == "preset"
+    assert (resolved.config.normalise, resolved.origins["normalise"]) == ("per-head", "recipe")
+    assert resolve(MineDataConfig, flags=needed | {"affinity": "readout"}, environ={}).config.affinity == "readout"
+    heads = resolve(ScoreHeadsConfig, flags={"model": "m", "out": "o", "preset": "paper"}, environ={})
+    assert heads.config.method == "pad"
+    # A preset is a way to write settings: the same settings are the same artifact.
+    spelt = {key: value for key, value in needed.items() if key != "preset"} | {"affinity": "attention"}
+    assert resolve(MineDataConfig, flags=needed, environ={}).config.identity() == MineDataConfig(**spelt).identity()
+    with pytest.raises(UsageError, match="--preset"):
+        resolve(MineDataConfig, flags=needed | {"preset": "papre"}, environ={})
+
+
+def test_every_preset_sets_what_its_stage_has():
+    for stages in PRESETS.values():
+        for stage, settings in stages.items():
+            assert set(settings) <= set(STAGE_CONFIGS[stage].model_fields)
+
+
+def test_the_affinity_follows_from_the_inputs():
+    needed = {"model": "m", "pool": "p", "heads": "h", "out": "o"}
+    assert MineDataConfig(**needed).resolved_affinity == "attention"
+    assert MineDataConfig(**needed, target="t").resolved_affinity == "readout"
+    with pytest.raises(UsageError, match="--affinity readout needs --target"):
+        resolve(MineDataConfig, flags=needed | {"affinity": "readout"}, environ={})
 
 
 def test_configs_are_frozen_and_refuse_unknown_fields():

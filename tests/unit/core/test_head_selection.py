@@ -16,6 +16,7 @@ from p2d_cli.core.head_selection import (
     jaccard,
     repeatability,
     select_random,
+    select_spread,
     select_top,
     select_uniform,
     spearman,
@@ -181,3 +182,27 @@ def test_contrast_is_the_mean_share_beyond_chance():
     assert contrast_scores(shares[::-1], 5) == pytest.approx(contrast_scores(shares, 5))
     with pytest.raises(ValueError, match="needs episodes"):
         contrast_scores(np.zeros((0, 2)), 5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2, 3]), st.integers(0, 2**32 - 1), st.data())
+def test_a_spread_selection_is_even_and_takes_the_best_that_may_be_taken(layers, groups, per_group, seed, data):
+    heads = groups * per_group
+    count = data.draw(st.integers(1, layers * heads))
+    scores = np.random.default_rng(seed).normal(size=(layers, heads))
+    selected = select_spread(scores, count, groups)
+    assert selected.sum() == count
+    share = -(-count // layers)
+    by_group = selected.reshape(layers, groups, per_group).sum(axis=2)
+    if share <= groups:  # there are groups enough, so none is taken twice, and no layer gets more than its share
+        assert by_group.max() <= 1
+        assert selected.sum(axis=1).max() <= share
+    best = np.unravel_index(scores.argmax(), scores.shape)
+    assert selected[best]
+
+
+def test_a_spread_selection_by_hand():
+    scores = np.array([[9.0, 8.0, 1.0, 2.0], [7.0, 6.0, 5.0, 0.0]])
+    expected = np.array([[1, 0, 0, 1], [1, 0, 1, 0]], dtype=bool)  # 8 and 6 share the groups of 9 and 7
+    np.testing.assert_array_equal(select_spread(scores, 4, 2), expected)
+    np.testing.assert_array_equal(select_spread(np.zeros((2, 4)), 2, 2), [[1, 0, 0, 0], [1, 0, 0, 0]])

@@ -1,0 +1,74 @@
+"""What chosen heads say about a text: their outputs before the output projection mixes them, averaged over tokens.
+
+Axes: B batch, T tokens, K chosen heads in (layer, head) order, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2d_cli.modeling.answers import forward_inputs
+from p2d_cli.modeling.layouts import LayerLayout
+
+
+class _ForwardStopped(Exception):
+    """The deepest chosen layer has been read: the rest of the forward has no reader."""
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    model: Any,
+    layout: Sequence[LayerLayout],
+    heads: Mapping[int, Sequence[int]],
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    token_mask_BT: Tensor,
+) -> Tensor:
+    """Read a batch up to the deepest layer of `heads`, and average each head's output over tokens of each row.
+
+    A head's output is what the output projection reads in the head's columns, so that it works for every attention
+    kernel and family whose layout is known.
+
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model around one.
+        layout: the model's, see `model_layout`.
+        heads: layer -> its heads to read, of K heads in all.
+        input_ids_BT: `[B, T]` token ids, padded on either side.
+        attention_mask_BT: `[B, T]`, 1 for tokens and 0 for padding. All ones will do where the padding is on the right,
+            which no token looks at, and lets the kernel take its fast causal path.
+        token_mask_BT: `[B, T]`, 1 for the tokens to average over. A row without any has the output 0.
+
+    Returns:
+        `[B, K, d]` float32 on the CPU.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weight_BT = token_mask_BT / token_mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    chosen = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
+    means: dict[int, Tensor] = {}
+
+    def reader(layer: int) -> Any:
+        def read(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            output_BTE: Tensor = arguments[0]
+            columns = torch.tensor(layout[layer].o.indices(chosen[layer]), device=output_BTE.device)
+            weights = weight_BT.to(device=output_BTE.device, dtype=output_BTE.dtype)
+            # Averaged in the model's precision with fp32 accumulation inside the product, a matrix product a row.
+            mean_BE = torch.bmm(weights[:, None], output_BTE)[:, 0]
+            means[layer] = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
+            if layer == max(chosen):
+                raise _ForwardStopped
+
+        return read
+
+    handles = [plain.get_submodule(layout[layer].o.module).register_forward_pre_hook(reader(layer)) for layer in chosen]
+    try:
+        model(**forward_inputs(input_ids_BT, attention_mask_BT))
+    except _ForwardStopped:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([means[layer] for layer in chosen], dim=1)

@@ -1,0 +1,112 @@
+"""What mine-data finds on the fixture, where the truth is known, and what it leaves out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+RELEVANT = 180
+
+
+@pytest.fixture(scope="module")
+def skills(rows):
+    return json.loads((Path(rows["pool"]).parent / "skills.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def mine(p2d, tiny_folder, rows, tmp_path_factory):
+    """Heads by a method, and the rows that they choose from the whole pool, as many as are relevant."""
+    folder = tmp_path_factory.mktemp("mining")
+
+    def run(heads, *options):
+        target, pool = ("--target", rows["target"]), ("--pool", rows["pool"])
+        chosen = folder / heads
+        if not chosen.exists():
+            done = p2d("score-heads", "--model", tiny_folder, "--method", heads, *target, *pool, "--out", chosen)
+            assert done.code == 0, done.said
+        out = folder / "-".join(["rows", heads, *map(str, options)]).replace("--", "")
+        done = p2d(
+            *("mine-data", "--model", tiny_folder, "--heads", chosen, *target, *pool),
+            *("--count", RELEVANT, *options, "--out", out),
+        )
+        assert done.code == 0, done.said
+        return out
+
+    return run
+
+
+def precision(folder, skills):
+    ids = pq.read_table(folder / "subset.parquet").to_pydict()["id"]
+    return np.mean([skills[row] == "route" for row in ids])
+
+
+@pytest.mark.parametrize("heads", ["readout", "contrast", "uniform", "random"])
+def test_any_tenth_of_the_heads_reads_out_the_task(mine, skills, heads):
+    assert precision(mine(heads), skills) >= 0.98
+
+
+def test_attention_needs_the_right_heads(mine, skills):
+    assert precision(mine("contrast", "--affinity", "attention"), skills) > 0.7
+    assert precision(mine("random", "--preset", "paper"), skills) < 0.5
+
+
+def test_scores_do_not_depend_on_the_batches(mine):
+    whole, small = (
+        pq.read_table(mine("readout", "--dtype", "float32", "--token-budget", budget) / "pool_scores.parquet")
+        for budget in (8192, 300)
+    )
+    np.testing.assert_allclose(whole["score"], small["score"], atol=1e-4)
+
+
+def test_pool_rows_that_are_target_rows_are_left_out_and_reported(p2d, pipeline, tiny_folder, few, tmp_path):
+    target = few["target"].read_text().splitlines()
+    mixed = tmp_path / "pool.jsonl"
+    shouted = json.loads(target[1])
+    shouted["id"], shouted["prompt"] = "shouted", shouted["prompt"].upper() + " "
+    mixed.write_text(few["pool"].read_text() + target[0] + "\n" + json.dumps(shouted) + "\n")
+    done = p2d(
+        *("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"]),
+        *("--pool", mixed, "--ratio", 1, "--out", tmp_path / "s"),
+    )
+    assert done.code == 0, done.said
+    assert "2 pool rows are target rows as well" in done.said
+    scores = pq.read_table(tmp_path / "s" / "pool_scores.parquet").to_pylist()
+    assert len(scores) == 62
+    assert {row["id"] for row in scores if row["draws"] == 0} == {json.loads(target[0])["id"], "shouted"}
+    chosen = set(pq.read_table(tmp_path / "s" / "subset.parquet").to_pydict()["id"])
+    assert len(chosen) == 60
+    assert "shouted" not in chosen
+
+
+def test_rows_longer_than_the_context_are_cut_and_counted(p2d, pipeline, tiny_folder, few, tmp_path):
+    done = p2d(
+        *("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"]),
+        *("--pool", few["pool"], "--max-length", 6, "--out", tmp_path / "s"),
+    )
+    assert done.code == 0, done.said
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["summary"]["truncated_rows"] > 0
+    assert f"{manifest['summary']['truncated_rows']} rows were cut to fit the context" in done.said
+
+
+@pytest.mark.parametrize("skill", ["reverse", "sort", "successor"])
+def test_skills_whose_prompts_look_alike_are_told_apart_by_their_answers(
+    p2d, tiny_folder, rows, skills, skill, tmp_path
+):
+    """`BEHJ -> JHEB` beside `BEHJ -> CFIK`: words do not help here, and chance is below a tenth."""
+    pool = [json.loads(line) for line in Path(rows["pool"]).read_text().splitlines()]
+    target = [row for row in pool if skills[row["id"]] == skill][:48]
+    shown = {row["id"] for row in target}
+    for name, part in (("target", target), ("pool", [row for row in pool if row["id"] not in shown])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    inputs = ("--model", tiny_folder, "--target", tmp_path / "target.jsonl", "--pool", tmp_path / "pool.jsonl")
+    assert p2d("score-heads", *inputs, "--method", "readout", "--out", tmp_path / "heads").code == 0
+    found = {}
+    for method, options in (("p2d", ("--heads", tmp_path / "heads")), ("lexical", ())):
+        done = p2d("mine-data", *inputs, "--method", method, *options, "--count", 132, "--out", tmp_path / method)
+        assert done.code == 0, done.said
+        ids = pq.read_table(tmp_path / method / "subset.parquet").to_pydict()["id"]
+        found[method] = np.mean([skills[row] == skill for row in ids])
+    assert found["p2d"] > 0.6 > 0.3 > found["lexical"]

@@ -1,0 +1,103 @@
+"""The readout against scikit-learn's discriminant and ROC area, and what it must not depend on."""
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import roc_auc_score
+
+from p2d_cli.core.readout import fit_readout, separation
+from p2d_cli.errors import DataError, NonFiniteError
+
+K, D = 5, 7
+
+
+@pytest.fixture
+def rows():
+    """Target and background; head 3 tells them apart best, head 0 not at all."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(K, D, D))
+    shift = rng.normal(size=(K, D)) * np.array([0, 0.2, 0.4, 2.0, 0.4])[:, None]
+    background = np.einsum("MKd,Kde->MKe", rng.normal(size=(300, K, D)), mixing)
+    target = np.einsum("QKd,Kde->QKe", rng.normal(size=(40, K, D)) + shift, mixing)
+    return target, background
+
+
+def test_directions_are_those_of_the_linear_discriminant(rows):
+    """With equal class means removed, scikit-learn's pooled covariance of the background alone is ours."""
+    target, background = rows
+    readout = fit_readout(target, background, shrinkage=1e-9)
+    for head in range(K):
+        centre = background[:, head].mean(axis=0)
+        shift = target[:, head].mean(axis=0) - centre
+        # Two classes with the background's covariance each, whose means lie as far apart as ours.
+        both = np.concatenate([background[:, head], background[:, head] + shift])
+        oracle = LinearDiscriminantAnalysis(solver="lsqr").fit(both, np.repeat([0, 1], len(background)))
+        cosine = oracle.coef_[0] @ readout.weights_Kd[head]
+        cosine /= np.linalg.norm(oracle.coef_) * np.linalg.norm(readout.weights_Kd[head])
+        assert cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_values_are_standardised_over_the_background_and_affinity_is_their_mean(rows):
+    target, background = rows
+    readout = fit_readout(target, background)
+    values = readout.values(background)
+    np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-10)
+    np.testing.assert_allclose(values.std(axis=0), 1)
+    np.testing.assert_allclose(readout.affinity(target), readout.values(target).mean(axis=1))
+    assert readout.affinity(target).mean() > 1
+
+
+def test_a_slow_plain_version(rows):
+    target, background = rows
+    readout = fit_readout(target, background, shrinkage=0.3)
+    for head in range(K):
+        centre = sum(background[:, head]) / len(background)
+        covariance = sum(np.outer(row - centre, row - centre) for row in background[:, head]) / len(background)
+        shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / D * np.eye(D)
+        direction = np.linalg.inv(shrunk) @ (sum(target[:, head]) / len(target) - centre)
+        raw = [row @ direction for row in background[:, head]]
+        expected = [(row @ direction - np.mean(raw)) / np.std(raw) for row in target[:, head]]
+        np.testing.assert_allclose(readout.values(target)[:, head], expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_loudness_and_offset_of_a_head_change_nothing(rows, scale):
+    target, background = rows
+    factor, offset = np.ones((K, 1)), np.zeros((K, 1))
+    factor[1], offset[2] = scale, 5
+    plain = fit_readout(target, background).values(target)
+    moved = fit_readout(target * factor + offset, background * factor + offset).values(target * factor + offset)
+    np.testing.assert_allclose(moved, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_separation_is_the_cross_validated_roc_area(rows):
+    target, background = rows
+    expected = np.zeros(K)
+    for half in (0, 1):
+        readout = fit_readout(target[half::2], background[half::2])
+        seen = [readout.values(part[1 - half :: 2]) for part in (target, background)]
+        labels = np.repeat([1, 0], [len(part) for part in seen])
+        expected += [roc_auc_score(labels, np.concatenate([part[:, head] for part in seen])) / 2 for head in range(K)]
+    found = separation(target, background)
+    np.testing.assert_allclose(found, expected)
+    assert found.argmax() == 3
+    assert found[0] == pytest.approx(0.5, abs=0.15)
+
+
+def test_ties_count_half_and_a_silent_head_says_nothing(rows):
+    target, background = (part.copy() for part in rows)
+    target[:, 2] = background[:, 2] = 4.0
+    assert separation(target, background)[2] == 0.5
+    assert not fit_readout(target, background).values(target)[:, 2].any()
+
+
+def test_too_few_rows_and_numbers_that_are_none(rows):
+    target, background = rows
+    with pytest.raises(DataError, match="2 pool rows"):
+        fit_readout(target, background[:1])
+    with pytest.raises(DataError, match="found 1 and 300"):
+        separation(target[:1], background)
+    target = target.copy()
+    target[3, 1, 2] = np.nan
+    with pytest.raises(NonFiniteError):
+        fit_readout(target, background)
