@@ -85,6 +85,7 @@ def checkpoints_against_scipy(options: argparse.Namespace) -> dict[str, Any]:
             seconds, heads = seconds + time.perf_counter() - start, heads + 1
     scipy_seconds = seconds / heads * shape.total_heads
     command = manifests["pad"]["seconds"]
+    peaks = {method: manifest["peak_memory_gib"]["host"] for method, manifest in manifests.items()}
     return {
         "heads": shape.total_heads,
         "scipy_seconds": scipy_seconds,
@@ -93,7 +94,7 @@ def checkpoints_against_scipy(options: argparse.Namespace) -> dict[str, Any]:
         "command_faster": scipy_seconds / command["score"],
         "distances_faster": scipy_seconds / ours,
         # The random heads of the same model show what Python and torch take by themselves.
-        "peak_gib_above_random": manifests["pad"]["peak_memory_gib"]["host"] - manifests["random"]["peak_memory_gib"]["host"],
+        "peak_gib_above_random": peaks["pad"] - peaks["random"],
         "attention_weights_gib": sum(
             weight.numel() * weight.element_size() for pair in layers for weight in vars(pair[0]).values()
         ) / 2**30,
