@@ -27,15 +27,7 @@ def select_top(scores_LH: ArrayLike, count: int) -> NDArray[np.bool_]:
         NonFiniteError: a score is nan or infinite; names the first such `(layer, head)`.
         UsageError: `count` is out of range.
     """
-    scores = np.asarray(scores_LH, dtype=np.float64)
-    if not np.isfinite(scores).all():
-        layer, head = (int(axis[0]) for axis in np.nonzero(~np.isfinite(scores)))
-        raise NonFiniteError(
-            f"selecting heads: expected finite scores, found {scores[layer, head]} for (layer {layer}, head {head})",
-            hint="a weight, activation or gradient of this model is not finite; try --dtype float32",
-        )
-    best = np.argsort(-scores, axis=None, kind="stable")[: _checked_count(count, scores.size)]
-    return _mask(best, *scores.shape)
+    return _mask(_ranked(scores_LH)[: _checked_count(count, np.size(scores_LH))], *np.shape(scores_LH))
 
 
 def select_spread(scores_LH: ArrayLike, count: int, num_groups: int) -> NDArray[np.bool_]:
@@ -54,20 +46,20 @@ def select_spread(scores_LH: ArrayLike, count: int, num_groups: int) -> NDArray[
         NonFiniteError: a score is nan or infinite.
         UsageError: `count` is out of range.
     """
-    scores = np.asarray(scores_LH, dtype=np.float64)
-    num_layers, num_heads = scores.shape
-    ranked = np.argsort(-scores, axis=None, kind="stable")
-    selected = np.zeros_like(select_top(scores, count))
-    share, taken_groups = -(-count // num_layers), set()
-    for layer, head in zip(*np.unravel_index(ranked, scores.shape), strict=True):
-        group = (int(layer), int(head) * num_groups // num_heads)
-        if selected.sum() == count:
-            break
-        if selected[layer].sum() < share and group not in taken_groups:
-            selected[layer, head] = True
-            taken_groups.add(group)
-    rest = ranked[~selected.ravel()[ranked]][: count - int(selected.sum())]
-    return selected | _mask(rest, num_layers, num_heads)
+    num_layers, num_heads = np.shape(scores_LH)
+    share = -(-_checked_count(count, num_layers * num_heads) // num_layers)
+    taken, passed = [], []
+    heads_of_layer, used_groups = [0] * num_layers, set()
+    for place in _ranked(scores_LH).tolist():
+        layer, head = divmod(place, num_heads)
+        group = (layer, head * num_groups // num_heads)
+        if heads_of_layer[layer] == share or group in used_groups:
+            passed.append(place)
+            continue
+        taken.append(place)
+        heads_of_layer[layer] += 1
+        used_groups.add(group)
+    return _mask(np.array([*taken, *passed][:count]), num_layers, num_heads)
 
 
 def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bool_]:
@@ -193,6 +185,18 @@ def contrast_scores(target_share: ArrayLike, num_demos: int) -> NDArray[np.float
         raise ValueError(f"contrast needs episodes and demos, found {len(shares)} and {num_demos}")
     scores: NDArray[np.float64] = shares.mean(axis=0) - 1.0 / num_demos
     return scores
+
+
+def _ranked(scores_LH: ArrayLike) -> NDArray[np.int64]:
+    """Return the heads' places in (layer, head) order by falling score, the earlier of equal ones first."""
+    scores = np.asarray(scores_LH, dtype=np.float64)
+    if not np.isfinite(scores).all():
+        layer, head = (int(axis[0]) for axis in np.nonzero(~np.isfinite(scores)))
+        raise NonFiniteError(
+            f"selecting heads: expected finite scores, found {scores[layer, head]} for (layer {layer}, head {head})",
+            hint="a weight, activation or gradient of this model is not finite; try --dtype float32",
+        )
+    return np.argsort(-scores, axis=None, kind="stable").astype(np.int64)
 
 
 def _checked_count(count: int, total: int) -> int:
