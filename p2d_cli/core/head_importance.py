@@ -11,7 +11,7 @@ order one to get a number of that size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -24,8 +24,8 @@ from p2d_cli.errors import UsageError
 HeadWeights = Literal["product", "qkv"]
 Distance = Literal["w1", "kl", "js", "cosine", "l2", "relative-l2"]
 
-_CHUNK_ENTRIES = 1 << 17  # entries of head maps compared at once: 1 MiB a temporary, which stays in a core's cache
-_CHUNK_ENTRIES_DEVICE = 1 << 24  # on an accelerator few large kernels are faster
+_NEAR_LOGIT, _NEAR_CHANGE = 4.0, 1.0  # below these no probability stands out, and none changes by a factor of e
+_BLOCK_ENTRIES = 1 << 12  # entries summed up in one go; several blocks of one head run side by side
 _SERIES_BELOW = 1e-2  # below this size the series of `_entropy_excess` beats its closed form
 
 
@@ -61,8 +61,10 @@ def alignment_logits(w_q_dD: Tensor, w_k_dD: Tensor, w_v_dD: Tensor, weights: He
     Returns:
         float64 [n], with `n = D * d` (product) or `3 * d * D` (qkv).
     """
-    layer = LayerWeights(w_q_dD[None], w_k_dD[None], w_v_dD[None])
-    return _head_logits(layer, range(1), weights)[0]
+    q_dD, k_dD, v_dD = w_q_dD.double(), w_k_dD.double(), w_v_dD.double()
+    if weights == "qkv":
+        return torch.cat([q_dD.flatten(), k_dD.flatten(), v_dD.flatten()])
+    return (q_dD.T @ (k_dD @ v_dD.T)).flatten()
 
 
 def alignment_distance(
@@ -87,8 +89,8 @@ def alignment_distance(
     Returns:
         A number >= 0, in float64 precision; nan if a logit is not finite.
     """
-    scores = _compare(base_logits.double()[None], task_logits.double()[None], distance, temperature)
-    return float(scores[0])
+    stretch = _Stretch(base_logits.double(), task_logits.double(), temperature)
+    return float(_compare([stretch], distance))
 
 
 def score_layer(
@@ -114,15 +116,8 @@ def score_layer(
             f"comparing heads of two models: expected q, k, v of shapes {base.shapes}, found {task.shapes}",
             hint="the task model must be a fine-tuned copy of the base model",
         )
-    entries = max(base.q_HdD[0].numel(), 1)
-    limit = _CHUNK_ENTRIES if base.q_HdD.device.type == "cpu" else _CHUNK_ENTRIES_DEVICE
-    step = max(1, limit // entries)
-    scores = []
-    for start in range(0, base.num_heads, step):
-        heads = range(start, min(start + step, base.num_heads))
-        base_logits_Hn, task_logits_Hn = _head_logits(base, heads, weights), _head_logits(task, heads, weights)
-        scores.append(_compare(base_logits_Hn, task_logits_Hn, distance, temperature))
-    return torch.cat(scores).cpu()
+    heads = _heads_by_group(base, task, weights, temperature)
+    return torch.stack([_compare(stretches, distance) for stretches in heads]).cpu()
 
 
 def removal_effect(context_BTHd: Tensor, grad_BTHd: Tensor) -> Tensor:
@@ -142,24 +137,102 @@ def removal_effect(context_BTHd: Tensor, grad_BTHd: Tensor) -> Tensor:
     return torch.einsum("bthd,bthd->bh", context_BTHd.double(), grad_BTHd.double()).abs()
 
 
-def _head_logits(layer: LayerWeights, heads: range, weights: HeadWeights) -> Tensor:
-    """Return the flattened float64 maps [len(heads), n] of some heads of a layer."""
-    num_groups = layer.k_GdD.shape[0]
-    group_of = [head * num_groups // layer.num_heads for head in heads]
-    first, last = group_of[0], group_of[-1]
-    q_HdD = layer.q_HdD[heads.start : heads.stop].double()
-    k_GdD, v_GdD = (tensor[first : last + 1].double() for tensor in (layer.k_GdD, layer.v_GdD))
-    groups = [group - first for group in group_of]
-    if weights == "qkv":
-        return torch.cat([q_HdD.flatten(1), k_GdD.flatten(1)[groups], v_GdD.flatten(1)[groups]], dim=1)
-    k_v_Gdd = k_GdD @ v_GdD.mT
-    return (q_HdD.mT @ k_v_Gdd[groups]).flatten(1)
+# --- one head's map in both models
 
 
-def _compare(base_Hn: Tensor, task_Hn: Tensor, distance: Distance, temperature: float) -> Tensor:
-    if not temperature > 0:
-        raise UsageError(f"the softmax temperature must be above 0, found {temperature}")
-    return _DISTANCES[distance](_Pair(base_Hn, task_Hn, temperature))
+@dataclass(frozen=True)
+class _Stretch:
+    """A stretch of a head's flattened map in both models, float64 [n]; heads of a group share those of keys and values.
+
+    Where no logit and no change of one is large, the softmax of the whole map needs only sums over the stretches:
+    with `w = exp(base)` and `u = w expm1(change)`, `P_base = w / sum w` and `P_task = (w + u) / sum (w + u)`.
+    """
+
+    base_n: Tensor
+    task_n: Tensor
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(f"the softmax temperature must be above 0, found {self.temperature}")
+
+    @cached_property
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """`w`, `u` and the sum of each; None where a logit or a change is large, or not finite."""
+        weight_n, change_n = self.base_n / self.temperature, self.task_n - self.base_n
+        change_n /= self.temperature
+        bounds = zip((weight_n, change_n), (_NEAR_LOGIT, _NEAR_CHANGE), strict=True)
+        if not all(bool((torch.stack(values.aminmax()).abs() < limit).all()) for values, limit in bounds):
+            return None
+        weight_n.exp_()
+        gain_n = change_n.expm1_().mul_(weight_n)
+        return weight_n, gain_n, weight_n.sum(), gain_n.sum()
+
+
+def _heads_by_group(
+    base: LayerWeights, task: LayerWeights, weights: HeadWeights, temperature: float
+) -> Iterator[list[_Stretch]]:
+    """Give each query head's map, in order; what heads of a group share is converted, and its softmax taken, once."""
+    models = (base, task)
+    num_groups = int(base.k_GdD.shape[0])
+    for group in range(num_groups):
+        keys, values = ([getattr(model, name)[group].double() for model in models] for name in ("k_GdD", "v_GdD"))
+        shared = [_stretch(pair, temperature) for pair in (keys, values)]
+        inner_dd = [key_dD @ value_dD.T for key_dD, value_dD in zip(keys, values, strict=True)]
+        for head in range(base.num_heads):
+            if head * num_groups // base.num_heads != group:
+                continue
+            queries = [model.q_HdD[head].double() for model in models]
+            if weights == "qkv":
+                yield [_stretch(queries, temperature), *shared]
+            else:
+                maps = [query_dD.T @ map_dd for query_dD, map_dd in zip(queries, inner_dd, strict=True)]
+                yield [_stretch(maps, temperature)]
+
+
+def _stretch(pair: Sequence[Tensor], temperature: float) -> _Stretch:
+    base, task = pair
+    return _Stretch(base.flatten(), task.flatten(), temperature)
+
+
+def _compare(stretches: list[_Stretch], distance: Distance) -> Tensor:
+    """Return the distance between the two models' maps of one head, a float64 scalar."""
+    near = [stretch.sums for stretch in stretches] if distance == "w1" else [None]
+    if all(sums is not None for sums in near):
+        return _wasserstein_1_near([sums for sums in near if sums is not None])
+    base_n, task_n = (torch.cat(parts) for parts in zip(*((s.base_n, s.task_n) for s in stretches), strict=True))
+    return _DISTANCES[distance](_Pair(base_n[None], task_n[None], stretches[0].temperature))[0]
+
+
+def _wasserstein_1_near(stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    """Sum `|cumsum(P_base - P_task)|` over stretches, given as `_Stretch.sums`.
+
+    The difference is `(w U/W - u) / (W + U)` with the sums `W` of `w` and `U` of `u`. It is summed up in blocks, side
+    by side, and what comes before a block is added afterwards.
+    """
+    weight_sum, gain_sum = (torch.stack([sums[place] for sums in stretches]).sum() for place in (2, 3))
+    before = torch.zeros_like(weight_sum)
+    total = torch.zeros_like(weight_sum)
+    entries = 0
+    for weight_n, gain_n, *_ in stretches:
+        difference_n = torch.addcmul(gain_n, weight_n, gain_sum / weight_sum, value=-1)
+        for blocks_Bn in _blocks(difference_n):
+            torch.cumsum(blocks_Bn, dim=1, out=blocks_Bn)
+            ends_B = blocks_Bn[:, -1].cumsum(0)
+            blocks_Bn += (before + ends_B - blocks_Bn[:, -1])[:, None]
+            before = before + ends_B[-1]
+            total = total + torch.linalg.vector_norm(blocks_Bn, 1)
+        entries += len(difference_n)
+    return total / (weight_sum + gain_sum) / max(entries - 1, 1)
+
+
+def _blocks(values_n: Tensor) -> Iterator[Tensor]:
+    """Cut a vector into rows of `_BLOCK_ENTRIES`, then what is left over."""
+    whole = len(values_n) // _BLOCK_ENTRIES * _BLOCK_ENTRIES
+    if whole:
+        yield values_n[:whole].view(-1, _BLOCK_ENTRIES)
+    if whole < len(values_n):
+        yield values_n[whole:][None]
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,10 @@ class CheckpointReader:
     def __init__(self, path: Path | str) -> None:
         files = locate_model(str(path))
         self.spec = files.spec
-        self._open: tuple[Path, Any] | None = None
         self._file_of: dict[str, Path] = {}
         for file in files.weights:
-            for name in self._handle(file).keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-                self._file_of[name] = file
+            with _open(file) as stored:
+                self._file_of |= dict.fromkeys(stored.keys(), file)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +51,8 @@ class CheckpointReader:
         """
         stored = self._stored_name(name)
         try:
-            tensor: torch.Tensor = self._handle(self._file_of[stored]).get_tensor(stored)
+            with _open(self._file_of[stored]) as file:
+                tensor: torch.Tensor = file.get_tensor(stored)
         except SafetensorError as problem:
             raise ArtifactError(f"reading {stored} of {self.spec} failed: {problem}") from problem
         return tensor
@@ -69,16 +69,15 @@ class CheckpointReader:
             hint="the checkpoint must be of the same architecture as the base model",
         )
 
-    def _handle(self, file: Path) -> Any:
-        # One shard is kept open at a time: neighbouring layers mostly share it.
-        if self._open is None or self._open[0] != file:
-            try:
-                self._open = (file, safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as problem:
-                raise ArtifactError(
-                    f"{file} is not a readable safetensors file: {problem}", hint="copy or download it again"
-                ) from problem
-        return self._open[1]
+
+def _open(file: Path) -> Any:
+    """Open a safetensors file for a moment: while it is open, every page that was read counts as this process's own."""
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as problem:
+        raise ArtifactError(
+            f"{file} is not a readable safetensors file: {problem}", hint="copy or download it again"
+        ) from problem
 
 
 def skeleton(path: Path | str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -85,6 +86,11 @@ def peak_memory_gib(device: str) -> dict[str, float]:
 
 
 def _peak_host_bytes() -> int:
+    # Linux counts in `ru_maxrss` what the parent held when it started this process; VmHWM is this program's own.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").split("\n"):
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows has no resource module

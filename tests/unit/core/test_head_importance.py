@@ -168,14 +168,15 @@ def test_qkv_logits_are_the_three_projections_one_after_the_other():
 
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("weights", ["product", "qkv"])
-@pytest.mark.parametrize("chunk", [1, 45, 1 << 20], ids=["one-head", "three-heads", "all-heads"])
+@pytest.mark.parametrize("block", [1, 4, 1 << 12], ids=["blocks-of-1", "blocks-of-4-and-a-rest", "one-block"])
+@pytest.mark.parametrize("change", [1e-3, 5.0], ids=["near", "far"])
 def test_score_layer_is_the_distance_of_each_head_with_its_group(
-    monkeypatch: pytest.MonkeyPatch, groups: int, weights: str, chunk: int
+    monkeypatch: pytest.MonkeyPatch, groups: int, weights: str, block: int, change: float
 ):
-    monkeypatch.setattr(head_importance, "_CHUNK_ENTRIES", chunk)
     base = _layer(4, groups)
-    task = _nudged(base, 1e-3)
+    task = _nudged(base, change)
     for distance in DISTANCES:
+        monkeypatch.setattr(head_importance, "_BLOCK_ENTRIES", block)
         scores = score_layer(base, task, weights=weights, distance=distance, temperature=1.5)
         assert scores.shape == (4,)
         assert scores.dtype == torch.float64
@@ -184,7 +185,9 @@ def test_score_layer_is_the_distance_of_each_head_with_its_group(
             base_logits, task_logits = (
                 alignment_logits(w.q_HdD[head], w.k_GdD[group], w.v_GdD[group], weights) for w in (base, task)
             )
-            one = alignment_distance(base_logits, task_logits, distance=distance, temperature=1.5)
+            with monkeypatch.context() as patch:
+                patch.setattr(head_importance, "_NEAR_CHANGE", 0.0)  # the general formulas
+                one = alignment_distance(base_logits, task_logits, distance=distance, temperature=1.5)
             assert scores[head].item() == pytest.approx(one, rel=1e-9, abs=0)
 
 

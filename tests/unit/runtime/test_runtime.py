@@ -1,5 +1,8 @@
 """Time, seeds, hardware."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +96,11 @@ def test_silence():
     with progress.task("x", 3) as advance:
         advance(1)
     progress.note("nothing")
+
+
+def test_a_large_parent_is_not_charged_to_its_child():
+    code = "from p2d_cli.runtime.hardware import peak_memory_gib; print(peak_memory_gib('cpu')['host'])"
+    ballast = bytearray(b"x" * 2**29)
+    child = subprocess.run((sys.executable, "-c", code), check=True, capture_output=True, text=True)
+    assert len(ballast) == 2**29
+    assert float(child.stdout) < 0.4
