@@ -151,7 +151,8 @@ def finish_batches(
     with (
         job.timer.phase("score"),
         job.journal(label, batches) as journal,
-        job.progress.task(label, sum(map(len, batches))) as advance,
+        # Batches fill the same number of tokens, so their count tells the time that is left; that of rows does not.
+        job.progress.task(f"{label}, batches", len(batches)) as advance,
     ):
         if journal.finished:
             job.progress.note(f"{label}: {len(journal.finished)} of {len(batches)} batches were finished before")
@@ -166,7 +167,7 @@ def finish_batches(
                 arrays = entry.arrays
                 job.timer.charge("score", entry.seconds)
                 bench.tokens += entry.tokens
-            advance(len(batch))
+            advance(1)
             yield batch, arrays
 
 
