@@ -29,7 +29,8 @@ PathSpec = str
 """A file, a folder, an artifact, or a hub id `owner/name[@revision]`."""
 
 INPUT_FIELDS = frozenset(
-    {"model", "task_model", "target", "pool", "data", "heads", "adapter", "reference", "evaluations", "choices"}
+    {"model", "task_model", "target", "pool", "data", "eval_data", "heads", "adapter", "reference", "evaluations"}
+    | {"choices"}
 )
 """Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
 
@@ -235,11 +236,26 @@ class TrainConfig(RowOptions):
     )
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "AdamW weight decay.", panel="Optimisation")
     max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, "Clip gradients to this norm.", panel="Optimisation")
+    eval_data: PathSpec | None = setting(
+        None, "Held-out rows; the weights with the lowest loss on them are kept.", panel="Input and output"
+    )
+    eval_steps: Positive | None = setting(
+        None, "Updates between looks at --eval-data; by default once an epoch.", panel="Optimisation"
+    )
+    patience: Positive | None = setting(
+        None, "Stop after so many looks at --eval-data in a row without a lower loss.", panel="Optimisation"
+    )
     lora_rank: Positive = setting(16, "Rank (for --scope lora).", panel="LoRA")
     lora_alpha: Positive = setting(32, "Alpha (for --scope lora).", panel="LoRA")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "Dropout (for --scope lora).", panel="LoRA")
     checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
+    )
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = setting(
+        10.0,
+        "Minutes between checkpoints, from which the same command goes on after an interruption; 0: every update.",
+        identity=False,
+        panel="Run",
     )
     tracker: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], CommaList] = setting(
         (), "Send the loss to these trackers too.", identity=False, panel="Run"
@@ -251,6 +267,9 @@ class TrainConfig(RowOptions):
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
         if self.batch_size % self.accumulation:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulation {self.accumulation}")
+        for name in ("eval_steps", "patience"):
+            if getattr(self, name) is not None and self.eval_data is None:
+                raise ValueError(f"{flag_name(name)} needs --eval-data: rows to look at")
         if not self.projections:
             raise ValueError("--projections is empty: name some of q,k,v,o")
         return self

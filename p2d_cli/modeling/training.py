@@ -6,18 +6,41 @@ Legend: B batch, T tokens, n completion tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
+
+_MEGABATCHES = 50  # rows are sorted by length within so many batches; the order of the batches stays random
+_CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row as tokens."""
+
+    name: str
+    """What messages call it."""
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    """The ids of the tokens to learn, -100 elsewhere; not shifted."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,9 @@ class TrainingPlan:
     seed: int
     checkpointing: bool
     trackers: tuple[str, ...]
+    eval_steps: int | None = None
+    patience: int | None = None
+    checkpoint_minutes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -46,11 +72,38 @@ class TrainingRecord:
     """What a training did."""
 
     log: list[dict[str, float]]
+    """An entry an update (`loss`) and one a look at held-out rows (`eval_loss`)."""
     steps_done: int
     steps_planned: int
-    """Updates that all epochs would take; more than `steps_done` when `max_steps` cut the run short."""
+    """Updates that all epochs would take; more than `steps_done` when it was cut short."""
     tokens: int
     final_loss: float
+    best_step: int | None = None
+    """The update whose weights were kept, where there were held-out rows."""
+    best_eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from."""
+
+    folder: Path
+    tokens: int
+    """Tokens that were read up to there."""
+
+
+@dataclass(frozen=True)
+class TrainingHooks:
+    """Who wants to know how the training goes."""
+
+    on_step: Callable[[int], None] = lambda _: None
+    """Called with the number of updates done since the last call."""
+    on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
+    """Called when a checkpoint has been written, with the tokens read so far."""
+    around_evaluation: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Surrounds each look at held-out rows."""
+    after_loading: Callable[[Any], None] = lambda _: None
+    """Called with the model after a checkpoint's weights were put into it."""
 
 
 class CompletionTrainer(Trainer):
@@ -60,16 +113,19 @@ class CompletionTrainer(Trainer):
     change the gradient.
     """
 
-    tokens_seen = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: Sampler[int], hooks: TrainingHooks, tokens_seen: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._order = order
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
+        self.hooks = hooks
+        self.tokens_seen = tokens_seen
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_finite
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -78,108 +134,225 @@ class CompletionTrainer(Trainer):
         Raises:
             NonFiniteError: the loss is not finite; no update was made with it.
         """
+        self.tokens_seen += inputs["labels"].numel()
+        total, count, outputs = self._completion_loss(model, inputs)
+        if not torch.isfinite(total):
+            raise NonFiniteError(
+                f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
+                f"Its batch: {_listed(inputs['names'])}",
+                hint="look at these rows; lower --lr, or try --dtype float32",
+            )
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Return the mean loss of all completion tokens of the held-out rows, in nats."""
+        total, count = 0.0, 0
+        model: Any = self.model
+        model.eval()
+        with self.hooks.around_evaluation(), torch.no_grad():
+            for batch in self.get_eval_dataloader():
+                with self.compute_loss_context_manager():
+                    loss, tokens, _ = self._completion_loss(model, batch)
+                total, count = total + loss.item(), count + tokens
+        model.train()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _completion_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int, Any]:
+        """Return the summed loss of the completion tokens, how many they are, and the model's outputs."""
         labels_BT = inputs["labels"]
-        self.tokens_seen += labels_BT.numel()
         predicts_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
         predicts_BT[:, :-1] = labels_BT[:, 1:] != IGNORED_LABEL
         with answer_logits_only(self.accelerator.unwrap_model(model), predicts_BT):
             outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         targets_n = labels_BT[:, 1:][predicts_BT[:, :-1]]
         total = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets_n, reduction="sum")
-        count = targets_n.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = total / count
-        if not torch.isfinite(loss):
+        return total, targets_n.numel(), outputs
+
+    def _clip_finite(self, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip(*args, **kwargs)
+        # Under float16 the loss scaler looks for infinite gradients, and skips the update, itself.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
             raise NonFiniteError(
-                f"the loss of update {self.state.global_step + 1} is {loss.item()}; training stopped before the update",
+                f"the gradient of update {self.state.global_step + 1} is not finite; training stopped before it",
                 hint="lower --lr, or try --dtype float32",
             )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return norm
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        del train_dataset
+        return self._order
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.hooks.after_loading(self.model)
+
+
+class LengthGrouped(Sampler[int]):
+    """Rows in random order, those of a batch of similar length; an epoch's order depends on nothing but its number.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of an update.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = torch.tensor(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that comes next; accelerate calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(len(self._lengths), generator=rng)
+        batches: list[torch.Tensor] = []
+        for part in torch.split(order, _MEGABATCHES * self._batch_size):
+            by_length = part[torch.argsort(self._lengths[part], descending=True, stable=True)]
+            batches.extend(torch.split(by_length, self._batch_size))
+        # The batch that is not full, if any, stays last.
+        full = len(batches) - (len(batches[-1]) < self._batch_size if batches else 0)
+        for index in [*torch.randperm(full, generator=rng).tolist(), *range(full, len(batches))]:
+            yield from batches[index].tolist()
 
 
 class _Watcher(TrainerCallback):
-    """Pass each update on, and keep the log."""
+    """Pass each update on, and ask for a checkpoint when the last one is old."""
 
-    def __init__(self, on_step: Callable[[], None]) -> None:
-        self.log: list[dict[str, float]] = []
-        self._on_step = on_step
+    def __init__(self, hooks: TrainingHooks, minutes: float) -> None:
+        self._hooks = hooks
+        self._seconds = 60 * minutes
+        self._saved = time.monotonic()
+        self._reported = 0
+        self.trainer: CompletionTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        del args, state, control, kwargs
-        self._on_step()
+        del kwargs
+        self._hooks.on_step(state.global_step - self._reported)
+        self._reported = state.global_step
+        at_end = state.global_step >= state.max_steps
+        if at_end and args.eval_strategy != "no":
+            control.should_evaluate = True
+        if not at_end and time.monotonic() - self._saved >= self._seconds:
+            control.should_save = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        del args, control, kwargs
-        if logs and "loss" in logs:
-            entry = {"step": state.global_step, "epoch": logs.get("epoch", 0.0), "loss": logs["loss"]}
-            self.log.append(entry | {key: logs[key] for key in ("learning_rate", "grad_norm") if key in logs})
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        del control, kwargs
+        self._saved = time.monotonic()
+        if self.trainer is not None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._hooks.on_checkpoint(folder, self.trainer.tokens_seen)
 
 
 def train(
     model: Any,
-    rows: Sequence[dict[str, list[int]]],
+    rows: Sequence[TrainingRow],
     plan: TrainingPlan,
     *,
     pad_id: int,
     scratch: Path,
-    on_step: Callable[[], None],
+    eval_rows: Sequence[TrainingRow] = (),
+    resume: ResumePoint | None = None,
+    hooks: TrainingHooks | None = None,
 ) -> TrainingRecord:
     """Train the parameters of `model` that require a gradient.
 
     Args:
-        model: prepared by `p2d_cli.modeling.head_adapter`.
-        rows: `input_ids` and `labels` of every example.
+        model: prepared by `p2d_cli.modeling.head_adapter`. At the end it has the weights of the last update or, with
+            held-out rows, those of the lowest loss on them.
+        rows: what to learn.
         plan: optimisation settings.
         pad_id: token to pad with.
-        scratch: folder for Trainer's own files.
-        on_step: called after each update.
+        scratch: folder for checkpoints.
+        eval_rows: held-out rows, to choose the best weights by.
+        resume: a checkpoint of the same training to go on from. On a CPU in float32 it ends with the same bits.
+        hooks: who is told.
 
-    Returns:
-        The log and the number of updates.
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
     """
     if plan.checkpointing:
         enable_checkpointing(model)
-    watcher = _Watcher(on_step)
+    hooks = hooks or TrainingHooks()
+    watcher = _Watcher(hooks, plan.checkpoint_minutes)
     planned = planned_updates(len(rows), plan)
+    callbacks: list[TrainerCallback] = [watcher]
+    if plan.patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=plan.patience))
     trainer = CompletionTrainer(
         model=model,
-        args=_arguments(plan, planned, scratch),
+        args=_arguments(plan, planned, scratch, num_rows=len(rows), evaluates=bool(eval_rows)),
         train_dataset=list(rows),
+        order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
+        eval_dataset=list(eval_rows) or None,
         data_collator=lambda batch: collate(batch, pad_id),
-        callbacks=[watcher],
+        callbacks=callbacks,
+        hooks=hooks,
+        tokens_seen=resume.tokens if resume else 0,
     )
+    watcher.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
+    trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
     return TrainingRecord(
-        log=watcher.log,
+        log=log,
         steps_done=trainer.state.global_step,
         steps_planned=planned,
         tokens=trainer.tokens_seen,
-        final_loss=watcher.log[-1]["loss"] if watcher.log else result.training_loss,
+        final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
+        best_step=trainer.state.best_global_step if eval_rows else None,
+        best_eval_loss=trainer.state.best_metric if eval_rows else None,
     )
 
 
 def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
     """Return the number of updates that all epochs take."""
-    return math.ceil(plan.epochs * math.ceil(num_rows / plan.batch_size))
+    return math.ceil(plan.epochs * updates_per_epoch(num_rows, plan))
 
 
-def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
+    """Return the number of updates that one epoch takes."""
+    return math.ceil(num_rows / plan.batch_size)
+
+
+def collate(batch: Sequence[TrainingRow], pad_id: int) -> dict[str, Any]:
     """Pad on the right, without a mask: under causal attention no real token looks at the padding."""
-    longest = max(len(row["input_ids"]) for row in batch)
-    input_ids = [row["input_ids"] + [pad_id] * (longest - len(row["input_ids"])) for row in batch]
-    labels = [row["labels"] + [IGNORED_LABEL] * (longest - len(row["labels"])) for row in batch]
-    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+    longest = max(len(row.input_ids) for row in batch)
+    input_ids = [[*row.input_ids, *[pad_id] * (longest - len(row.input_ids))] for row in batch]
+    labels = [[*row.labels, *[IGNORED_LABEL] * (longest - len(row.labels))] for row in batch]
+    names = [row.name for row in batch]
+    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "names": names}
 
 
-def _arguments(plan: TrainingPlan, planned: int, scratch: Path) -> TrainingArguments:
+def _entry(entry: dict[str, Any]) -> dict[str, float]:
+    keys = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    return {key: entry[key] for key in keys if key in entry}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _arguments(plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int, evaluates: bool) -> TrainingArguments:
     steps = min(planned, plan.max_steps) if plan.max_steps else planned
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=plan.batch_size // plan.accumulation,
+        per_device_eval_batch_size=plan.batch_size // plan.accumulation,
         gradient_accumulation_steps=plan.accumulation,
         # A run that is cut short follows the schedule of the whole one, so that its steps are like the whole one's.
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[plan.schedule],
@@ -191,11 +364,16 @@ def _arguments(plan: TrainingPlan, planned: int, scratch: Path) -> TrainingArgum
         use_cpu=plan.device == "cpu",
         seed=plan.seed,
         data_seed=plan.seed,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
-        save_strategy="no",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=plan.eval_steps or updates_per_epoch(num_rows, plan),
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        save_strategy="best" if evaluates else "no",
+        save_total_limit=_CHECKPOINTS_KEPT,
         logging_strategy="steps",
-        logging_steps=max(1, steps // 200),
+        logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=list(plan.trackers),
         disable_tqdm=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,13 +141,16 @@ def aer_scatter(report: AerReport, path: Path | str) -> None:
         _title(axes, "Score against cost", f"{better_is(metric)} and further left is better" if metric else "")
 
 
-def loss_curve(steps: ArrayLike, losses: ArrayLike, path: Path | str) -> None:
+def loss_curve(
+    steps: ArrayLike, losses: ArrayLike, path: Path | str, held_out: Sequence[tuple[float, float]] = ()
+) -> None:
     """Draw the training loss over optimizer updates, with a running mean where there are many.
 
     Args:
         steps: Number of each update, [n].
         losses: Its loss, [n]; values that are not finite leave a gap.
         path: The PNG file to write.
+        held_out: Update and loss of each look at held-out rows; the lowest is marked.
 
     Raises:
         UnavailableError: matplotlib is not installed.
@@ -163,6 +166,12 @@ def loss_curve(steps: ArrayLike, losses: ArrayLike, path: Path | str) -> None:
             width = max(5, y.size // 25)
             axes.plot(x, _running_mean(y, width), color=BLUE, linewidth=1.7)
             note = f"blue: mean of {width} neighbouring updates"
+        if held_out:
+            looks, values = zip(*held_out, strict=True)
+            axes.plot(looks, values, color=VERMILLION, linewidth=1.5, marker="o", markersize=3)
+            best = int(np.nanargmin(values))
+            axes.plot(looks[best], values[best], color=VERMILLION, marker="*", markersize=12)
+            note = "; ".join(filter(None, (note, "orange: held-out rows, a star at the best")))
         axes.set(xlabel="update", ylabel="loss")
         if y.size:
             axes.locator_params("x", integer=True)

@@ -186,9 +186,19 @@ class StageRun(Generic[ConfigT]):
             label: what the batches are for; several journals of a stage need different labels.
             plan: the row indices of each batch.
         """
+        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan)
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder that outlives an interrupted run of this very work, and goes once the artifact is there."""
+        folder = self._scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def _scratch(self) -> Path:
         if self._unfinished is None:
-            raise RuntimeError("a stage keeps journals while it computes, not before")
-        return Journal(self._unfinished / f"{label.replace(' ', '-')}.jsonl", plan)
+            raise RuntimeError("a stage keeps unfinished work while it computes, not before")
+        return self._unfinished
 
     def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.adapter import TRAINING_LOG_NAME, save_model_card, save_training_log
+from p2d_cli.artifacts.checkpoints import Checkpoint, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.data.records import Record
@@ -26,7 +27,7 @@ from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 if TYPE_CHECKING:
     import torch
 
-    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord
+    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
 PICTURE_NAME = "loss.png"
@@ -37,6 +38,7 @@ CARD_NAME = "README.md"
 class _Inputs:
     model: ModelFiles
     data: RowSource
+    eval_data: RowSource | None
     heads_LH: NDArray[np.bool_] | None
     """The selected heads (scope heads only)."""
 
@@ -57,7 +59,12 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     if config.resolved_scope == "heads" and config.heads is not None:
         job.artifact("heads", config.heads, "heads", same_model=True)
         heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
-    inputs = _Inputs(model=model, data=job.rows("data", config.data), heads_LH=heads_LH)
+    inputs = _Inputs(
+        model=model,
+        data=job.rows("data", config.data),
+        eval_data=job.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
+        heads_LH=heads_LH,
+    )
     return job.complete(lambda folder: _compute(job, inputs, folder))
 
 
@@ -67,14 +74,16 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     config, scope = job.config, job.config.resolved_scope
     with job.timer.phase("prepare"):
         records = job.read(inputs.data).records
+        held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
     device, dtype, model, tokenizer = _load(job, inputs)
     with job.timer.phase("prepare"):
         rows, truncated = _encode(job, inputs, tokenizer, records)
+        eval_rows, _ = _encode(job, inputs, tokenizer, held_out) if held_out else ([], 0)
         model = _make_trainable(model, config, inputs.heads_LH)
         share = trainable_share(model)
     precision = str(dtype).removeprefix("torch.")
     plan = _plan(config, precision, device)
-    record = _train(job, model, rows, plan, tokenizer.pad_token_id)
+    record = _train(job, model, rows, eval_rows, plan, tokenizer.pad_token_id)
     summary = {
         "scope": scope,
         "rows": len(rows),
@@ -82,8 +91,11 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "learning_rate": plan.learning_rate,
         "updates": record.steps_done,
         "updates_planned": record.steps_planned,
-        "first_loss": record.log[0]["loss"] if record.log else None,
+        "first_loss": record.log[0]["loss"],
         "final_loss": record.final_loss,
+        "eval_rows": len(eval_rows),
+        "best_update": record.best_step,
+        "best_eval_loss": record.best_eval_loss,
         "trained_parameters": share.trained,
         "total_parameters": share.total,
         "trainable_share": share.share,
@@ -146,21 +158,63 @@ def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
         seed=derive_seed(config.seed, "train"),
         checkpointing=config.checkpointing,
         trackers=config.tracker,
+        eval_steps=config.eval_steps,
+        patience=config.patience,
+        checkpoint_minutes=config.checkpoint_minutes,
     )
 
 
 def _train(
-    job: StageRun[TrainConfig], model: Any, rows: list[dict[str, list[int]]], plan: TrainingPlan, pad_id: int
+    job: StageRun[TrainConfig],
+    model: Any,
+    rows: list[TrainingRow],
+    eval_rows: list[TrainingRow],
+    plan: TrainingPlan,
+    pad_id: int,
 ) -> TrainingRecord:
-    from p2d_cli.modeling.training import planned_updates, train
+    """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
+    from p2d_cli.modeling.head_adapter import freeze_placing
+    from p2d_cli.modeling.training import ResumePoint, TrainingHooks, planned_updates, train
 
+    scratch = job.scratch("checkpoints")
+    earlier = _earlier(job, scratch)
+    spent: dict[str, float] = earlier.progress["seconds"] if earlier else {}
+    for phase, seconds in spent.items():
+        job.timer.charge(phase, seconds)
+    started = time.perf_counter()
     updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
     with (
-        tempfile.TemporaryDirectory(prefix="p2d-train-") as scratch,
         job.timer.phase("train"),
         job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
     ):
-        return train(model, rows, plan, pad_id=pad_id, scratch=Path(scratch), on_step=lambda: advance(1))
+
+        def seal(folder: Path, tokens: int) -> None:
+            seconds = spent.get("train", 0.0) + time.perf_counter() - started
+            seal_checkpoint(folder, {"seconds": {"train": seconds}, "tokens": tokens})
+
+        return train(
+            model,
+            rows,
+            plan,
+            pad_id=pad_id,
+            scratch=scratch,
+            eval_rows=eval_rows,
+            resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
+            hooks=TrainingHooks(
+                on_step=advance,
+                on_checkpoint=seal,
+                after_loading=freeze_placing if job.config.resolved_scope == "heads" else lambda _: None,
+            ),
+        )
+
+
+def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:
+    checkpoint, problems = newest_checkpoint(scratch)
+    for problem in problems:
+        job.progress.note(f"not going on from {problem}")
+    if checkpoint is not None:
+        job.progress.note(f"going on from {checkpoint.folder.name} of the interrupted run")
+    return checkpoint
 
 
 def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[str, Any]:
@@ -177,10 +231,11 @@ def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[s
 
 def _encode(
     job: StageRun[TrainConfig], inputs: _Inputs, tokenizer: Any, records: Sequence[Record]
-) -> tuple[list[dict[str, list[int]]], int]:
+) -> tuple[list[TrainingRow], int]:
     """Tokenize the rows; refuse if truncation left nothing to learn from."""
     from p2d_cli.data.prompts import resolve_template
     from p2d_cli.modeling.gradients import IGNORED_LABEL
+    from p2d_cli.modeling.training import TrainingRow
     from p2d_cli.stages.workbench import context_length
 
     config = job.config
@@ -195,7 +250,7 @@ def _encode(
             unlabelled += 1
             continue
         labels = [IGNORED_LABEL] * example.prompt_length + completion
-        rows.append({"input_ids": list(example.input_ids), "labels": labels})
+        rows.append(TrainingRow(record.where, example.input_ids, tuple(labels)))
     if not rows:
         raise DataError(
             f"--max-length {max_length} cuts off the completions of all {len(records)} rows: nothing to learn from",
@@ -249,6 +304,8 @@ def _draw(job: StageRun[TrainConfig], log: list[dict[str, float]], folder: Path)
     from p2d_cli.reporting.plots import loss_curve
 
     try:
-        loss_curve([entry["step"] for entry in log], [entry["loss"] for entry in log], folder / PICTURE_NAME)
+        steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
+        looks = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+        loss_curve(steps, losses, folder / PICTURE_NAME, held_out=looks)
     except UnavailableError as missing:
         job.progress.note(f"no {PICTURE_NAME}: {missing.message}")

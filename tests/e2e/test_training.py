@@ -1,0 +1,220 @@
+"""train that is interrupted, watches held-out rows, or meets numbers that are none."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from p2d_cli.artifacts import checkpoints
+from p2d_cli.modeling.training import CompletionTrainer
+from p2d_cli.stages import train as stage
+
+SCOPES = {
+    "heads": ("--heads", "HEADS", "--projections", "q,k,v,o"),
+    "attention": ("--scope", "attention"),
+    "lora": ("--scope", "lora", "--lora-dropout", 0.1),
+    "full": ("--scope", "full"),
+}
+
+
+@pytest.fixture
+def words(pipeline, tiny_folder, few, tmp_path):
+    """The command of a scope: 8 updates in two epochs, each of two micro-batches."""
+
+    def make(scope, out, *more):
+        given = [pipeline / "heads" if word == "HEADS" else word for word in SCOPES[scope]]
+        common = ("--model", tiny_folder, "--dtype", "float32", "--data", few["test"], "--epochs", 2, "--seed", 3)
+        batches = ("--batch-size", 4, "--accumulation", 2, "--checkpoint-minutes", 0, "--weight-decay", 0.1)
+        return "train", *common, *batches, *given, *more, "--out", tmp_path / out
+
+    return make
+
+
+def weights(folder):
+    return load_file(next(iter(folder.glob("*model.safetensors"))))
+
+
+def same(first, second):
+    one, other = weights(first), weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def interrupt_after(monkeypatch, updates):
+    """Ctrl-C once the checkpoint behind so many updates has been sealed; counts from now."""
+    done = []
+
+    def seal(folder, progress):
+        checkpoints.seal_checkpoint(folder, progress)
+        done.append(folder)
+        if len(done) == updates:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "seal_checkpoint", seal)
+    return done
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_interrupted_training_ends_with_the_same_bits(p2d, words, scope, tmp_path, monkeypatch):
+    assert p2d(*words(scope, "undisturbed")).code == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)  # within the first epoch
+        assert p2d(*words(scope, "disturbed")).code == 130
+        assert not (tmp_path / "disturbed").exists()
+        interrupt_after(patch, 2)  # within the second
+        assert p2d(*words(scope, "disturbed")).code == 130
+    done = p2d(*words(scope, "disturbed"))
+    assert done.code == 0
+    assert "going on from checkpoint-4" in done.said
+    assert same(tmp_path / "undisturbed", tmp_path / "disturbed")
+    assert log_of(tmp_path / "undisturbed") == log_of(tmp_path / "disturbed")
+    one, other = (manifest_of(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    assert one["summary"] == other["summary"]
+    assert one["tokens"] == other["tokens"]
+    assert not list(tmp_path.glob(".*unfinished*"))
+
+
+def damage_byte(folder):
+    path = next(iter(folder.glob("*model.safetensors")))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_file(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGES = {
+    "a flipped bit": damage_byte,
+    "a truncated file": cut_file,
+    "a missing file": lambda folder: (folder / "scheduler.pt").unlink(),
+    "no seal": lambda folder: (folder / checkpoints.SEAL_NAME).unlink(),
+    "half a seal": lambda folder: (folder / checkpoints.SEAL_NAME).write_text('{"files": {'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(p2d, words, kind, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        done = interrupt_after(patch, 3)
+        assert p2d(*words("heads", "disturbed")).code == 130
+    DAMAGES[kind](done[-1])
+    again = p2d(*words("heads", "disturbed"))
+    assert again.code == 0
+    assert "not going on from checkpoint-3" in again.said
+    assert "going on from checkpoint-2" in again.said
+    assert p2d(*words("heads", "undisturbed")).code == 0
+    assert same(tmp_path / "undisturbed", tmp_path / "disturbed")
+
+
+def test_force_starts_anew(p2d, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert p2d(*words("heads", "disturbed")).code == 130
+    assert "going on" not in p2d(*words("heads", "disturbed", "--force")).said
+
+
+def test_the_best_weights_on_held_out_rows_are_kept(p2d, words, few, tmp_path):
+    """A learning rate that is far too high gets worse and worse; the first look is the best, and training stops."""
+    held_out = ("--eval-data", few["test"], "--eval-steps", 1, "--patience", 2)
+    done = p2d(*words("heads", "best", *held_out, "--lr", 3.0, "--schedule", "constant", "--epochs", 9), "--json")
+    assert done.code == 0
+    log = log_of(tmp_path / "best")
+    looks = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    best = min(looks, key=looks.get)
+    summary = manifest_of(tmp_path / "best")["summary"]
+    assert (summary["best_update"], summary["best_eval_loss"]) == (best, looks[best])
+    assert summary["updates"] == best + 2 < summary["updates_planned"]
+    again = p2d(*words("heads", "short", "--lr", 3.0, "--schedule", "constant", "--epochs", 9, "--max-steps", best))
+    assert again.code == 0
+    assert same(tmp_path / "best", tmp_path / "short")
+
+
+def test_the_loss_on_held_out_rows_is_that_of_eval(p2d, words, few, tiny_folder, tmp_path):
+    held_out = ("--eval-data", few["target"])
+    assert p2d(*words("heads", "adapter", *held_out)).code == 0
+    common = ("--model", tiny_folder, "--dtype", "float32", "--adapter", tmp_path / "adapter")
+    assert p2d("eval", *common, "--data", few["target"], "--metric", "perplexity", "--out", tmp_path / "e").code == 0
+    perplexity = json.loads((tmp_path / "e" / "metrics.json").read_text())["perplexity"]["value"]
+    assert manifest_of(tmp_path / "adapter")["summary"]["best_eval_loss"] == pytest.approx(math.log(perplexity), 1e-4)
+
+
+def test_an_interrupted_early_stopping_ends_the_same(p2d, words, few, tmp_path, monkeypatch):
+    more = ("--eval-data", few["target"], "--eval-steps", 2, "--patience", 2, "--lr", 0.1)
+    assert p2d(*words("heads", "undisturbed", *more)).code == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert p2d(*words("heads", "disturbed", *more)).code == 130
+    assert p2d(*words("heads", "disturbed", *more)).code == 0
+    assert same(tmp_path / "undisturbed", tmp_path / "disturbed")
+    assert log_of(tmp_path / "undisturbed") == log_of(tmp_path / "disturbed")
+
+
+def test_held_out_settings_need_held_out_rows(p2d, words):
+    done = p2d(*words("heads", "x", "--patience", 2))
+    assert done.code == 2
+    assert "--patience needs --eval-data" in done.said
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_its_rows(p2d, words, few, tmp_path, monkeypatch):
+    compute, calls = CompletionTrainer._completion_loss, []
+
+    def poisoned(self, model, inputs):
+        total, count, outputs = compute(self, model, inputs)
+        calls.append(inputs["names"])
+        return (total * math.nan if len(calls) == 4 else total), count, outputs
+
+    monkeypatch.setattr(CompletionTrainer, "_completion_loss", poisoned)
+    done = p2d(*words("heads", "x"))
+    assert done.code == 70
+    assert "the loss of update 2 is nan" in done.said
+    assert all(f"test.jsonl:{name.rsplit(':', 1)[1]}" in done.said for name in calls[3])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_update(p2d, words, tmp_path, monkeypatch):
+    step = Trainer.training_step
+
+    def poisoned(self, model, *arguments):
+        loss = step(self, model, *arguments)
+        if self.state.global_step == 1:
+            next(parameter for parameter in model.parameters() if parameter.grad is not None).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(CompletionTrainer, "training_step", poisoned)
+    done = p2d(*words("heads", "x"))
+    assert done.code == 70
+    assert "the gradient of update 2 is not finite" in done.said
+
+
+def test_accumulation_changes_nothing_but_memory(p2d, words, tmp_path):
+    assert p2d(*words("full", "two")).code == 0
+    assert p2d(*words("full", "one", "--accumulation", 1)).code == 0
+    for first, second in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_interrupted_scratch_of_other_settings_is_removed(p2d, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert p2d(*words("heads", "x")).code == 130
+    [left] = tmp_path.glob(".*unfinished*")
+    assert p2d(*words("heads", "x", "--lr", 1e-3)).code == 0
+    assert not left.exists()
+    shutil.rmtree(tmp_path / "x")
