@@ -251,6 +251,11 @@ class TrainConfig(RowOptions):
     checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
     )
+    base_quantization: Literal["none", "4bit"] = setting(
+        "none",
+        "4bit: keep the frozen base model in 4 bits, for scopes heads and lora (needs bitsandbytes).",
+        panel="Run",
+    )
     checkpoint_minutes: Annotated[float, Field(ge=0)] = setting(
         10.0,
         "Minutes between checkpoints, from which the same command goes on after an interruption; 0: every update.",
@@ -267,6 +272,8 @@ class TrainConfig(RowOptions):
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
         if self.batch_size % self.accumulation:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulation {self.accumulation}")
+        if self.base_quantization != "none" and self.resolved_scope not in {"heads", "lora"}:
+            raise ValueError(f"--base-quantization 4bit freezes the weights that --scope {self.resolved_scope} trains")
         for name in ("eval_steps", "patience"):
             if getattr(self, name) is not None and self.eval_data is None:
                 raise ValueError(f"{flag_name(name)} needs --eval-data: rows to look at")

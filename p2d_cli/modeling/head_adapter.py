@@ -11,6 +11,7 @@ Only weights are trained: where projections have biases (Qwen2, GPT-2), these st
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,8 +115,14 @@ def trainable_share(model: Any) -> TrainableShare:
     trained = total = 0
     for name, parameter in model.named_parameters():
         trained += parameter.numel() if parameter.requires_grad else 0
-        total += 0 if ".lora_" in name else parameter.numel()
+        total += 0 if ".lora_" in name else _size(parameter)
     return TrainableShare(trained=trained, total=total)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Return the number of a parameter's values; those of 4-bit weights are packed."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:

@@ -64,6 +64,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     attn_implementation: str = "sdpa",
+    four_bit: bool = False,
 ) -> Any:
     """Load a causal language model in eval mode.
 
@@ -73,13 +74,15 @@ def load_model(
         device: where the model goes.
         attn_implementation: wanted attention kernel; a family that cannot use `sdpa` (Gemma 2, for its
             soft-capping) gets its own eager attention instead.
+        four_bit: quantise the linear layers to 4 bits (NF4 with quantised constants, as QLoRA, arXiv:2305.14314, does);
+            they are multiplied in `dtype`.
 
     Returns:
         The model. Its `name_or_path` is the hub id, or empty for a folder: adapters saved from it repeat that name,
         and a path of this machine says nothing elsewhere.
 
     Raises:
-        UnavailableError: the model is neither on disk nor reachable.
+        UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
         DataError: the weights are damaged, incomplete, or pickle files.
         UsageError: the model cannot be used: remote code, quantised weights, not a causal language model.
     """
@@ -91,6 +94,7 @@ def load_model(
     config = _read_config(files)
     _refuse_quantised(config, files)
     device = torch.device(device)
+    quantization = _four_bits(dtype) if four_bit else None
     try:
         with quiet_transformers():
             model, report = auto_model.from_pretrained(
@@ -98,7 +102,8 @@ def load_model(
                 config=config,
                 dtype=dtype,
                 attn_implementation=_usable_attention(config, attn_implementation),
-                device_map=None if device.type == "cpu" else {"": device},
+                device_map=None if device.type == "cpu" and not four_bit else {"": device},
+                quantization_config=quantization,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -219,6 +224,25 @@ def _usable_attention(config: Any, wanted: str) -> str:
 
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "eager" if wanted == "sdpa" and not model_class._supports_sdpa else wanted
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    import importlib.util
+    import logging
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnavailableError(
+            "4-bit weights need bitsandbytes, which is not installed", hint="pip install bitsandbytes"
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends packages that p2d can do without
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _refuse_quantised(config: Any, files: ModelFiles) -> None:

@@ -27,6 +27,7 @@ from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
+from p2d_cli.modeling.loading import quiet_transformers
 
 _MEGABATCHES = 50  # rows are sorted by length within so many batches; the order of the batches stays random
 _CHECKPOINTS_KEPT = 2
@@ -304,7 +305,8 @@ def train(
     )
     watcher.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
     return TrainingRecord(
         log=log,

@@ -136,7 +136,8 @@ def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype
         seed_everything(derive_seed(job.config.seed, "train"))
         tokenizer = load_tokenizer(inputs.model.folder)
         ensure_pad_token(tokenizer)
-        model = load_model(inputs.model.folder, dtype=dtype, device=device)
+        four_bit = job.config.base_quantization == "4bit"
+        model = load_model(inputs.model.folder, dtype=dtype, device=device, four_bit=four_bit)
     return device, dtype, model, tokenizer
 
 

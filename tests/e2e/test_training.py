@@ -1,5 +1,6 @@
 """train that is interrupted, watches held-out rows, or meets numbers that are none."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -218,3 +219,46 @@ def test_interrupted_scratch_of_other_settings_is_removed(p2d, words, tmp_path, 
     assert p2d(*words("heads", "x", "--lr", 1e-3)).code == 0
     assert not left.exists()
     shutil.rmtree(tmp_path / "x")
+
+
+@pytest.mark.parametrize("scope", ["heads", "lora"])
+def test_a_base_model_in_four_bits(p2d, words, scope, tiny_folder, few, tmp_path):
+    """The adapter of a quantised base is an ordinary one, counts the same share, and goes on the plain base."""
+    pytest.importorskip("bitsandbytes")
+    assert p2d(*words(scope, "four", "--base-quantization", "4bit")).code == 0
+    assert p2d(*words(scope, "plain")).code == 0
+    four, plain = (manifest_of(tmp_path / name)["summary"] for name in ("four", "plain"))
+    assert four["trainable_share"] == plain["trainable_share"]
+    assert four["total_parameters"] == plain["total_parameters"]
+    assert four["first_loss"] != plain["first_loss"]
+    assert four["first_loss"] == pytest.approx(plain["first_loss"], rel=0.2)
+    assert four["final_loss"] < four["first_loss"]
+    assert weights(tmp_path / "four").keys() == weights(tmp_path / "plain").keys()
+    common = ("--model", tiny_folder, "--data", few["target"], "--metric", "perplexity", "--out", tmp_path / "e")
+    assert p2d("eval", *common, "--adapter", tmp_path / "four").code == 0
+
+
+def test_four_bits_freeze_what_full_training_moves(p2d, words):
+    done = p2d(*words("full", "x", "--base-quantization", "4bit"))
+    assert done.code == 2
+    assert "--base-quantization 4bit freezes the weights that --scope full trains" in done.said
+
+
+def test_four_bits_without_bitsandbytes(p2d, words, monkeypatch):
+    find = importlib.util.find_spec
+    missing = {"bitsandbytes"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
+    done = p2d(*words("heads", "x", "--base-quantization", "4bit"))
+    assert done.code == 69
+    assert "pip install bitsandbytes" in done.said
+
+
+def test_a_tracker_is_told(p2d, words, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert p2d(*words("heads", "x", "--tracker", "tensorboard")).code == 0
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert told == [(entry["step"], pytest.approx(entry["loss"])) for entry in log_of(tmp_path / "x")]
