@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as std_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,8 @@ def quiet_transformers() -> Iterator[None]:
     had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # PEFT imports it wherever it is installed, and it then recommends packages that p2d can do without.
+    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
     try:
         yield
     finally:
@@ -228,7 +231,6 @@ def _usable_attention(config: Any, wanted: str) -> str:
 
 def _four_bits(dtype: torch.dtype) -> Any:
     import importlib.util
-    import logging
 
     from transformers import BitsAndBytesConfig
 
@@ -236,7 +238,6 @@ def _four_bits(dtype: torch.dtype) -> Any:
         raise UnavailableError(
             "4-bit weights need bitsandbytes, which is not installed", hint="pip install bitsandbytes"
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends packages that p2d can do without
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

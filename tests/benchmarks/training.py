@@ -1,0 +1,257 @@
+"""What a training step costs, as ratios within one run: heads against full, LoRA, and the floor under them.
+
+    python tests/benchmarks/training.py --model MODEL --out OUT [--rounds 6] [--device cpu]
+
+The floor of a selection of heads is the same forward, and the gradients of the activations down to the lowest trained
+layer, where a single scalar is trained. (a) times single steps of 16 x 96 tokens, the variants in turn, and counts
+their FLOPs; (b) runs `p2d train` on rows of 96 tokens and takes seconds a step and peak memory from its manifest.
+
+`OUT/training.json` holds all figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from p2d_cli.core.head_selection import select_uniform
+from p2d_cli.modeling.answers import answer_logits_only
+from p2d_cli.modeling.head_adapter import (
+    attach_heads,
+    attach_lora,
+    prepare_full,
+    trainable_share,
+    unfreeze_attention,
+)
+from p2d_cli.modeling.layouts import layout_geometry, model_layout
+from p2d_cli.modeling.loading import load_model, resolve_dtype
+from p2d_cli.runtime.hardware import describe_hardware, synchronizer
+
+ROWS, TOKENS, ANSWER = 16, 96, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {"hardware": describe_hardware(options.device)["label"], "steps": steps(options)}
+    print(json.dumps(results, indent=2), flush=True)
+    results["commands"] = commands(options, results["steps"])
+    print(json.dumps(results["commands"], indent=2), flush=True)
+    text = json.dumps(results, indent=2, sort_keys=True) + "\n"
+    (options.out / "training.json").write_text(text, encoding="utf-8")
+
+
+# --- (a) single steps
+
+
+@dataclass
+class Variant:
+    """A model in the state that it is trained in."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    share: float
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    dtype = resolve_dtype("auto", options.device)
+    variants = {name: build(options, dtype) for name, build in BUILDERS.items()}
+    batch = make_batch(next(iter(variants.values())).model.config.vocab_size, options.device)
+    wait = synchronizer(options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds + 1):  # the first round warms up
+        for name, variant in variants.items():
+            wait()
+            start = time.perf_counter()
+            step(variant, batch, dtype)
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(values[1:]) for name, values in seconds.items()}
+    flops = {name: count_flops(variant, batch, dtype) for name, variant in variants.items()}
+    return {
+        name: {
+            "seconds": best[name],
+            "of_full": best[name] / best["full"],
+            "of_its_floor": best[name] / best[f"floor-{name.partition('-')[2]}"] if name.startswith("heads-") else None,
+            "gigaflops": flops[name] / 1e9,
+            "flops_of_full": flops[name] / flops["full"],
+            "trainable_share": variants[name].share,
+        }
+        for name in variants
+    }
+
+
+def heads_of(layout: Any, kind: str) -> np.ndarray:
+    """Select a tenth of the heads: spread over all layers, or over the upper half."""
+    shape = layout_geometry(layout)
+    skipped = shape.num_layers // 2 if kind == "upper" else 0
+    selected_LH = np.zeros((shape.num_layers, shape.num_heads), dtype=bool)
+    selected_LH[skipped:] = select_uniform(shape.num_layers - skipped, shape.num_heads, shape.head_budget(0.1))
+    return selected_LH
+
+
+def build_heads(kind: str) -> Callable[[argparse.Namespace, torch.dtype], Variant]:
+    def build(options: argparse.Namespace, dtype: torch.dtype) -> Variant:
+        model = load_model(options.model, dtype=dtype, device=options.device)
+        return finish(attach_heads(model, heads_of(model_layout(model), kind), ("q", "k", "v")))
+
+    return build
+
+
+def build_floor(kind: str) -> Callable[[argparse.Namespace, torch.dtype], Variant]:
+    def build(options: argparse.Namespace, dtype: torch.dtype) -> Variant:
+        model = load_model(options.model, dtype=dtype, device=options.device)
+        model.requires_grad_(False)
+        layout = model_layout(model)
+        lowest = int(np.flatnonzero(heads_of(layout, kind).any(axis=1))[0])
+        scalar = torch.nn.Parameter(torch.zeros((), device=options.device))
+        model.register_parameter("scalar", scalar)
+        module = model.get_submodule(layout[lowest].q.module)
+        module.register_forward_hook(lambda _module, _inputs, output: output + scalar.to(output.dtype))
+        return finish(model)
+
+    return build
+
+
+def build_lora(options: argparse.Namespace, dtype: torch.dtype) -> Variant:
+    return finish(attach_lora(load_model(options.model, dtype=dtype, device=options.device), 16, 32, "qkv", 0.0))
+
+
+def build_whole(prepare: Callable[[Any], None]) -> Callable[[argparse.Namespace, torch.dtype], Variant]:
+    def build(options: argparse.Namespace, dtype: torch.dtype) -> Variant:
+        model = load_model(options.model, dtype=dtype, device=options.device)
+        prepare(model)
+        return finish(model)
+
+    return build
+
+
+def finish(model: Any) -> Variant:
+    share = trainable_share(model).share
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Variant(model.train(), torch.optim.AdamW(trained, lr=1e-6), share)
+
+
+BUILDERS: dict[str, Callable[[argparse.Namespace, torch.dtype], Variant]] = {
+    "full": build_whole(prepare_full),
+    "attention": build_whole(unfreeze_attention),
+    "lora": build_lora,
+    "heads-spread": build_heads("spread"),
+    "floor-spread": build_floor("spread"),
+    "heads-upper": build_heads("upper"),
+    "floor-upper": build_floor("upper"),
+}
+
+
+def make_batch(vocabulary: int, device: str) -> dict[str, torch.Tensor]:
+    ids_BT = torch.randint(5, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    predicts_BT = torch.zeros(ROWS, TOKENS, dtype=torch.bool)
+    predicts_BT[:, -ANSWER - 1 : -1] = True
+    return {"ids": ids_BT.to(device), "predicts": predicts_BT.to(device)}
+
+
+def step(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """One update, as Trainer does it."""
+    loss_of(variant, batch, dtype).backward()
+    trained = variant.optimizer.param_groups[0]["params"]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    variant.optimizer.step()
+    variant.optimizer.zero_grad()
+
+
+def loss_of(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    ids_BT, predicts_BT = batch["ids"], batch["predicts"]
+    autocast = torch.autocast(ids_BT.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with autocast, answer_logits_only(variant.model, predicts_BT):
+        logits_nV = variant.model(input_ids=ids_BT, use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits_nV.float(), ids_BT[predicts_BT.roll(1, dims=1)])
+
+
+def count_flops(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss_of(variant, batch, dtype).backward()
+    variant.optimizer.zero_grad()
+    return int(counter.get_total_flops())
+
+
+# --- (b) the whole command
+
+
+def commands(options: argparse.Namespace, single: dict[str, Any]) -> dict[str, Any]:
+    rows = options.out / "rows.jsonl"
+    words = [f"{index * 7919 % 10007}" for index in range(4000)]
+    with rows.open("w", encoding="utf-8") as stream:
+        for index in range(ROWS * 12):
+            prompt = " ".join(words[index : index + 120])  # cut to the length of a row, from the left
+            stream.write(json.dumps({"prompt": prompt, "completion": " ".join(words[index : index + 8])}) + "\n")
+    figures = {}
+    for name in ("full", "heads-spread", "heads-upper", "lora"):
+        scope, _, kind = name.partition("-")
+        extra = ["--heads", str(make_heads(options, kind))] if scope == "heads" else ["--scope", scope]
+        out = options.out / f"run-{name}"
+        p2d(
+            "train", "--model", options.model, "--data", str(rows), "--template", "plain", "--max-length", str(TOKENS),
+            "--batch-size", str(ROWS), "--epochs", "1", *extra, "--device", options.device, "--out", str(out),
+        )  # fmt: skip
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        seconds = manifest["seconds"]["train"] / manifest["summary"]["updates"]
+        figures[name] = {
+            "seconds_a_step": seconds,
+            "of_its_floor": seconds / single[f"floor-{kind}"]["seconds"] if kind else None,
+            "peak_gib": manifest["peak_memory_gib"],
+            "tokens_a_step": manifest["tokens"] / manifest["summary"]["updates"],
+        }
+    full = figures["full"]["seconds_a_step"]
+    return {name: row | {"of_full": row["seconds_a_step"] / full} for name, row in figures.items()}
+
+
+def make_heads(options: argparse.Namespace, kind: str) -> Path:
+    """Write a heads artifact, and put the wanted selection into it by scoring with uniform heads."""
+    from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
+    from p2d_cli.modeling.checkpoints import skeleton
+
+    folder = options.out / f"heads-{kind}"
+    p2d("score-heads", "--model", options.model, "--method", "uniform", "--out", str(folder))
+    if kind == "upper":
+        layout = model_layout(skeleton(options.model))
+        selected_LH = heads_of(layout, kind)
+        scores_LH = selected_LH.astype(np.float32)
+        save_head_scores(
+            folder, HeadScores(scores_LH, selected_LH, scores_LH[None], "uniform", layout_geometry(layout))
+        )
+        reseal(folder)
+    return folder
+
+
+def reseal(folder: Path) -> None:
+    """Bring the manifest in line with a payload that this benchmark replaced."""
+    from p2d_cli.artifacts.digests import digest_file
+
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, output in manifest["outputs"].items():
+        output["sha256"], output["bytes"] = digest_file(folder / name), (folder / name).stat().st_size
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def p2d(*words: str) -> None:
+    subprocess.run(["p2d", *words, "--force", "-q"], check=True, stdout=subprocess.PIPE)
+
+
+if __name__ == "__main__":
+    main()
