@@ -251,6 +251,12 @@ class TrainConfig(RowOptions):
     checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
     )
+    packing: bool = setting(
+        False,
+        "Lay the rows of a micro-batch one after the other instead of padding them; the loss is the same.",
+        identity=False,
+        panel="Run",
+    )
     base_quantization: Literal["none", "4bit"] = setting(
         "none",
         "4bit: keep the frozen base model in 4 bits, for scopes heads and lora (needs bitsandbytes).",

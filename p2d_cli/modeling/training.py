@@ -66,6 +66,7 @@ class TrainingPlan:
     eval_steps: int | None = None
     patience: int | None = None
     checkpoint_minutes: float = math.inf
+    packing: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class CompletionTrainer(Trainer):
         predicts_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
         predicts_BT[:, :-1] = labels_BT[:, 1:] != IGNORED_LABEL
         with answer_logits_only(self.accelerator.unwrap_model(model), predicts_BT):
-            outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs.get("position_ids"), use_cache=False)
         targets_n = labels_BT[:, 1:][predicts_BT[:, :-1]]
         total = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets_n, reduction="sum")
         return total, targets_n.numel(), outputs
@@ -298,7 +299,7 @@ def train(
         train_dataset=list(rows),
         order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
         eval_dataset=list(eval_rows) or None,
-        data_collator=lambda batch: collate(batch, pad_id),
+        data_collator=pack if plan.packing else lambda batch: collate(batch, pad_id),
         callbacks=callbacks,
         hooks=hooks,
         tokens_seen=resume.tokens if resume else 0,
@@ -336,6 +337,19 @@ def collate(batch: Sequence[TrainingRow], pad_id: int) -> dict[str, Any]:
     labels = [[*row.labels, *[IGNORED_LABEL] * (longest - len(row.labels))] for row in batch]
     names = [row.name for row in batch]
     return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "names": names}
+
+
+def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
+    """Lay the rows one after the other in a single sequence; positions that start anew keep them apart.
+
+    transformers builds the attention mask, or the lengths for flash attention, from the positions.
+    """
+    columns = {
+        "input_ids": [token for row in batch for token in row.input_ids],
+        "labels": [label for row in batch for label in (IGNORED_LABEL, *row.labels[1:])],
+        "position_ids": [position for row in batch for position in range(len(row.input_ids))],
+    }
+    return {name: torch.tensor([values]) for name, values in columns.items()} | {"names": [row.name for row in batch]}
 
 
 def _entry(entry: dict[str, Any]) -> dict[str, float]:

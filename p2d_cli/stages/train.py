@@ -162,6 +162,7 @@ def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
         eval_steps=config.eval_steps,
         patience=config.patience,
         checkpoint_minutes=config.checkpoint_minutes,
+        packing=config.packing,
     )
 
 

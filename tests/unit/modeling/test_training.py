@@ -1,8 +1,9 @@
-"""The order of rows."""
+"""The order of rows, and their batches."""
 
 import pytest
+import torch
 
-from p2d_cli.modeling.training import LengthGrouped, TrainingRow, collate
+from p2d_cli.modeling.training import LengthGrouped, TrainingRow, collate, pack
 
 LENGTHS = [(7 * index) % 41 + 1 for index in range(997)]
 
@@ -48,3 +49,31 @@ def test_padding_has_no_labels():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert batch["names"] == ["a", "b"]
+
+
+def rows_of_tokens(*lengths):
+    rng = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 64, (length,), generator=rng).tolist() for length in lengths]
+    return [TrainingRow(str(index), tuple(row), (-100, -100, *row[2:])) for index, row in enumerate(ids)]
+
+
+def test_packed_rows_start_anew():
+    batch = pack([TrainingRow("a", (1, 2, 3), (1, 2, 3)), TrainingRow("b", (4, 5), (-100, 5))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_packed_rows_learn_what_padded_rows_learn(tiny_model, family):
+    """Longer rows than the sliding windows of Mistral and Gemma."""
+    rows = rows_of_tokens(9, 3, 14)
+    gradients = []
+    for batch in (pack(rows), collate(rows, pad_id=0)):
+        model = tiny_model(family)
+        logits_BTV = model(batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False).logits
+        targets_n = batch["labels"][:, 1:].flatten()
+        torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_n, ignore_index=-100).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
