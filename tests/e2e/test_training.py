@@ -211,9 +211,9 @@ def test_accumulation_changes_nothing_but_memory(p2d, words, tmp_path):
     assert all(np.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-def test_packing_changes_nothing_but_padding(p2d, words, tmp_path):
-    assert p2d(*words("heads", "packed", "--packing")).code == 0
-    assert p2d(*words("heads", "padded")).code == 0
+def test_packing_changes_nothing_but_padding(p2d, words, few, tmp_path):
+    assert p2d(*words("heads", "packed", "--packing", "--data", few["pool"], "--batch-size", 12)).code == 0
+    assert p2d(*words("heads", "padded", "--data", few["pool"], "--batch-size", 12)).code == 0
     for first, second in zip(log_of(tmp_path / "packed"), log_of(tmp_path / "padded"), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert manifest_of(tmp_path / "packed")["tokens"] < manifest_of(tmp_path / "padded")["tokens"]
