@@ -215,6 +215,9 @@ class TrainConfig(RowOptions):
     data: PathSpec = setting(REQUIRED, "subset artifact, file, folder or hub id.", panel="Input and output")
     heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
     scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
+    loss_on: Literal["all", "last"] = setting(
+        "all", "Learn every answer of a conversation, or the last alone.", panel="Rows"
+    )
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
         ("q", "k", "v"), "Projections of the selected heads to train, of q,k,v,o."
     )
