@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from p2d_cli.data.records import Message, Record
@@ -72,6 +73,8 @@ class PromptTemplate:
     name: TemplateName
     chat_template: str | None = None
     """The Jinja source (chat only)."""
+    origin: str = field(default="this model's chat template", compare=False)
+    """What messages call it."""
     _skeletons: dict[tuple[str, ...], _Skeleton | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -98,7 +101,7 @@ class PromptTemplate:
         prompt, completion = self._answered(tokenizer, self.conversation(tokenizer, record), record.completion)
         if completion is None:
             raise DataError(
-                f"{record.where}: this model's chat template cannot be split into prompt and completion: "
+                f"{record.where}: {self.origin} cannot be split into prompt and completion: "
                 "the answered conversation does not begin with the unanswered one",
                 hint=_PLAIN_HINT,
             )
@@ -130,7 +133,7 @@ class PromptTemplate:
         """Return the prompt's token ids.
 
         Chat text holds its special tokens already; plain text gets the tokenizer's BOS, if it has that habit,
-        and never an EOS. A prompt that is too long loses the start of its content, not the template's head.
+        and never an EOS at its end. A prompt that is too long loses the start of its content, not the template's head.
 
         Raises:
             DataError: the chat template refuses the conversation.
@@ -229,7 +232,7 @@ class PromptTemplate:
         spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
         if not spans:
             raise DataError(
-                "this model's chat template drops or changes messages, so that they cannot be told apart in its text",
+                f"{self.origin} drops or changes messages, so that they cannot be told apart in its text",
                 hint=_PLAIN_HINT,
             )
         return PlacedText(text, spans)
@@ -266,9 +269,7 @@ class PromptTemplate:
             )
         except jinja2.TemplateError as problem:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(
-                f"this model's chat template refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT
-            ) from None
+            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT) from None
         return text
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
@@ -306,17 +307,53 @@ class PromptTemplate:
         return sum(end <= starts[0] for _, end in spans)
 
 
-def resolve_template(tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto") -> PromptTemplate:
+def resolve_template(
+    tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto", *, chat_file: Path | None = None
+) -> PromptTemplate:
     """Choose how rows are shown: `auto` is the tokenizer's chat template, if it has one.
 
+    Args:
+        tokenizer: the model's.
+        requested: `auto`, `chat` or `plain`.
+        chat_file: a chat template that takes the place of the tokenizer's.
+
     Raises:
-        UsageError: `chat` is asked for, and the tokenizer has no chat template.
+        DataError: the file cannot be read, or is not a template.
+        UsageError: `chat` is asked for, and there is no chat template.
     """
+    if requested != "plain" and chat_file is not None:
+        return PromptTemplate("chat", read_chat_template(chat_file), origin=f"the chat template {chat_file.name}")
     if requested == "plain" or (requested == "auto" and not tokenizer.chat_template):
         return PromptTemplate("plain")
     if not tokenizer.chat_template:
-        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=_PLAIN_HINT)
+        hint = f"{_PLAIN_HINT}, or give --chat-template FILE"
+        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=hint)
     return PromptTemplate("chat", str(tokenizer.get_chat_template()))
+
+
+def read_chat_template(path: Path) -> str:
+    """Return the Jinja source of a chat template, which is parsed once to see that it is one.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or is not valid Jinja, by file and line.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+
+    from p2d_cli.data.generation_tag import GenerationTag
+
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]).parse(source)
+    except OSError as problem:
+        raise DataError(f"cannot read the chat template {path}: {problem.strerror or problem}") from None
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path}: not valid UTF-8: {problem.reason} at byte {problem.start + 1}") from None
+    except jinja2.TemplateSyntaxError as problem:
+        raise DataError(f"{path.name}:{problem.lineno}: not a valid chat template: {problem.message}") from None
+    if not source.strip():
+        raise DataError(f"{path}: the chat template is empty")
+    return source
 
 
 def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = ("prompt", "question", "instruction")
 _COMPLETION_NAMES = ("completion", "answer", "output")
-_FLAGS = "name them with --prompt-column and --completion-column"
+_FLAGS = "name them with --prompt-column and --completion-column, or --messages-column"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def read_records(
     source: RowSource,
     *,
     columns: ColumnMap | None = None,
+    system: str | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     need_completion: bool = True,
@@ -97,6 +98,7 @@ def read_records(
     Args:
         source: where the rows lie.
         columns: columns named by the user.
+        system: the system message of rows that bring none.
         limit: stop after so many records.
         skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
         need_completion: whether a row without an answer is a bad row.
@@ -116,7 +118,7 @@ def read_records(
             if isinstance(row, BadRow):
                 raise row.problem
             layout = layout or _find_layout(row, wanted, need_completion=need_completion)
-            records.append(_to_record(row, layout, need_completion=need_completion))
+            records.append(_to_record(row, layout, system=system, need_completion=need_completion))
         except _AmbiguousColumnsError:
             raise
         except DataError as problem:
@@ -233,12 +235,12 @@ def _list_columns(row: RawRow) -> str:
 # --- from row to record
 
 
-def _to_record(row: RawRow, layout: _Layout, *, need_completion: bool) -> Record:
+def _to_record(row: RawRow, layout: _Layout, *, system: str | None, need_completion: bool) -> Record:
     if layout.messages is not None:
         context, completion = _split_messages(row, layout.messages, need_completion=need_completion)
     else:
         context, completion = _pair(row, layout, need_completion=need_completion)
-    system = _text(row, layout.system, optional=True)
+    system = _text(row, layout.system, optional=True) or system
     if system and all(message.role != "system" for message in context):
         context = (Message("system", system), *context)
     if need_completion and not completion.strip():

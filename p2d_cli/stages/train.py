@@ -179,12 +179,13 @@ def _encode(
     job: StageRun[TrainConfig], inputs: _Inputs, tokenizer: Any, records: Sequence[Record]
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Tokenize the rows; refuse if truncation left nothing to learn from."""
-    from p2d_cli.data.prompts import encoding_notes, resolve_template
+    from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
+    from p2d_cli.stages.templates import template_for
     from p2d_cli.stages.workbench import context_length
 
     config = job.config
-    template = resolve_template(tokenizer, config.template)
+    template = template_for(job, tokenizer, config)
     max_length = context_length(config.max_length, inputs.model.config)
     examples = [template.encode_example(tokenizer, record, max_length, loss_on=config.loss_on) for record in records]
     rows = [

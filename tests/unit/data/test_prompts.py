@@ -25,6 +25,23 @@ def test_auto_is_chat_where_there_is_a_template(tokenizer_of):
         resolve_template(tokenizer_of(), "chat")
 
 
+def test_a_file_takes_the_place_of_the_tokenizers_template(tokenizer_of, record_of, tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(b"\xef\xbb\xbf{% generation %}{{ messages[0]['content'] }}")
+    with pytest.raises(DataError, match=r"chat\.jinja:1: not a valid chat template"):
+        resolve_template(tokenizer_of(), chat_file=path)
+    path.write_text("{% generation %}{{ messages[0]['content'] }}{% endgeneration %}?\n")
+    template = resolve_template(tokenizer_of(), chat_file=path)
+    assert template.render_prompt(tokenizer_of(), record_of("hi")) == "hi?"
+    assert template.digest == replace(template, origin="another name").digest
+    path.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(DataError, match=r"the chat template chat\.jinja refuses a conversation of user: no"):
+        resolve_template(tokenizer_of(), chat_file=path).render_prompt(tokenizer_of(), record_of("hi"))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        resolve_template(tokenizer_of(), chat_file=path)
+
+
 def test_digest_tells_templates_apart(tokenizer_of):
     digests = {resolve_template(tokenizer_of(name)).digest for name in ("chatml", "trimming")}
     digests.add(PromptTemplate("plain").digest)

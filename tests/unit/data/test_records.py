@@ -208,6 +208,14 @@ def test_system_and_choices_beside_any_shape(read):
         read(GOOD | {"choices": "a"}, columns=ColumnMap(choices="choices"))
 
 
+def test_a_system_prompt_for_the_rows_that_bring_none(read):
+    turns = [{"role": "system", "content": "own"}, user("a"), assistant("b")]
+    found = read({"messages": turns}, {"messages": turns[1:]}, {"messages": turns[1:], "system": "column"}, system="s")
+    assert [record.system for record in found.records] == ["own", "s", "column"]
+    assert read(GOOD, system="").records[0].system is None
+    assert read(GOOD, system="s").records[0].prompt == "p"
+
+
 def test_a_conversations_own_system_message_stays(read):
     turns = [{"role": "system", "content": "own"}, user("a"), assistant("b")]
     assert read({"messages": turns, "system": "column"}).records[0].system == "own"
