@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ class ColumnMap:
 
     Found by themselves are `prompt`/`completion`, `messages`, `instruction`/`input`/`output` and
     `question`/`answer`, and beside any of them `id`, `system` (a text) and `choices` (a list of texts).
+    In CSV, `messages` and `choices` are lists written as JSON.
     """
 
     prompt: str | None = None
@@ -290,7 +292,7 @@ def _require_text(row: RawRow, value: Any, what: str) -> str:
 
 def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
     _require_columns(row, [column])
-    turns = row.fields[column]
+    turns = _unpacked(row.fields[column])
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{row.where}: column '{column}' must be a list of messages with role and content")
     messages = tuple(_message(row, turn, f"{column}[{index}]") for index, turn in enumerate(turns))
@@ -303,6 +305,16 @@ def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
         raise DataError(f"{row.where}: no user's message before the assistant's answer")
     return messages, completion
+
+
+def _unpacked(value: Any) -> Any:
+    """Return what a text holds that is JSON, as a cell of CSV may be; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _message(row: RawRow, turn: Any, what: str) -> Message:
@@ -318,7 +330,7 @@ def _own_id(row: RawRow, column: str | None) -> str:
 
 
 def _choices(row: RawRow, layout: _Layout) -> tuple[str, ...] | None:
-    value = None if layout.choices is None else row.fields.get(layout.choices)
+    value = None if layout.choices is None else _unpacked(row.fields.get(layout.choices))
     if isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
         return tuple(value)
     if layout.choices_named and value is not None:

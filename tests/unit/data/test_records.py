@@ -158,6 +158,17 @@ def test_prompts_alone_where_no_answer_is_needed(read):
     )
 
 
+def test_lists_may_be_json_in_a_cell(tmp_path):
+    path = tmp_path / "a.csv"
+    turns = json.dumps([user("a"), assistant('say "b"')]).replace('"', '""')
+    path.write_text(f'messages,choices\n"{turns}","[""a"", ""b""]"\n')
+    [record] = read_records(locate(str(path))).records
+    assert (record.prompt, record.completion, record.choices) == ("a", 'say "b"', ("a", "b"))
+    path.write_text('messages\n"[{]"\n')
+    with pytest.raises(DataError, match=r"a\.csv:2: column 'messages' must be a list of messages"):
+        read_records(locate(str(path)))
+
+
 def test_ids(read):
     found = read(GOOD | {"id": "x"}, GOOD | {"id": 7}, GOOD | {"id": None}, GOOD | {"id": ""})
     assert [record.id for record in found.records] == ["x", "7", "a.jsonl:3", "a.jsonl:4"]
