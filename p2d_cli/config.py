@@ -29,8 +29,20 @@ PathSpec = str
 """A file, a folder, an artifact, or a hub id `owner/name[@revision]`."""
 
 INPUT_FIELDS = frozenset(
-    {"model", "task_model", "target", "pool", "data", "eval_data", "heads", "adapter", "reference", "evaluations"}
-    | {"choices"}
+    {
+        "model",
+        "task_model",
+        "target",
+        "pool",
+        "data",
+        "eval_data",
+        "heads",
+        "adapter",
+        "reference",
+        "evaluations",
+        "choices",
+        "chat_template",
+    }
 )
 """Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
 
@@ -99,13 +111,33 @@ class RowOptions(StageConfig):
     revision: str | None = setting(None, "Revision of a hub data set.", panel="Rows")
     prompt_column: str | None = setting(None, "Column with the prompt, if not found by itself.", panel="Rows")
     completion_column: str | None = setting(None, "Column with the answer, likewise.", panel="Rows")
+    messages_column: str | None = setting(None, "Column with a conversation, likewise.", panel="Rows")
+    system_column: str | None = setting(None, "Column with a system prompt; by default system.", panel="Rows")
+    choices_column: str | None = setting(None, "Column with answers to choose from; by default choices.", panel="Rows")
+    id_column: str | None = setting(None, "Column with the row's name; by default id.", panel="Rows")
     skip_bad_rows: bool = setting(False, "Leave unreadable rows out, counted, instead of stopping.", panel="Rows")
     template: Literal["auto", "chat", "plain"] = setting(
         "auto", "How a row becomes text; auto is the tokenizer's chat template if it has one.", panel="Rows"
     )
+    chat_template: PathSpec | None = setting(
+        None, "A file with a Jinja chat template, instead of the tokenizer's.", panel="Rows"
+    )
+    system: str | None = setting(None, "System prompt of the rows that bring none.", panel="Rows")
     token_budget: Positive = setting(
         8192, "Tokens of one forward batch, padding included.", identity=False, panel="Run"
     )
+
+    @model_validator(mode="after")
+    def _one_template(self) -> RowOptions:
+        if self.template == "plain" and self.chat_template is not None:
+            raise ValueError("--template plain and --chat-template exclude each other: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> RowOptions:
+        if self.messages_column is not None and (self.prompt_column or self.completion_column):
+            raise ValueError("--messages-column excludes --prompt-column and --completion-column: a row has one shape")
+        return self
 
 
 class ScoreHeadsConfig(RowOptions):
@@ -216,6 +248,9 @@ class TrainConfig(RowOptions):
     data: PathSpec = setting(REQUIRED, "subset artifact, file, folder or hub id.", panel="Input and output")
     heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
     scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
+    loss_on: Literal["all", "last"] = setting(
+        "all", "Learn every answer of a conversation, or the last alone.", panel="Rows"
+    )
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
         ("q", "k", "v"), "Projections of the selected heads to train, of q,k,v,o."
     )
@@ -308,6 +343,9 @@ class EvalConfig(RowOptions):
     stop: tuple[str, ...] = setting((), "Cut answers at this string; can be repeated.")
     choices: PathSpec | None = setting(
         None, "JSON list of the answers to choose from (for accuracy), where rows bring none of their own."
+    )
+    allow_template_mismatch: bool = setting(
+        False, "Evaluate with other prompts than the model was trained with.", identity=False, panel="Rows"
     )
     confidence: Annotated[float, Field(gt=0, lt=1)] = setting(0.95, "Level of the bootstrap intervals.")
 

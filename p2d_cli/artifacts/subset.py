@@ -74,11 +74,25 @@ def _rows_table(rows: Sequence[Mapping[str, Any]], ids: list[str]) -> pa.Table:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Return the values as one Arrow column; values of mixed types become JSON text, one a row."""
+    """Return the values as one Arrow column; what Parquet cannot hold becomes JSON text, one a row.
+
+    That is: values of mixed types, integers beyond 64 bits, halves of surrogate pairs, objects without keys.
+    """
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        column = pa.array(values)
+        if not _has_empty_struct(column.type):
+            return column
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        pass
+    try:
         return pa.array([json.dumps(value, ensure_ascii=False) for value in values], pa.string())
+    except UnicodeEncodeError:
+        return pa.array([json.dumps(value) for value in values], pa.string())
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not children) or any(map(_has_empty_struct, children))
 
 
 def load_pool_scores(folder: Path) -> PoolScores:

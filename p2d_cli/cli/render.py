@@ -22,6 +22,7 @@ from p2d_cli.runtime.distributed import is_main_process
 from p2d_cli.runtime.progress import Advance, SilentProgress
 from p2d_cli.runtime.progress import Progress as ProgressProtocol
 from p2d_cli.stages.execution import StageResult
+from p2d_cli.stages.templates import describe_prompt
 
 SECONDS_BETWEEN_LINES = 10.0
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
@@ -270,6 +271,8 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
     print_summary(manifest)
     if manifest.model is not None:
         out.print(f"\n[bold]model[/]  {escape(manifest.model.describe())}", soft_wrap=True)
+    if (shown := manifest.summary.get("template")) is not None:
+        out.print(f"[bold]prompts[/]  {escape(describe_prompt(shown))}", soft_wrap=True)
     out.print("\n[bold]inputs[/]")
     for name, entry in manifest.inputs.items():
         out.print(f"  {name:<14} {entry.kind:<11} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)

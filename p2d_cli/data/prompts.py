@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from p2d_cli.data.records import Message, Record
 from p2d_cli.errors import DataError, UsageError
 
 TemplateName = Literal["chat", "plain"]
+LossOn = Literal["all", "last"]
 Span = tuple[int, int]
 """First character, and the one behind the last."""
 
@@ -32,6 +34,24 @@ class EncodedExample:
     """Tokens before the completion; at least 1."""
     truncated: int
     """Tokens that were cut to fit; 0 where the row is whole."""
+    earlier: tuple[Span, ...] = ()
+    """The assistant's earlier turns that are learnt too, as ranges of tokens; none unless they are asked for."""
+    rewritten: bool = False
+    """Whether the template shows an earlier turn otherwise than the model would write it, so that none is learnt."""
+    lost: int = 0
+    """Earlier turns that are not learnt because tokens were cut from them or right before them."""
+
+    @property
+    def label_mask(self) -> tuple[bool, ...]:
+        """Which tokens are learnt: those of the completion and of the earlier turns."""
+        mask = [position >= self.prompt_length for position in range(len(self.input_ids))]
+        for start, stop in self.earlier:
+            mask[start:stop] = [True] * (stop - start)
+        return tuple(mask)
+
+    def labels(self, ignored: int) -> list[int]:
+        """Return the token ids that are learnt, and `ignored` in the place of the others."""
+        return [token if learnt else ignored for token, learnt in zip(self.input_ids, self.label_mask, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -46,12 +66,15 @@ class PlacedText:
 class PromptTemplate:
     r"""The way from a row to text: the tokenizer's chat template, or plain text.
 
-    Plain is `{system}\n\n` (if any), `{prompt}\n`, and for the completion `{completion}{eos}`.
+    Plain is `{system}\n\n` (if any), `{prompt}\n`, and for the completion `{completion}{eos}`. Where the context has
+    several turns, each earlier answer is `{answer}{eos}\n\n`, and each user's turn a prompt.
     """
 
     name: TemplateName
     chat_template: str | None = None
     """The Jinja source (chat only)."""
+    origin: str = field(default="this model's chat template", compare=False)
+    """What messages call it."""
     _skeletons: dict[tuple[str, ...], _Skeleton | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -67,8 +90,7 @@ class PromptTemplate:
         Raises:
             DataError: the chat template refuses the conversation.
         """
-        messages = self.conversation(tokenizer, record)
-        return _plain_text(messages).text if self.name == "plain" else self._render(tokenizer, messages, answer=True)
+        return self._open(tokenizer, self.conversation(tokenizer, record))
 
     def render_example(self, tokenizer: Any, record: Record) -> tuple[str, str]:
         """Return prompt text and completion text, the end-of-turn token included.
@@ -76,36 +98,66 @@ class PromptTemplate:
         Raises:
             DataError: the chat template refuses the conversation, or changes the prompt once it is answered.
         """
-        prompt = self.render_prompt(tokenizer, record)
-        if self.name == "plain":
-            return prompt, record.completion + (tokenizer.eos_token or "")
-        answered = [*self.conversation(tokenizer, record), Message("assistant", record.completion)]
-        whole = self._render(tokenizer, answered, answer=False)
-        if not whole.startswith(prompt):
+        prompt, completion = self._answered(tokenizer, self.conversation(tokenizer, record), record.completion)
+        if completion is None:
             raise DataError(
-                f"{record.where}: this model's chat template cannot be split into prompt and completion: "
+                f"{record.where}: {self.origin} cannot be split into prompt and completion: "
                 "the answered conversation does not begin with the unanswered one",
                 hint=_PLAIN_HINT,
             )
-        return prompt, _without_trailing_space(tokenizer, whole[len(prompt) :])
+        return prompt, completion
+
+    def earlier_turns(self, tokenizer: Any, record: Record) -> tuple[Span, ...] | None:
+        """Return where the assistant's earlier turns stand in the prompt, each with its end-of-turn token.
+
+        A turn stands where the conversation up to it, rendered as for inference, ends. `None` if the prompt does not
+        begin, for each turn, with what the model had been shown and was to write there: the template drops an
+        earlier turn's reasoning, moves the system message, or closes earlier turns in another way. A turn before
+        the first user's answers nothing, and is left out.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or its beginning.
+        """
+        messages = self.conversation(tokenizer, record)
+        users = [index for index, message in enumerate(messages) if message.role == "user"]
+        turns = [index for index in range(users[0], len(messages)) if messages[index].role == "assistant"]
+        whole, spans = self._open(tokenizer, messages) if turns else "", []
+        for index in turns:
+            prompt, completion = self._answered(tokenizer, messages[:index], messages[index].content)
+            if completion is None or not whole.startswith(prompt + completion):
+                return None
+            spans.append((len(prompt), len(prompt) + len(completion)))
+        return tuple(spans)
 
     def encode_prompt(self, tokenizer: Any, record: Record, max_length: int | None = None) -> list[int]:
         """Return the prompt's token ids.
 
         Chat text holds its special tokens already; plain text gets the tokenizer's BOS, if it has that habit,
-        and never an EOS. A prompt that is too long loses the start of its content, not the template's head.
+        and never an EOS at its end. A prompt that is too long loses the start of its content, not the template's head.
 
         Raises:
             DataError: the chat template refuses the conversation.
         """
         ids = self.tokenize(tokenizer, self.render_prompt(tokenizer, record))[0]
-        return ids if max_length is None else self._shorten(tokenizer, record, ids, max_length)
+        if max_length is None:
+            return ids
+        start, stop = self._gap(tokenizer, record, len(ids), max_length)
+        return ids[:start] + ids[stop:]
 
-    def encode_example(self, tokenizer: Any, record: Record, max_length: int) -> EncodedExample:
+    def encode_example(
+        self, tokenizer: Any, record: Record, max_length: int, *, loss_on: LossOn = "last"
+    ) -> EncodedExample:
         """Return prompt and completion as tokens; the prompt's are those of `encode_prompt`, if they fit.
 
         Too long an example loses prompt tokens first, as `encode_prompt` does; a completion that does not fit
         by itself beside one prompt token loses its end.
+
+        Args:
+            tokenizer: a fast tokenizer.
+            record: the row.
+            max_length: largest number of tokens.
+            loss_on: `last` learns the completion alone, `all` every turn of the assistant (see `earlier_turns`) that
+                is whole after cutting.
 
         Raises:
             DataError: the chat template refuses the conversation or cannot be split.
@@ -114,16 +166,25 @@ class PromptTemplate:
         if max_length < 2:
             raise UsageError(f"--max-length {max_length} has no room for a prompt and a completion", hint="raise it")
         prompt_text, completion_text = self.render_example(tokenizer, record)
-        prompt_ids = self.tokenize(tokenizer, prompt_text)[0]
+        prompt_ids, offsets = self.tokenize(tokenizer, prompt_text)
         whole_ids = self.tokenize(tokenizer, prompt_text + completion_text)[0]
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             completion_ids = whole_ids[len(prompt_ids) :]
         else:  # a token reaches over the border; at inference the prompt ends there all the same
             completion_ids = _call(tokenizer, completion_text, add_special_tokens=False)["input_ids"]
         kept = completion_ids[: max_length - 1]
-        shown = self._shorten(tokenizer, record, prompt_ids, max_length - len(kept))
-        cut = len(prompt_ids) + len(completion_ids) - len(shown) - len(kept)
-        return EncodedExample(input_ids=(*shown, *kept), prompt_length=len(shown), truncated=cut)
+        gap = self._gap(tokenizer, record, len(prompt_ids), max_length - len(kept))
+        shown = prompt_ids[: gap[0]] + prompt_ids[gap[1] :]
+        spans = self.earlier_turns(tokenizer, record) if loss_on == "all" else ()
+        turns = [_closed_up(_token_range(offsets, span), gap) for span in spans or ()]
+        return EncodedExample(
+            input_ids=(*shown, *kept),
+            prompt_length=len(shown),
+            truncated=len(prompt_ids) + len(completion_ids) - len(shown) - len(kept),
+            earlier=tuple(turn for turn in turns if turn is not None),
+            rewritten=spans is None,
+            lost=turns.count(None),
+        )
 
     def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
@@ -145,13 +206,9 @@ class PromptTemplate:
     def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
         """Return the context as this template takes it.
 
-        Plain text has one user's turn. A chat template that knows no system role gets the system message at the
-        start of the first turn.
+        A chat template that knows no system role gets the system message at the start of the first turn.
         """
         messages = list(record.messages)
-        if self.name == "plain":
-            system = [message for message in messages if message.role == "system"]
-            return [*system, Message("user", record.prompt)]
         return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
 
     def takes_system(self, tokenizer: Any) -> bool:
@@ -175,10 +232,29 @@ class PromptTemplate:
         spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
         if not spans:
             raise DataError(
-                "this model's chat template drops or changes messages, so that they cannot be told apart in its text",
+                f"{self.origin} drops or changes messages, so that they cannot be told apart in its text",
                 hint=_PLAIN_HINT,
             )
         return PlacedText(text, spans)
+
+    def _open(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+        """Return a conversation up to where the model answers."""
+        if self.name == "plain":
+            return _plain_text(messages, tokenizer.eos_token or "").text
+        return self._render(tokenizer, messages, answer=True)
+
+    def _answered(self, tokenizer: Any, messages: Sequence[Message], answer: str) -> tuple[str, str | None]:
+        """Return the conversation's text up to its answer, and the answer's with its end-of-turn token.
+
+        The latter is `None` where the template changes the conversation once it is answered.
+        """
+        prompt = self._open(tokenizer, messages)
+        if self.name == "plain":
+            return prompt, answer + (tokenizer.eos_token or "")
+        whole = self._render(tokenizer, [*messages, Message("assistant", answer)], answer=False)
+        if not whole.startswith(prompt):
+            return prompt, None
+        return prompt, _without_trailing_space(tokenizer, whole[len(prompt) :])
 
     def _render(self, tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
         import jinja2
@@ -193,9 +269,7 @@ class PromptTemplate:
             )
         except jinja2.TemplateError as problem:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(
-                f"this model's chat template refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT
-            ) from None
+            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT) from None
         return text
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
@@ -209,14 +283,17 @@ class PromptTemplate:
                 self._skeletons[roles] = _Skeleton.of(text, len(roles))
         return self._skeletons[roles]
 
-    def _shorten(self, tokenizer: Any, record: Record, ids: list[int], room: int) -> list[int]:
-        """Cut tokens out behind the template's head, or from the left where the head would fill half the room."""
-        if len(ids) <= room:
-            return ids
+    def _gap(self, tokenizer: Any, record: Record, length: int, room: int) -> Span:
+        """Return which tokens of a prompt of this length go: those behind the template's head, as many as needed.
+
+        They are the first ones where the head would fill half the room.
+        """
+        if length <= room:
+            return 0, 0
         head = self._head_length(tokenizer, record)
         if 2 * head > room:
             head = 0
-        return ids[:head] + ids[len(ids) - (room - head) :]
+        return head, head + length - room
 
     def _head_length(self, tokenizer: Any, record: Record) -> int:
         """Return how many tokens stand before the first turn's content."""
@@ -230,17 +307,69 @@ class PromptTemplate:
         return sum(end <= starts[0] for _, end in spans)
 
 
-def resolve_template(tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto") -> PromptTemplate:
+def resolve_template(
+    tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto", *, chat_file: Path | None = None
+) -> PromptTemplate:
     """Choose how rows are shown: `auto` is the tokenizer's chat template, if it has one.
 
+    Args:
+        tokenizer: the model's.
+        requested: `auto`, `chat` or `plain`.
+        chat_file: a chat template that takes the place of the tokenizer's.
+
     Raises:
-        UsageError: `chat` is asked for, and the tokenizer has no chat template.
+        DataError: the file cannot be read, or is not a template.
+        UsageError: `chat` is asked for, and there is no chat template.
     """
+    if requested != "plain" and chat_file is not None:
+        return PromptTemplate("chat", read_chat_template(chat_file), origin=f"the chat template {chat_file.name}")
     if requested == "plain" or (requested == "auto" and not tokenizer.chat_template):
         return PromptTemplate("plain")
     if not tokenizer.chat_template:
-        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=_PLAIN_HINT)
+        hint = f"{_PLAIN_HINT}, or give --chat-template FILE"
+        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=hint)
     return PromptTemplate("chat", str(tokenizer.get_chat_template()))
+
+
+def read_chat_template(path: Path) -> str:
+    """Return the Jinja source of a chat template, which is parsed once to see that it is one.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or is not valid Jinja, by file and line.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+
+    from p2d_cli.data.generation_tag import GenerationTag
+
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]).parse(source)
+    except OSError as problem:
+        raise DataError(f"cannot read the chat template {path}: {problem.strerror or problem}") from None
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path}: not valid UTF-8: {problem.reason} at byte {problem.start + 1}") from None
+    except jinja2.TemplateSyntaxError as problem:
+        raise DataError(f"{path.name}:{problem.lineno}: not a valid chat template: {problem.message}") from None
+    if not source.strip():
+        raise DataError(f"{path}: the chat template is empty")
+    return source
+
+
+def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:
+    """Say what of these rows is not learnt, each kind of loss in one line."""
+    cut = sum(example.truncated > 0 for example in examples)
+    empty = sum(len(example.input_ids) == example.prompt_length for example in examples)
+    lost = sum(example.lost for example in examples)
+    rewritten = sum(example.rewritten for example in examples)
+    notes = {
+        f"{cut} of {len(examples)} rows were longer than {max_length} tokens and were cut": cut,
+        f"{empty} rows lost their whole completion to truncation and were left out": empty,
+        f"{lost} earlier answers were cut and are not learnt": lost,
+        f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
+        "answers otherwise than the model writes them": rewritten,
+    }
+    return tuple(note for note, count in notes.items() if count)
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -304,12 +433,34 @@ def _forms(content: str) -> Iterator[str]:
         yield content.split("</think>")[-1].strip()
 
 
-def _plain_text(messages: Sequence[Message]) -> PlacedText:
+def _plain_text(messages: Sequence[Message], end_of_turn: str = "") -> PlacedText:
     text, spans = "", []
+    endings = {"user": "\n", "assistant": f"{end_of_turn}\n\n"}
     for message in messages:
         spans.append((len(text), len(text) + len(message.content)))
-        text += message.content + ("\n" if message.role == "user" else "\n\n")
+        text += message.content + endings.get(message.role, "\n\n")
     return PlacedText(text, tuple(spans))
+
+
+def _token_range(offsets: Sequence[Span], span: Span) -> Span:
+    """Return the tokens that lie wholly in these characters.
+
+    Some tokenizers leave white space out of a token's characters: a token of it alone has none, and stands where it
+    ends.
+    """
+    inside = [index for index, (start, stop) in enumerate(offsets) if start >= span[0] and span[0] < stop <= span[1]]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _closed_up(turn: Span, gap: Span) -> Span | None:
+    """Return where a range of tokens stands once those of `gap` have gone.
+
+    `None` if any of its own is among them, or the one before it, which asks for the turn.
+    """
+    if turn[1] <= gap[0]:
+        return turn
+    shift = gap[1] - gap[0]
+    return (turn[0] - shift, turn[1] - shift) if turn[0] > gap[1] or not shift else None
 
 
 def _without_trailing_space(tokenizer: Any, completion: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = ("prompt", "question", "instruction")
 _COMPLETION_NAMES = ("completion", "answer", "output")
-_FLAGS = "name them with --prompt-column and --completion-column"
+_FLAGS = "name them with --prompt-column and --completion-column, or --messages-column"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ColumnMap:
 
     Found by themselves are `prompt`/`completion`, `messages`, `instruction`/`input`/`output` and
     `question`/`answer`, and beside any of them `id`, `system` (a text) and `choices` (a list of texts).
+    In CSV, `messages` and `choices` are lists written as JSON.
     """
 
     prompt: str | None = None
@@ -86,6 +88,7 @@ def read_records(
     source: RowSource,
     *,
     columns: ColumnMap | None = None,
+    system: str | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     need_completion: bool = True,
@@ -97,6 +100,7 @@ def read_records(
     Args:
         source: where the rows lie.
         columns: columns named by the user.
+        system: the system message of rows that bring none.
         limit: stop after so many records.
         skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
         need_completion: whether a row without an answer is a bad row.
@@ -116,7 +120,7 @@ def read_records(
             if isinstance(row, BadRow):
                 raise row.problem
             layout = layout or _find_layout(row, wanted, need_completion=need_completion)
-            records.append(_to_record(row, layout, need_completion=need_completion))
+            records.append(_to_record(row, layout, system=system, need_completion=need_completion))
         except _AmbiguousColumnsError:
             raise
         except DataError as problem:
@@ -233,12 +237,12 @@ def _list_columns(row: RawRow) -> str:
 # --- from row to record
 
 
-def _to_record(row: RawRow, layout: _Layout, *, need_completion: bool) -> Record:
+def _to_record(row: RawRow, layout: _Layout, *, system: str | None, need_completion: bool) -> Record:
     if layout.messages is not None:
         context, completion = _split_messages(row, layout.messages, need_completion=need_completion)
     else:
         context, completion = _pair(row, layout, need_completion=need_completion)
-    system = _text(row, layout.system, optional=True)
+    system = _text(row, layout.system, optional=True) or system
     if system and all(message.role != "system" for message in context):
         context = (Message("system", system), *context)
     if need_completion and not completion.strip():
@@ -288,7 +292,7 @@ def _require_text(row: RawRow, value: Any, what: str) -> str:
 
 def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
     _require_columns(row, [column])
-    turns = row.fields[column]
+    turns = _unpacked(row.fields[column])
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{row.where}: column '{column}' must be a list of messages with role and content")
     messages = tuple(_message(row, turn, f"{column}[{index}]") for index, turn in enumerate(turns))
@@ -301,6 +305,16 @@ def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
         raise DataError(f"{row.where}: no user's message before the assistant's answer")
     return messages, completion
+
+
+def _unpacked(value: Any) -> Any:
+    """Return what a text holds that is JSON, as a cell of CSV may be; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _message(row: RawRow, turn: Any, what: str) -> Message:
@@ -316,7 +330,7 @@ def _own_id(row: RawRow, column: str | None) -> str:
 
 
 def _choices(row: RawRow, layout: _Layout) -> tuple[str, ...] | None:
-    value = None if layout.choices is None else row.fields.get(layout.choices)
+    value = None if layout.choices is None else _unpacked(row.fields.get(layout.choices))
     if isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
         return tuple(value)
     if layout.choices_named and value is not None:

@@ -16,9 +16,10 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -43,6 +44,13 @@ _SHARD_NUMBER = re.compile(r"[-_.]\d+(-of-\d+)?$")
 _HUB_ID = re.compile(
     r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<config>[\w][\w.+-]*))?", re.ASCII
 )
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SPLIT_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}")
+_SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_SECONDS = 5.0
 _LONGEST_CELL = 2**31 - 1
@@ -307,11 +315,25 @@ def _read_json_lines(path: Path) -> Iterator[RawRow | BadRow]:
             yield _parse_json_row(where, text)
 
 
+class _RepeatedKeyError(ValueError):
+    """A JSON object with a key that stands in it twice, of which Python would keep the last."""
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise _RepeatedKeyError(f"the key '{repeated}' repeats in an object")
+    return fields
+
+
 def _parse_json_row(where: str, text: str) -> RawRow | BadRow:
     try:
-        value = json.loads(text.rstrip())
+        value = json.loads(text.rstrip(), object_pairs_hook=_object_of)
     except json.JSONDecodeError as problem:
         return BadRow(where, DataError(f"{where}: not valid JSON: {problem.msg} at column {problem.colno}"))
+    except _RepeatedKeyError as problem:
+        return BadRow(where, DataError(f"{where}: {problem}"))
     except (ValueError, RecursionError) as problem:
         return BadRow(where, DataError(f"{where}: JSON that Python cannot hold: {problem}"))
     return _object_row(where, value)
@@ -337,13 +359,49 @@ def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
         yield from _read_json_lines(path) if _first_line_is_row(content) else [_refuse_json(path, content)]
         return
     try:
-        rows = json.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        where = f"{path.name}:{content.count(10, 0, problem.start) + 1}"
+        found = f"byte 0x{content[problem.start]:02x}"
+        raise DataError(f"{where}: not valid UTF-8: {found}", hint="save the file as UTF-8") from None
+    yield from _array_rows(path.name, text)
+
+
+def _array_rows(name: str, text: str) -> Iterator[RawRow | BadRow]:
+    """Yield the objects of an array one after the other, so that only the text is held as a whole."""
+    number = 0
+    try:
+        for number, value in enumerate(_array_values(text)):
+            yield _object_row(f"{name}#{number}", value)
     except json.JSONDecodeError as problem:
-        raise DataError(f"{path.name}:{problem.lineno}: not valid JSON: {problem.msg}") from None
+        raise DataError(f"{name}:{problem.lineno}: not valid JSON: {problem.msg}") from None
+    except _RepeatedKeyError as problem:
+        raise DataError(f"{name}: {problem}, at or behind {name}#{number}") from None
     except (ValueError, RecursionError) as problem:
-        raise DataError(f"{path.name}: cannot be read as JSON: {problem}") from None
-    for number, row in enumerate(rows):
-        yield _object_row(f"{path.name}#{number}", row)
+        raise DataError(f"{name}: JSON that Python cannot hold: {problem}") from None
+
+
+def _array_values(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder(object_pairs_hook=_object_of)
+    position = _skip_space(text, text.index("[") + 1)
+    closed = text.startswith("]", position)
+    while not closed:
+        value, position = decoder.raw_decode(text, position)
+        yield value
+        position = _skip_space(text, position)
+        closed = text.startswith("]", position)
+        if not closed:
+            if not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            position = _skip_space(text, position + 1)
+    if (end := _skip_space(text, position + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\n\r":
+        position += 1
+    return position
 
 
 def _first_line_is_row(content: bytes) -> bool:
@@ -409,7 +467,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow | BadRow]:
 
     try:
         with pq.ParquetFile(path) as table:
-            yield from _rows_of_batches(path, table.iter_batches(batch_size=1024))
+            yield from _rows_of_batches(path, table.schema_arrow.names, table.iter_batches(batch_size=1024))
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Parquet file: {problem}") from None
 
@@ -426,26 +484,59 @@ def _read_arrow(path: Path) -> Iterator[RawRow | BadRow]:
                 reader = pa.ipc.open_file(stream)
                 batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
             else:
-                batches = iter(pa.ipc.open_stream(stream))
-            yield from _rows_of_batches(path, batches)
+                reader = pa.ipc.open_stream(stream)
+                batches = iter(reader)
+            yield from _rows_of_batches(path, reader.schema.names, batches)
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Arrow file: {problem}") from None
 
 
-def _rows_of_batches(path: Path, batches: Iterator[Any]) -> Iterator[RawRow]:
+def _rows_of_batches(path: Path, names: list[str], batches: Iterator[Any]) -> Iterator[RawRow | BadRow]:
+    import pyarrow as pa
+
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: columns repeat: {', '.join(repeated)}")
     number = 0
-    for batch in batches:
-        for fields in batch.to_pylist():
-            yield RawRow(f"{path.name}#{number}", fields)
-            number += 1
+    try:
+        for batch in batches:
+            for fields in _rows_of_batch(batch):
+                where = f"{path.name}#{number}"
+                if isinstance(fields, UnicodeDecodeError):
+                    found = f"byte 0x{fields.object[fields.start]:02x}"
+                    yield BadRow(where, DataError(f"{where}: a text that is not valid UTF-8: {found}"))
+                else:
+                    yield RawRow(where, fields)
+                number += 1
+    except (pa.ArrowException, OSError) as problem:
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise
+        raise DataError(f"{path.name}#{number}: the file is damaged from this row on: {problem}") from None
+
+
+def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Yield a batch's rows, and the problem in place of one that Python cannot hold."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as problem:
+                yield problem
+    else:
+        yield from rows
 
 
 # --- the hub
 
 
-def _read_hub(source: RowSource) -> Iterator[RawRow]:
+def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)):
+        yield from _read_cached(source, *cached)
+        return
     import datasets
-    from huggingface_hub import errors
 
     # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
     client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
@@ -465,6 +556,52 @@ def _read_hub(source: RowSource) -> Iterator[RawRow]:
         raise _unavailable(source, str(problem), offline=offline) from None
     for number, fields in enumerate(rows):
         yield RawRow(f"{source.repo}/{split}#{number}", dict(fields))
+
+
+def _read_cached(source: RowSource, split: str, files: list[Path]) -> Iterator[RawRow | BadRow]:
+    """Read the files of a snapshot in the local cache, with the rows named as if they came from the hub."""
+    shards = {int(match[1]) for path in files if (match := _SHARDS.search(path.name))}
+    if shards and shards != {len(files)}:
+        raise _unavailable(source, f"{len(files)} of {max(shards)} files of its split {split} are there", offline=True)
+    for number, row in enumerate(_read_files(_one_format(source.spec, files, split))):
+        yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{split}#{number}")
+
+
+def _cached_files(source: RowSource) -> tuple[str, list[Path]] | None:
+    """Return the split and its files in the local cache, as `hf download` leaves them, of just this revision.
+
+    `datasets` finds offline what it prepared itself before, but of whatever revision that was.
+
+    Raises:
+        DataError: a split that is missing or not chosen.
+    """
+    from huggingface_hub import constants
+
+    if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "snapshots" / commit / (source.config_name or "")
+    splits: dict[str, list[Path]] = {}
+    files = _data_files(folder) or _data_files(folder / "data")
+    for path in files:
+        if (name := _hub_split(path)) is not None:
+            splits.setdefault(name, []).append(path)
+    splits = splits or {"train": files}
+    if not files:
+        return None
+    split = _choose_split(source.spec, splits, source.split)
+    return split, splits[split]
+
+
+def _hub_split(path: Path) -> str | None:
+    """Return the split that a file of a hub data set belongs to, by its name, as `datasets` does; None for none."""
+    if match := _SPLIT_SHARD.match(path.name):
+        return match[1]
+    words = re.split(r"[^a-z]+", path.name.lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _cache_name(source: RowSource) -> str:
+    return f"datasets--{str(source.repo).replace('/', '--')}"
 
 
 def _load_hub(source: RowSource) -> tuple[Any, str]:
@@ -500,8 +637,7 @@ def hub_commit(source: RowSource) -> str | None:
             return HfApi().dataset_info(str(source.repo), revision=revision, timeout=_PROBE_SECONDS).sha
         except (UnavailableError, OSError, client_error):
             pass  # then the cache may know it
-    folder = f"datasets--{str(source.repo).replace('/', '--')}"
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    reference = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "refs" / revision
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 

@@ -26,8 +26,9 @@ from p2d_cli.artifacts.manifest import (
 )
 from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
 from p2d_cli.artifacts.subset import SUBSET_NAME
-from p2d_cli.config import ConfigT, Resolved, RowOptions
+from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
+from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError
@@ -99,9 +100,18 @@ class StageRun(Generic[ConfigT]):
         self.manifests: dict[str, Manifest] = {}
         """Manifests of the inputs that are artifacts, by the input's name."""
         self.model_identity: ModelIdentity | None = None
+        self.facts: dict[str, Any] = {}
+        """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
         self._started = time.perf_counter()
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of rows that bring none: as given, else in an evaluation the one of the training."""
+        given = self.config.system if isinstance(self.config, RowOptions) else None
+        trained = trained_prompt(self)
+        return (trained["system"] if given is None and trained is not None else given) or None
 
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
@@ -114,7 +124,8 @@ class StageRun(Generic[ConfigT]):
         """
         files = locate_model(spec)
         if is_artifact(files.folder):
-            self._inherit(open_artifact(files.folder, _kind_of(files.folder)))
+            self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
+            self._inherit(self.manifests[name])
         identity = identify_model(files)
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
         self.inputs[name] = InputEntry(
@@ -129,6 +140,8 @@ class StageRun(Generic[ConfigT]):
         config = self.config
         if not isinstance(config, RowOptions):
             raise TypeError(f"{type(config).__name__} has no settings for rows")
+        if config.chat_template is not None:
+            self._open_chat_template(config.chat_template)
         folder = Path(spec).expanduser()
         if is_artifact(folder):
             self.artifact(name, spec, "subset")
@@ -140,6 +153,11 @@ class StageRun(Generic[ConfigT]):
             digest = digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
         self.inputs[name] = InputEntry(kind="rows", digest=digest, source=spec)
         return source
+
+    def _open_chat_template(self, spec: str) -> None:
+        path = Path(spec).expanduser()
+        read_chat_template(path)
+        self.inputs["chat_template"] = InputEntry(kind="template", digest=digest_file(path), source=spec)
 
     def artifact(self, name: str, spec: str, kind: ArtifactKind, *, same_model: bool = False) -> Manifest:
         """Open an artifact of another stage, verified, and take over the costs of its making.
@@ -168,7 +186,15 @@ class StageRun(Generic[ConfigT]):
             raise TypeError(f"{type(config).__name__} has no settings for rows")
         records = read_records(
             source,
-            columns=ColumnMap(prompt=config.prompt_column, completion=config.completion_column),
+            columns=ColumnMap(
+                prompt=config.prompt_column,
+                completion=config.completion_column,
+                messages=config.messages_column,
+                id=config.id_column,
+                system=config.system_column,
+                choices=config.choices_column,
+            ),
+            system=self.system,
             limit=limit,
             skip_bad_rows=config.skip_bad_rows,
             need_completion=need_completion,
@@ -277,7 +303,7 @@ class StageRun(Generic[ConfigT]):
             hardware=hardware,
             precision=outcome.precision,
             versions=package_versions(),
-            summary=outcome.summary,
+            summary={**outcome.summary, **self.facts},
             ledger=ledger,
         )
 
@@ -293,6 +319,14 @@ class StageRun(Generic[ConfigT]):
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
         )
+
+
+def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:
+    """Return what is on record of the prompts that an evaluation's adapter or model was trained with, if anything."""
+    if not isinstance(job.config, EvalConfig):
+        return None
+    records = (job.manifests[name].summary.get("template") for name in ("adapter", "model") if name in job.manifests)
+    return next((record for record in records if record is not None), None)
 
 
 def identify_model(files: ModelFiles) -> ModelIdentity:

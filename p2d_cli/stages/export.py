@@ -29,6 +29,8 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
         )
     base = job.model(config.model or _base_of(adapter))
     open_adapter(job, config.adapter)
+    if "adapter" in job.manifests and (shown := job.manifests["adapter"].summary.get("template")):
+        job.facts["template"] = shown
     return job.complete(lambda folder: _compute(job, base, adapter, folder))
 
 

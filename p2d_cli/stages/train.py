@@ -235,34 +235,29 @@ def _encode(
     job: StageRun[TrainConfig], inputs: _Inputs, tokenizer: Any, records: Sequence[Record]
 ) -> tuple[list[TrainingRow], int]:
     """Tokenize the rows; refuse if truncation left nothing to learn from."""
-    from p2d_cli.data.prompts import resolve_template
+    from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
     from p2d_cli.modeling.training import TrainingRow
+    from p2d_cli.stages.templates import template_for
     from p2d_cli.stages.workbench import context_length
 
     config = job.config
-    template = resolve_template(tokenizer, config.template)
+    template = template_for(job, tokenizer, config)
     max_length = context_length(config.max_length, inputs.model.config)
-    rows, truncated, unlabelled = [], 0, 0
-    for record in records:
-        example = template.encode_example(tokenizer, record, max_length)
-        truncated += example.truncated > 0
-        completion = list(example.input_ids[example.prompt_length :])
-        if not completion:
-            unlabelled += 1
-            continue
-        labels = [IGNORED_LABEL] * example.prompt_length + completion
-        rows.append(TrainingRow(record.where, example.input_ids, tuple(labels)))
+    examples = [template.encode_example(tokenizer, record, max_length, loss_on=config.loss_on) for record in records]
+    rows = [
+        TrainingRow(record.where, example.input_ids, tuple(example.labels(IGNORED_LABEL)))
+        for record, example in zip(records, examples, strict=True)
+        if len(example.input_ids) > example.prompt_length
+    ]
     if not rows:
         raise DataError(
             f"--max-length {max_length} cuts off the completions of all {len(records)} rows: nothing to learn from",
             hint="raise --max-length",
         )
-    if truncated:
-        job.progress.note(f"{truncated} of {len(records)} rows were longer than {max_length} tokens and were cut")
-    if unlabelled:
-        job.progress.note(f"{unlabelled} rows lost their whole completion to truncation and were left out")
-    return rows, truncated
+    for note in encoding_notes(examples, max_length):
+        job.progress.note(note)
+    return rows, sum(example.truncated > 0 for example in examples)
 
 
 def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_] | None) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from p2d_cli.config import RowOptions
 from p2d_cli.data.batching import pad_mask, pad_right, token_batches
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
-from p2d_cli.data.prompts import EncodedExample, PromptTemplate, resolve_template
+from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 from p2d_cli.data.records import Record
 from p2d_cli.modeling.attention_capture import run_captured
 from p2d_cli.modeling.head_outputs import mean_head_outputs
@@ -26,6 +26,7 @@ from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
+from p2d_cli.stages.templates import template_for
 
 LONGEST_DEFAULT = 2048
 IGNORED_LABEL = -100
@@ -190,11 +191,12 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         dtype = resolve_dtype(config.dtype, device)
         tokenizer = load_tokenizer(files.folder)
         ensure_pad_token(tokenizer)
+        template = template_for(job, tokenizer, config)
         model = load_model(files.folder, dtype=dtype, device=device)
     return Workbench(
         model=model,
         tokenizer=tokenizer,
-        template=resolve_template(tokenizer, config.template),
+        template=template,
         device=device,
         precision=str(dtype).removeprefix("torch."),
         max_length=context_length(config.max_length, files.config),

@@ -207,7 +207,7 @@ def test_labels_that_truncation_removed(train, monkeypatch):
     from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 
     nothing = EncodedExample(input_ids=(1, 2, 3), prompt_length=3, truncated=2)
-    monkeypatch.setattr(PromptTemplate, "encode_example", lambda *_: nothing)
+    monkeypatch.setattr(PromptTemplate, "encode_example", lambda *_, **__: nothing)
     refused(train("--max-length", "16"), 65, "--max-length 16", "all 12 rows", "raise --max-length")
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -62,3 +63,27 @@ def test_a_data_set_is_known_by_its_commit(cache, tmp_path):
         done = p2d_in(cache, *command, "--json", "--out", tmp_path / "s")
         digests.append(json.loads(done.stdout)["inputs"]["pool"]["digest"])
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_cached_data_set_is_read_by_its_id(cache, tmp_path, rows):
+    """At the revision and of the split that were asked for, whatever else is in the cache."""
+    lines = rows["pool"].read_text().splitlines()[:6]
+    data = cache / "datasets--somebody--rows"
+    for commit, name, start in ((COMMIT, "main", 0), (COMMIT[::-1], "v2", 3)):
+        (data / "refs" / name).write_text(commit)
+        folder = data / "snapshots" / commit / "data"
+        folder.mkdir(parents=True)
+        (folder / "train-00000-of-00001.jsonl").write_text("\n".join(lines[start : start + 3]) + "\n")
+        (folder / "test-00000-of-00001.jsonl").write_text(lines[start] + "\n")
+    command = ("mine-data", "--model", "somebody/tiny", "--pool", "somebody/rows", "--method", "full", "--json")
+    done = p2d_in(cache, *command, "--out", tmp_path / "none")
+    assert done.returncode == 65
+    assert "several splits: test, train" in done.stderr
+    done = p2d_in(cache, *command, "--split", "train", "--revision", "v2", "--out", tmp_path / "v2")
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(tmp_path / "v2" / "subset.parquet").to_pylist()
+    assert sorted(row["prompt"] for row in found) == sorted(json.loads(line)["prompt"] for line in lines[3:])
+    command = [f"{word}@{COMMIT[::-1]}" if word == "somebody/rows" else word for word in command]
+    done = p2d_in(cache, *command, "--split", "train", "--out", tmp_path / "pinned")
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "pinned" / "subset.parquet").to_pylist() == found

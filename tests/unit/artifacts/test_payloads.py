@@ -96,6 +96,12 @@ def test_columns_of_mixed_types_become_json(tmp_path):
     assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == [1, "one", [1]]
 
 
+@pytest.mark.parametrize("values", [[2**70, 1], ["\ud800", "b"], [3, {"\ud800": "\ud800"}], [{}, {}], [[{}], []]])
+def test_what_parquet_cannot_hold_becomes_json(tmp_path, values):
+    save_rows(tmp_path, [{"x": value} for value in values])
+    assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == values
+
+
 def test_unreadable_subsets_are_refused(tmp_path):
     (tmp_path / "subset.parquet").write_bytes(b"no")
     with pytest.raises(ArtifactError, match="cannot be read"):

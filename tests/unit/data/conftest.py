@@ -39,6 +39,20 @@ REASONING = (
     "<|im_start|>{{ m['role'] }}\n{{ c }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The answers are marked for masks, which p2d has no need of.
+MARKED = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}",
+)
+# The first turn holds the system message, and each answer closes its exchange, as in Llama 2.
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set head = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set head = '' %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "<s>[INST] {{ head if loop.first else '' }}{{ m['content'] | trim }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} </s>{% endif %}{% endfor %}"
+)
 # What is said depends on what was asked: no way to tell the turns apart.
 MANGLING = "{% for m in messages %}{{ m['content'] | upper }}|{% endfor %}"
 TEMPLATES = {
@@ -48,6 +62,8 @@ TEMPLATES = {
     "default-system": DEFAULT_SYSTEM,
     "system-last": SYSTEM_LAST,
     "reasoning": REASONING,
+    "llama-2": LLAMA_2,
+    "marked": MARKED,
     "mangling": MANGLING,
 }
 ADDED = {"none": None, "bos": "<s> $A", "bos-eos": "<s> $A </s>"}

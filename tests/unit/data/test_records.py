@@ -158,6 +158,17 @@ def test_prompts_alone_where_no_answer_is_needed(read):
     )
 
 
+def test_lists_may_be_json_in_a_cell(tmp_path):
+    path = tmp_path / "a.csv"
+    turns = json.dumps([user("a"), assistant('say "b"')]).replace('"', '""')
+    path.write_text(f'messages,choices\n"{turns}","[""a"", ""b""]"\n')
+    [record] = read_records(locate(str(path))).records
+    assert (record.prompt, record.completion, record.choices) == ("a", 'say "b"', ("a", "b"))
+    path.write_text('messages\n"[{]"\n')
+    with pytest.raises(DataError, match=r"a\.csv:2: column 'messages' must be a list of messages"):
+        read_records(locate(str(path)))
+
+
 def test_ids(read):
     found = read(GOOD | {"id": "x"}, GOOD | {"id": 7}, GOOD | {"id": None}, GOOD | {"id": ""})
     assert [record.id for record in found.records] == ["x", "7", "a.jsonl:3", "a.jsonl:4"]
@@ -206,6 +217,14 @@ def test_system_and_choices_beside_any_shape(read):
     assert found[0].prompt == "p"
     with pytest.raises(DataError, match="column 'choices' must be a list of texts"):
         read(GOOD | {"choices": "a"}, columns=ColumnMap(choices="choices"))
+
+
+def test_a_system_prompt_for_the_rows_that_bring_none(read):
+    turns = [{"role": "system", "content": "own"}, user("a"), assistant("b")]
+    found = read({"messages": turns}, {"messages": turns[1:]}, {"messages": turns[1:], "system": "column"}, system="s")
+    assert [record.system for record in found.records] == ["own", "s", "column"]
+    assert read(GOOD, system="").records[0].system is None
+    assert read(GOOD, system="s").records[0].prompt == "p"
 
 
 def test_a_conversations_own_system_message_stays(read):

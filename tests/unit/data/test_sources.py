@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 import urllib.error
 import urllib.request
 from types import SimpleNamespace
@@ -71,6 +72,8 @@ def test_a_line_separator_inside_a_text_is_no_line_break(tmp_path):
     [
         (b'{"a": 1', r"a\.jsonl:2: not valid JSON: .* at column 8"),
         (b'{"a": "\xe9"}', r"a\.jsonl:2: not valid UTF-8: byte 0xe9 at byte 8 of the line"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl:2: the key 'c' repeats in an object"),
+        ('{"a": 1}'.encode("utf-16"), r"a\.jsonl:2: not valid UTF-8: byte 0xff at byte 1"),
         (b"[1, 2]", r"a\.jsonl:2: expected a JSON object, found an array"),
         (b"null", r"a\.jsonl:2: expected a JSON object, found null"),
         (b"3", r"a\.jsonl:2: expected a JSON object, found a number"),
@@ -113,7 +116,13 @@ def test_json_is_an_array_or_json_lines(tmp_path, rows, indent):
         ('"text"', "found a string"),
         ("oops", "found neither"),
         ('[{"a": 1},\n {"a": }]', r"a\.json:2: not valid JSON"),
-        (b'[{"a": "\xe9"}]', r"a\.json: cannot be read as JSON"),
+        (b'[{"a": 1},\r\n{"a": "\xe9"}]', r"a\.json:2: not valid UTF-8: byte 0xe9"),
+        ('[{"a": 1},\n {"a": 2},\n]', r"a\.json:3: not valid JSON"),
+        ('[{"a": 1}\n {"a": 2}]', r"a\.json:2: not valid JSON: Expecting ','"),
+        ('[{"a": 1}]\n\n{"a": 2}', r"a\.json:3: not valid JSON: Extra data"),
+        ('[{"a": 1},\n {"a": 2', r"a\.json:2: not valid JSON"),
+        ('[{"a": {"b": 1, "b": 2}}]', r"a\.json: the key 'b' repeats in an object"),
+        ('[{"a": ' + "9" * 5000 + "}]", r"a\.json: JSON that Python cannot hold"),
         ('[{"a": 1}, 2]', r"a\.json#1: expected a JSON object, found a number"),
     ],
 )
@@ -175,6 +184,8 @@ def test_long_cells_are_read(tmp_path):
         ("a,b,a\n1,2,3\n", r"a\.csv:1: columns repeat in the header: a"),
         ('a\n"b"c\n', r"a\.csv:2: not valid CSV"),
         (b"a\nb\n\xff\n", r"a\.csv:3: not valid UTF-8"),
+        ("a,b\r1,2\r", r"a\.csv:1: not valid CSV"),
+        ('a\n1\n"never closed\n', r"a\.csv:3: not valid CSV"),
     ],
 )
 def test_csv_that_cannot_be_read(tmp_path, content, message):
@@ -204,6 +215,79 @@ def test_parquet_and_arrow_give_back_what_was_written(tmp_path):
 def test_damaged_tables_are_bad_data(tmp_path, name):
     with pytest.raises(DataError, match=name):
         read(write(tmp_path / name, b"ARROW1 and then nothing of use"))
+
+
+def damage(path):
+    """Spoil a few bytes in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(byte ^ 0x5A for byte in content[middle : middle + 200])
+    path.write_bytes(content)
+
+
+def test_damage_within_a_table_is_placed(tmp_path):
+    table = pa.table({"a": [f"{number:050}" for number in range(8000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
+    damage(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet#\d{4}: the file is damaged from this row on"):
+        read(tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=1000)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.arrow#\d000: the file is damaged from this row on"):
+        read(tmp_path / "a.arrow")
+
+
+def test_columns_that_repeat_in_a_table_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(DataError, match=rf"{name}: columns repeat: a"):
+            read(tmp_path / name)
+
+
+def test_texts_of_a_table_that_are_not_utf8(tmp_path):
+    offsets, content = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")
+    pq.write_table(
+        pa.table({"a": pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match=r"a\.parquet#1: a text that is not valid UTF-8: byte 0xff"):
+        read(tmp_path / "a.parquet")
+    assert [type(row).__name__ for row in scan_rows(locate(str(tmp_path / "a.parquet")))] == ["RawRow", "BadRow"]
+
+
+def test_a_table_without_rows(tmp_path):
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="holds no rows"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_rows_are_read_one_after_the_other(tmp_path, name):
+    """A file of 20 MB takes a small part of that in memory, and its first row is there at once."""
+    rows = [{"prompt": f"{number:01000}", "completion": "x"} for number in range(20_000)]
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "a.csv":
+        path.write_text("prompt,completion\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    elif name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
+    else:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table, max_chunksize=1000)
+    del rows
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(locate(str(path)))) == 20_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 def test_a_saved_dataset_is_read_in_order(tmp_path):
@@ -433,3 +517,72 @@ def test_the_libraries_bars_are_as_before(hub):
     before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     list(read_rows(locate("owner/name:main", split="train")))
     assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
+
+
+# --- the hub's local cache
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Write files into the cached snapshot of `owner/name`, at a commit and the names that stand for it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def put(files, commit=COMMIT, names=("main",)):
+        folder = tmp_path / "datasets--owner--name"
+        for name in names:
+            write(folder / "refs" / name, commit)
+        for name, rows in files.items():
+            write(folder / "snapshots" / commit / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    return put
+
+
+def test_a_cached_snapshot_is_read_by_revision_and_split(cached):
+    cached({"data/train-00000-of-00001.jsonl": [{"a": 1}], "data/test-00000-of-00001.jsonl": [{"a": 2}, {"a": 3}]})
+    cached({"train.jsonl": [{"a": 9}]}, commit=COMMIT[::-1], names=("v2",))
+    assert [(row.where, row.fields["a"]) for row in read("owner/name", split="test")] == [
+        ("owner/name/test#0", 2),
+        ("owner/name/test#1", 3),
+    ]
+    assert fields("owner/name@v2") == fields("owner/name", revision=COMMIT[::-1]) == [{"a": 9}]
+    with pytest.raises(DataError, match="several splits: test, train"):
+        read("owner/name")
+    with pytest.raises(DataError, match="no split 'dev'; found: test, train"):
+        read("owner/name", split="dev")
+
+
+def test_splits_of_a_snapshot_are_named_as_datasets_names_them(cached):
+    cached({"questions_dev.jsonl": [{"a": 1}], "qa-eval.jsonl": [{"a": 2}], "extra.jsonl": [{"a": 3}]})
+    assert fields("owner/name", split="validation") == [{"a": 1}]
+    assert fields("owner/name", split="test") == [{"a": 2}]
+
+
+def test_files_of_no_split_are_for_training(cached):
+    cached({"one.jsonl": [{"a": 1}], "two.jsonl": [{"a": 2}]})
+    assert [row.where for row in read("owner/name", split="train")] == ["owner/name/train#0", "owner/name/train#1"]
+    assert fields("owner/name") == [{"a": 1}, {"a": 2}]
+
+
+def test_a_configuration_of_a_snapshot_is_a_folder(cached):
+    cached({"main/train.jsonl": [{"a": 1}], "other/train.jsonl": [{"a": 2}]})
+    assert fields("owner/name:other") == [{"a": 2}]
+
+
+def test_a_snapshot_that_is_there_in_part(cached):
+    cached({"data/train-00001-of-00002.jsonl": [{"a": 1}]})
+    with pytest.raises(UnavailableError, match="1 of 2 files of its split train are there"):
+        read("owner/name")
+
+
+def test_a_bad_row_of_a_snapshot_is_named_by_its_line(cached, tmp_path):
+    cached({"train.jsonl": [{"a": 1}]})
+    path = tmp_path / "datasets--owner--name" / "snapshots" / COMMIT / "train.jsonl"
+    path.write_text(path.read_text() + "oops\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:2: not valid JSON"):
+        read("owner/name")

@@ -1,0 +1,76 @@
+"""How a stage shows rows to a model: with which template, on record, and the same in evaluation as in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from p2d_cli.config import EvalConfig, RowOptions
+from p2d_cli.data.prompts import PromptTemplate, resolve_template
+from p2d_cli.errors import ArtifactError
+from p2d_cli.stages.execution import StageRun, trained_prompt
+
+
+def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> PromptTemplate:
+    """Choose the stage's template, and put it on record in the manifest's summary.
+
+    An evaluation shows what the model was trained with, where that is known and neither `--template` nor
+    `--chat-template` says otherwise.
+
+    Raises:
+        ArtifactError: an evaluation that would show something else.
+        DataError: a chat template that cannot be read.
+        UsageError: there is no chat template, and one is asked for.
+    """
+    trained = trained_prompt(job)
+    chat_file = None if config.chat_template is None else Path(config.chat_template).expanduser()
+    adopts_plain = trained is not None and trained["name"] == "plain" and chat_file is None
+    requested = "plain" if adopts_plain and config.template == "auto" else config.template
+    template = resolve_template(tokenizer, requested, chat_file=chat_file)
+    origin = "tokenizer" if chat_file is None else chat_file.name
+    shown = {
+        "name": template.name,
+        "digest": template.digest,
+        "origin": origin if template.name == "chat" else None,
+        "system": job.system,
+    }
+    job.facts["template"] = shown
+    if isinstance(config, EvalConfig) and trained is not None and not config.allow_template_mismatch:
+        _ensure_same_prompt(trained, shown, config.adapter or config.model)
+    _tell_differences(job, shown)
+    return template
+
+
+def describe_prompt(shown: dict[str, Any]) -> str:
+    """Return what a manifest records of a template in a few words."""
+    origin = "the tokenizer's" if shown["origin"] == "tokenizer" else shown["origin"]
+    text = "plain text" if shown["name"] == "plain" else f"chat template {shown['digest'][:12]} ({origin})"
+    return f"{text}, " + ("no system prompt" if shown["system"] is None else f"system prompt {shown['system']!r:.80}")
+
+
+def _what_differs(trained: dict[str, Any], shown: dict[str, Any]) -> list[str]:
+    return [key for key in ("digest", "system") if trained[key] != shown[key]]
+
+
+def _ensure_same_prompt(trained: dict[str, Any], shown: dict[str, Any], spec: str) -> None:
+    differs = _what_differs(trained, shown)
+    if not differs:
+        return
+    templates = {"plain": "--template plain", "tokenizer": "--template chat without --chat-template"}
+    known = templates.get(trained["origin"] or "plain", f"--chat-template with the file {trained['origin']}")
+    system = "--system '' for none" if trained["system"] is None else f"--system {trained['system']!r}"
+    advice = " and ".join([known] * ("digest" in differs) + [system] * ("system" in differs))
+    raise ArtifactError(
+        f"{spec} was trained with other prompts than this evaluation would show\n"
+        f"  trained with: {describe_prompt(trained)}\n  eval shows:   {describe_prompt(shown)}",
+        hint=f"give {advice}; or --allow-template-mismatch to evaluate it all the same",
+    )
+
+
+def _tell_differences(job: StageRun[Any], shown: dict[str, Any]) -> None:
+    """Note where the heads or rows of an earlier stage were found with other prompts."""
+    for name in ("heads", "data"):
+        made = job.manifests[name].summary.get("template") if name in job.manifests else None
+        if made is not None and _what_differs(made, shown):
+            told = f"--{name} was made with {describe_prompt(made)}; this stage shows {describe_prompt(shown)}"
+            job.progress.note(told)
