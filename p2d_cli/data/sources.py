@@ -536,6 +536,8 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
     if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)):
         yield from _read_cached(source, *cached)
         return
+    if constants.HF_HUB_OFFLINE and source.revision is not None:
+        raise _unavailable(source, f"its revision {source.revision} is not in the local cache", offline=True)
     import datasets
 
     # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.

@@ -259,7 +259,7 @@ TRIMS = {"trimming", "llama-2"}
 
 
 @pytest.mark.parametrize("name", ANSWER)
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(contents=EXCHANGES, system=st.none() | TEXT)
 def test_what_is_learnt_is_every_answer_with_its_end(tokenizer_of, conversation_of, name, contents, system):
     tokenizer = tokenizer_of(name, "bos")
@@ -283,7 +283,7 @@ def test_what_is_learnt_is_every_answer_with_its_end(tokenizer_of, conversation_
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-2"])
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(contents=EXCHANGES, system=st.none() | TEXT)
 def test_each_answer_follows_what_inference_would_have_shown(tokenizer_of, conversation_of, name, contents, system):
     tokenizer = tokenizer_of(name)
@@ -295,7 +295,7 @@ def test_each_answer_follows_what_inference_would_have_shown(tokenizer_of, conve
 
 
 @pytest.mark.parametrize("name", ["chatml", "trimming", "llama-2", None])
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(contents=EXCHANGES, max_length=st.integers(2, 120))
 def test_cutting_keeps_labels_on_their_tokens_and_counts_what_is_lost(
     tokenizer_of, conversation_of, name, contents, max_length

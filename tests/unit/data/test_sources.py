@@ -441,6 +441,7 @@ def hub(monkeypatch):
     def load(repo, config, *, split, revision):
         return splits if split is None else splits[split]
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -578,6 +579,12 @@ def test_a_snapshot_that_is_there_in_part(cached):
     cached({"data/train-00001-of-00002.jsonl": [{"a": 1}]})
     with pytest.raises(UnavailableError, match="1 of 2 files of its split train are there"):
         read("owner/name")
+
+
+def test_another_revision_than_the_cached_one_is_not_taken_for_it(cached):
+    cached({"train.jsonl": [{"a": 1}]})
+    with pytest.raises(UnavailableError, match="revision v3 is not in the local cache"):
+        read("owner/name@v3")
 
 
 def test_a_bad_row_of_a_snapshot_is_named_by_its_line(cached, tmp_path):
