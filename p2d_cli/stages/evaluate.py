@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
 
 def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import load_adapter
+    from p2d_cli.stages.row_scoring import generate_answers
     from p2d_cli.stages.workbench import open_workbench
 
     config = job.config
@@ -99,7 +100,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     notes: dict[str, Any] = {}
     with job.timer.phase("evaluate"):
         if generated := [name for name in config.metric if name in GENERATED]:
-            columns["prediction"] = _generate(job, bench, records)
+            columns["prediction"] = generate_answers(job, bench, records)
             _judge(config, generated, columns, metrics, notes)
         if "accuracy" in config.metric:
             _choose(job, bench, records, inputs.choices, columns, metrics)
@@ -125,26 +126,6 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
 
 def _position(config: EvalConfig, name: str) -> tuple[int, str]:
     return config.metric.index(name.removesuffix("_strict")), name
-
-
-def _generate(job: StageRun[EvalConfig], bench: Any, records: Sequence[Record]) -> list[str]:
-    """Answer every row greedily."""
-    from p2d_cli.modeling.generation import generate_greedy
-
-    config = job.config
-    room = max(1, bench.max_length - config.max_new_tokens)
-    prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
-    answers = [""] * len(records)
-    with job.progress.task("answer rows", len(records)) as advance:
-        batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
-        for indices, texts, new_tokens in generate_greedy(
-            bench.model, bench.tokenizer, prompts, batches, max_new_tokens=config.max_new_tokens, stop=config.stop
-        ):
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
-            bench.tokens += new_tokens + sum(len(prompts[index]) for index in indices)
-            advance(len(indices))
-    return answers
 
 
 def _judge(
@@ -176,9 +157,7 @@ def _choose(
     metrics: dict[str, MetricValue],
 ) -> None:
     """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
-    from dataclasses import replace
-
-    from p2d_cli.modeling.generation import score_completions
+    from p2d_cli.stages.row_scoring import weigh_completions
 
     offered: list[tuple[str, ...]] = []
     for record in records:
@@ -194,14 +173,7 @@ def _choose(
         for record, options in zip(records, offered, strict=True)
         for option in options
     ]
-    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(variants)]
-    likelihood = np.zeros(len(variants))
-    with job.progress.task("weigh choices", len(variants)) as advance:
-        batches = bench.batches([len(ids) for ids, _ in examples])
-        for group, sums, _ in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
-            likelihood[group] = sums
-            bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
-            advance(len(group))
+    likelihood, _ = weigh_completions(job, bench, "weigh choices", variants)
     chosen, start = [], 0
     for options in offered:
         chosen.append(options[int(np.argmax(likelihood[start : start + len(options)]))])
@@ -221,17 +193,11 @@ def _perplexity(
     metrics: dict[str, MetricValue],
 ) -> None:
     """Perplexity of the reference completions, over all their tokens; the interval resamples rows."""
-    from p2d_cli.modeling.generation import score_completions
+    from p2d_cli.stages.row_scoring import weigh_completions
 
-    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(records)]
-    sums_N, counts_N = np.zeros(len(records)), np.zeros(len(records))
-    with job.progress.task("weigh references", len(records)) as advance:
-        batches = bench.batches([len(ids) for ids, _ in examples])
-        for group, sums, counts in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
-            sums_N[group], counts_N[group] = sums, counts
-            advance(len(group))
+    sums_N, counts_N = weigh_completions(job, bench, "weigh references", records)
     columns["log_likelihood"] = sums_N.tolist()
-    columns["completion_tokens"] = counts_N.astype(int).tolist()
+    columns["completion_tokens"] = counts_N.tolist()
     rng = generator(job.config.seed, "eval", "bootstrap", "perplexity")
     picks = rng.integers(len(records), size=(2000, len(records)))
     resampled = np.exp(-sums_N[picks].sum(axis=1) / counts_N[picks].sum(axis=1))
