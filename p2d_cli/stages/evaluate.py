@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,32 +157,26 @@ def _choose(
     metrics: dict[str, MetricValue],
 ) -> None:
     """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
-    from p2d_cli.stages.row_scoring import weigh_completions
+    from p2d_cli.stages.row_scoring import weigh_choices
 
-    offered: list[tuple[str, ...]] = []
-    for record in records:
-        options = record.choices or choices
-        if not options:
-            raise DataError(
-                f"{record.where}: the metric accuracy needs choices, and the row has none",
-                hint="add a column 'choices', or give --choices FILE with a JSON list",
-            )
-        offered.append(options)
-    variants = [
-        replace(record, completion=option)
-        for record, options in zip(records, offered, strict=True)
-        for option in options
-    ]
-    likelihood, _ = weigh_completions(job, bench, "weigh choices", variants)
-    chosen, start = [], 0
-    for options in offered:
-        chosen.append(options[int(np.argmax(likelihood[start : start + len(options)]))])
-        start += len(options)
+    offered = [_offered(record, choices) for record in records]
+    weights = weigh_choices(job, bench, records, offered)
+    chosen = [options[int(np.argmax(weight))] for options, weight in zip(offered, weights, strict=True)]
     columns["choice"] = chosen
     columns["accuracy"] = [
         float(choice == reference.strip()) for choice, reference in zip(chosen, columns["reference"], strict=True)
     ]
     metrics["accuracy"] = _mean_with_interval(job.config, "accuracy", np.array(columns["accuracy"]))
+
+
+def _offered(record: Record, choices: tuple[str, ...] | None) -> tuple[str, ...]:
+    options = record.choices or choices
+    if not options:
+        raise DataError(
+            f"{record.where}: the metric accuracy needs choices, and the row has none",
+            hint="add a column 'choices', or give --choices FILE with a JSON list",
+        )
+    return options
 
 
 def _perplexity(

@@ -131,3 +131,23 @@ def test_force_and_other_settings_start_anew(p2d, words, work, again, tmp_path, 
     assert resumed.code == 0
     assert "were finished before" not in resumed.said
     assert not unfinished(tmp_path)
+
+
+@pytest.mark.parametrize("work", EVALUATION)
+def test_another_token_budget_gives_the_same_results(p2d, words, work, tmp_path, monkeypatch):
+    """Other batches than those of the interrupted run are computed anew, whichever way rows are numbered in them."""
+    add = Journal.add
+
+    def add_and_stop(self, *arguments, **costs):
+        add(self, *arguments, **costs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_stop)
+        assert p2d(*words(work, "resumed")).code == 130
+    assert p2d(*words(work, "resumed"), "--token-budget", 36).code == 0
+    assert p2d(*words(work, "undisturbed")).code == 0
+    tables = [results(tmp_path / name)[0]["predictions.parquet"] for name in ("resumed", "undisturbed")]
+    likelihoods = [table.pop("log_likelihood", [0.0]) for table in tables]
+    assert tables[0] == tables[1]
+    assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
