@@ -16,7 +16,15 @@ from p2d_cli.artifacts.evaluation import save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.core.metrics import bootstrap_interval, exact_match, number_match, rouge_l, token_f1
+from p2d_cli.core.metrics import (
+    bootstrap_interval,
+    corpus_perplexity,
+    exact_match,
+    number_match,
+    perplexity_interval,
+    rouge_l,
+    token_f1,
+)
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError
@@ -193,12 +201,9 @@ def _perplexity(
     columns["log_likelihood"] = sums_N.tolist()
     columns["completion_tokens"] = counts_N.tolist()
     rng = generator(job.config.seed, "eval", "bootstrap", "perplexity")
-    picks = rng.integers(len(records), size=(2000, len(records)))
-    resampled = np.exp(-sums_N[picks].sum(axis=1) / counts_N[picks].sum(axis=1))
-    tail = (1 - job.config.confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    value = float(np.exp(-sums_N.sum() / counts_N.sum()))
-    metrics["perplexity"] = MetricValue(value=value, low=float(low), high=float(high), count=len(records))
+    low, high = perplexity_interval(sums_N, counts_N, confidence=job.config.confidence, rng=rng)
+    value = corpus_perplexity(float(sums_N.sum()), int(counts_N.sum()))
+    metrics["perplexity"] = MetricValue(value=value, low=low, high=high, count=len(records))
 
 
 def _mean_with_interval(config: EvalConfig, name: str, values: NDArray[np.float64]) -> MetricValue:
