@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+import re
+import string
 from decimal import Decimal
 from itertools import combinations
 
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from p2d_cli.core import metrics
@@ -94,6 +96,57 @@ def test_overlap_metrics_are_symmetric_bounded_and_one_for_equal_text(metric, a:
         assert metric(a, a) == 1.0
 
 
+# Words, articles, punctuation, letters beyond ASCII, and other white space.
+_texts = st.lists(
+    st.sampled_from(
+        ["the", "A", "an", "cat", "Cat's", "dog", "dog-dog", "x1", "é", "ÉCOLE", "naïve", "«7»", "...", "_", "\n"]
+    )
+    | st.text(max_size=3),
+    max_size=8,
+).map(" ".join)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_rouge_l_is_that_of_the_package_rouge_score(a: str, b: str):
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    expected = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False).score(target=b, prediction=a)
+    assert rouge_l(a, b) == pytest.approx(expected["rougeL"].fmeasure)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_exact_match_is_that_of_lm_eval_but_for_white_space(a: str, b: str):
+    lm_eval_metrics = pytest.importorskip("lm_eval.api.metrics")
+    a_plain, b_plain = (" ".join(text.split()) for text in (a, b))
+    # numpy, which lm-eval compares with, drops NULs at the end of a text.
+    assume("\0" not in a + b)
+    expected = lm_eval_metrics.exact_match_hf_evaluate(predictions=[a_plain], references=[b_plain])["exact_match"]
+    assert exact_match(a, b) == exact_match(b, a) == bool(expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_token_f1_is_the_harmonic_mean_of_precision_and_recall(a: str, b: str):
+    """Words are crossed off one by one, as SQuAD's definition has it."""
+    articles = {"a", "an", "the"}
+    bare = ["".join(c for c in text.lower() if c not in string.punctuation).split() for text in (a, b)]
+    assume(not any(articles & set(re.split(r"\W", word)) for words in bare for word in words if word not in articles))
+    predicted, expected = ([word for word in words if word not in articles] for words in bare)
+    left, common = list(expected), 0
+    for word in predicted:
+        if word in left:
+            left.remove(word)
+            common += 1
+    if not predicted or not expected:
+        assert token_f1(a, b) == float(predicted == expected)
+    elif common == 0:
+        assert token_f1(a, b) == 0.0
+    else:
+        precision, recall = common / len(predicted), common / len(expected)
+        assert token_f1(a, b) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -164,6 +217,24 @@ def test_strict_parsing_takes_the_number_after_the_last_mark(text: str, expected
 def test_parsing_reads_back_what_formatting_wrote(value: Decimal):
     for text in (f"{value:,}", f"{value}", f"so it is {value:,} %."):
         assert parse_number(text, "flexible") == value
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("1,234", "1234"),
+        ("-3", "−3"),
+        ("$5", "5.00"),
+        ("$1,234.50", "1234.5"),
+        ("7.0", "7"),
+        ("it costs 70", "#### 70"),
+        ("#### -$5", "#### -5"),
+    ],
+)
+def test_numbers_match_however_they_are_written(prediction: str, reference: str):
+    assert number_match(prediction, reference, "flexible") is True
+    assert number_match(f"8\n#### {prediction.removeprefix('#### ')}", reference, "flexible") is True
+    assert number_match(f"{prediction}1", reference, "flexible") is False
 
 
 def test_number_match_says_when_a_prediction_cannot_be_read():
