@@ -36,3 +36,17 @@ def load_metrics(folder: Path) -> dict[str, MetricValue]:
         return {name: MetricValue(**metric) for name, metric in values.items()}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d eval") from None
+
+
+def load_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Read `predictions.parquet`, a dictionary an example.
+
+    Raises:
+        ArtifactError: the file is missing or not a Parquet table.
+    """
+    path = folder / PREDICTIONS_NAME
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as problem:
+        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d eval") from None
+    return rows

@@ -86,6 +86,17 @@ class Journal:
             self._flushed = time.monotonic()
 
 
+def pack_texts(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """Return texts as an array that a journal can hold."""
+    return np.frombuffer(json.dumps(list(texts)).encode("ascii"), dtype=np.uint8)
+
+
+def unpack_texts(packed: NDArray[np.uint8]) -> list[str]:
+    """Return the texts that `pack_texts` took."""
+    texts: list[str] = json.loads(packed.tobytes())
+    return texts
+
+
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the sound lines at the start of a journal, and how many bytes they take."""
     if not path.exists():

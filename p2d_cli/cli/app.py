@@ -8,7 +8,7 @@ import typer
 from pydantic import Field
 
 from p2d_cli import __version__
-from p2d_cli.cli.commands import guarded, inspect_command, run_body, stage_body
+from p2d_cli.cli.commands import compare_command, guarded, inspect_command, run_body, stage_body
 from p2d_cli.cli.options import command_for
 from p2d_cli.config import REQUIRED, STAGE_CONFIGS, StageConfig, setting
 from p2d_cli.errors import EXIT_CODES
@@ -78,3 +78,4 @@ app.command("run", rich_help_panel="Tools")(
     )
 )
 app.command("inspect", rich_help_panel="Tools")(guarded(inspect_command))
+app.command("compare", rich_help_panel="Tools")(guarded(compare_command))

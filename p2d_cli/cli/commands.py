@@ -15,11 +15,13 @@ import typer
 
 from p2d_cli.cli.options import Invocation
 from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
-from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError
+from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError, UsageError
 from p2d_cli.pipeline import stage_named
 
 Parameters = ParamSpec("Parameters")
 DEBUG_VARIABLE = "P2D_DEBUG"
+CHANGED_ROWS = 5
+"""How many `compare` shows unless asked for more."""
 
 
 def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -153,3 +155,27 @@ def inspect_command(
         print_extremes(list(found.last_rows), "last rows chosen")
     for warning in found.warnings:
         err.print(f"[yellow]warning:[/] {warning}")
+
+
+def compare_command(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one, of the same rows.", metavar="B")],
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=0, metavar="N", help="Show so many changed rows (default 5, with --json all)."),
+    ] = None,
+    confidence: Annotated[float, typer.Option("--confidence", help="Level of the bootstrap intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Compare two evaluations of the same rows: paired differences with intervals, and the rows that changed."""
+    from p2d_cli.cli.render import comparison_document, print_comparison, print_json
+    from p2d_cli.stages.comparison import compare
+
+    if not 0.0 < confidence < 1.0:
+        raise UsageError(f"--confidence {confidence} is not between 0 and 1")
+    found = compare(first, second, confidence=confidence, seed=seed)
+    if json:
+        print_json(comparison_document(found, rows))
+    else:
+        print_comparison(found, CHANGED_ROWS if rows is None else rows)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from p2d_cli.errors import P2DError
 from p2d_cli.runtime.distributed import is_main_process
 from p2d_cli.runtime.progress import Advance, SilentProgress
 from p2d_cli.runtime.progress import Progress as ProgressProtocol
+from p2d_cli.stages.comparison import ChangedRow, Comparison
 from p2d_cli.stages.execution import StageResult
 from p2d_cli.stages.templates import describe_prompt
 
@@ -311,3 +313,47 @@ def print_extremes(rows: list[tuple[str, float, str]], title: str) -> None:
     for identifier, score, text in rows:
         shown = " ".join(text.split())[: max(20, out.width - 32)]
         out.print(f"  {score:>10.4g}  {escape(identifier)}  [dim]{escape(shown)}[/]", overflow="ellipsis", no_wrap=True)
+
+
+# --- compare
+
+
+def comparison_document(found: Comparison, rows: int | None) -> dict[str, Any]:
+    """Return a comparison for `--json`, with the first `rows` changed rows, or all."""
+    document = asdict(found)
+    return document | {"changed_rows": len(found.changed), "changed": document["changed"][:rows]}
+
+
+def print_comparison(found: Comparison, rows: int) -> None:
+    """Write a comparison: a line a metric, and the first `rows` rows that changed."""
+    out.print(Text.assemble(("A", "bold"), f"  {found.first}"), soft_wrap=True)
+    out.print(Text.assemble(("B", "bold"), f"  {found.second}"), soft_wrap=True)
+    made = f", made with another {escape(', '.join(found.differences))}" if found.differences else ""
+    out.print(f"{found.rows} rows{made}\n")
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in ("metric", "A", "B", "B - A", f"{found.confidence:.0%} interval", "won", "lost"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading != "metric")
+    for name, metric in found.metrics.items():
+        values = (f"{metric.first:.4f}", f"{metric.second:.4f}", f"{metric.difference:+.4f}")
+        sure = "*" if metric.low > 0 or metric.high < 0 else " "
+        interval = f"[{metric.low:+.4f}, {metric.high:+.4f}]{sure}"
+        table.add_row(name, *values, interval, str(metric.won), str(metric.lost))
+    out.print(table)
+    out.print("won, lost: rows on which B is better, worse; * the interval excludes 0", style="dim")
+    if found.left_out:
+        out.print(f"not compared: {escape(', '.join(found.left_out))}", style="dim")
+    out.print(f"\n[bold]{len(found.changed)} of {found.rows} rows changed[/]")
+    for row in found.changed[:rows]:
+        _print_changed_row(row)
+    if (hidden := len(found.changed) - rows) > 0:
+        out.print(f"  {hidden} more: --rows {len(found.changed)} shows all, --json too", style="dim")
+
+
+def _print_changed_row(row: ChangedRow) -> None:
+    changes = ", ".join(f"{name} {before:.4g} -> {after:.4g}" for name, (before, after) in row.changes.items())
+    out.print(Text.assemble(f"  {row.id}  ", (changes, "dim")), soft_wrap=True)
+    texts = {"prompt": row.prompt, "reference": row.reference, "A": row.answers[0], "B": row.answers[1]}
+    for name, text in texts.items():
+        if text is not None:
+            shown = " ".join(text.split())
+            out.print(Text.assemble((f"    {name:<10} ", "dim"), shown), overflow="ellipsis", no_wrap=True)

@@ -6,7 +6,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
@@ -115,39 +116,142 @@ def bootstrap_interval(
         (low, high); (nan, nan) if there are no values or one is nan.
     """
     scores = np.asarray(values, dtype=np.float64).ravel()
-    if not 0.0 < confidence < 1.0 or resamples < 1:
-        raise ValueError(f"a bootstrap of {resamples} resamples at level {confidence} is not possible")
-    if scores.size == 0 or np.isnan(scores).any():
-        return math.nan, math.nan
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(_resampled_means(scores, resamples, rng), [tail, 1.0 - tail])
-    return float(low), float(high)
+    _check_bootstrap(confidence, resamples)
+    means = _joined(scores[drawn].mean(axis=1) for drawn in _resampled_rows(scores.size, resamples, rng))
+    return _percentiles(means, confidence)
 
 
-def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Return the mean of `a - b` over the same rows, with its percentile bootstrap interval.
+def perplexity_interval(
+    logprobs: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a corpus perplexity, whose rows are resampled.
 
     Args:
-        a: Scores of one run, [n].
-        b: Scores of the other on the same rows, [n].
+        logprobs: Log-likelihood of each row, in nats, [n].
+        tokens: Number of tokens that each is the sum of, [n].
         confidence: Level of the interval, in (0, 1).
         resamples: Resamples of n rows with replacement.
         rng: Source of the resamples.
 
     Returns:
-        (difference, low, high); all nan if there are no rows.
+        (low, high); (nan, nan) if there are no rows or one is nan.
+    """
+    _check_bootstrap(confidence, resamples)
+    logprob_n, tokens_n = _as_pairs(logprobs, tokens)
+    drawn = _resampled_rows(logprob_n.size, resamples, rng)
+    return _percentiles(_joined(_perplexities(logprob_n, tokens_n, rows) for rows in drawn), confidence)
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One metric of two runs on the same rows."""
+
+    first: float
+    second: float
+    difference: float
+    """`second - first`."""
+    low: float
+    """The interval of the difference; both bounds are nan without rows."""
+    high: float
+    won: int
+    """Rows on which the second run is better."""
+    lost: int
+    count: int
+    """Rows that both runs were scored on."""
+
+
+def compare_means(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    lower_is_better: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    rng: np.random.Generator,
+) -> PairedComparison:
+    """Compare two runs by the means of their scores, with the percentile bootstrap interval of the difference.
+
+    Rows are resampled jointly: what makes a row hard for both runs cancels out of their difference.
+
+    Args:
+        first: Scores of one run, [n].
+        second: Scores of the other on the same rows, [n].
+        lower_is_better: Whether a lower score wins a row.
+        confidence: Level of the interval, in (0, 1).
+        resamples: Resamples of n rows with replacement.
+        rng: Source of the resamples.
 
     Raises:
         DataError: the two runs were scored on different numbers of rows.
     """
-    first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
-    if first.size != second.size:
-        raise DataError(f"comparing two runs row by row: expected the same rows, found {first.size} and {second.size}")
-    differences = first - second
-    low, high = bootstrap_interval(differences, confidence=confidence, resamples=resamples, rng=rng)
-    return (float(differences.mean()) if differences.size else math.nan), low, high
+    scores_2n = _as_pairs(first, second)
+    difference_n = scores_2n[1] - scores_2n[0]
+    low, high = bootstrap_interval(difference_n, confidence=confidence, resamples=resamples, rng=rng)
+    means = scores_2n.mean(axis=1) if difference_n.size else np.full(2, math.nan)
+    gain_n = -difference_n if lower_is_better else difference_n
+    return PairedComparison(
+        first=float(means[0]),
+        second=float(means[1]),
+        difference=float(difference_n.mean()) if difference_n.size else math.nan,
+        low=low,
+        high=high,
+        won=int((gain_n > 0).sum()),
+        lost=int((gain_n < 0).sum()),
+        count=difference_n.size,
+    )
+
+
+def compare_perplexities(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    first_tokens: ArrayLike,
+    second_tokens: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    rng: np.random.Generator,
+) -> PairedComparison:
+    """Compare two runs by their corpus perplexities, which are no means over rows.
+
+    Each resample draws rows for both runs and takes the perplexity of all their tokens. A row is won by the higher
+    log-likelihood.
+
+    Args:
+        first: Log-likelihood of each row's reference in one run, in nats, [n].
+        second: The same in the other, [n].
+        first_tokens: Numbers of tokens that were scored, [n].
+        second_tokens: The same in the other run; two tokenizers may differ in them.
+        confidence: Level of the interval, in (0, 1).
+        resamples: Resamples of n rows with replacement.
+        rng: Source of the resamples.
+
+    Raises:
+        DataError: the runs were scored on different numbers of rows.
+    """
+    logprob_2n, tokens_2n = _as_pairs(first, second), _as_pairs(first_tokens, second_tokens)
+    gain_n = logprob_2n[1] - logprob_2n[0]
+    _check_bootstrap(confidence, resamples)
+    values = [corpus_perplexity(float(logprob_2n[run].sum()), int(tokens_2n[run].sum())) for run in (0, 1)]
+    differences = _joined(
+        _perplexities(logprob_2n[1], tokens_2n[1], rows) - _perplexities(logprob_2n[0], tokens_2n[0], rows)
+        for rows in _resampled_rows(gain_n.size, resamples, rng)
+    )
+    low, high = _percentiles(differences, confidence)
+    return PairedComparison(
+        first=values[0],
+        second=values[1],
+        difference=values[1] - values[0],
+        low=low,
+        high=high,
+        won=int((gain_n > 0).sum()),
+        lost=int((gain_n < 0).sum()),
+        count=gain_n.size,
+    )
 
 
 def corpus_perplexity(sum_logprob: float, num_tokens: int) -> float:
@@ -193,11 +297,41 @@ def _shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _resampled_means(scores: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    rows_at_once = max(1, _BOOTSTRAP_ENTRIES // scores.size)
-    means = np.empty(resamples, dtype=np.float64)
-    for start in range(0, resamples, rows_at_once):
-        stop = min(start + rows_at_once, resamples)
-        drawn = rng.integers(0, scores.size, size=(stop - start, scores.size))
-        means[start:stop] = scores[drawn].mean(axis=1)
-    return means
+def _check_bootstrap(confidence: float, resamples: int) -> None:
+    if not 0.0 < confidence < 1.0 or resamples < 1:
+        raise ValueError(f"a bootstrap of {resamples} resamples at level {confidence} is not possible")
+
+
+def _resampled_rows(count: int, resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Draw rows with replacement, a few resamples at a time; nothing without rows."""
+    at_once = max(1, _BOOTSTRAP_ENTRIES // max(count, 1))
+    for start in range(0, resamples if count else 0, at_once):
+        yield rng.integers(0, count, size=(min(at_once, resamples - start), count))
+
+
+def _joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate([np.empty(0), *parts])
+
+
+def _perplexities(
+    logprob_n: NDArray[np.float64], tokens_n: NDArray[np.float64], drawn_Rn: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        mean_R = logprob_n[drawn_Rn].sum(axis=1) / tokens_n[drawn_Rn].sum(axis=1)
+        return np.asarray(np.exp(-mean_R))
+
+
+def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    if values.size == 0 or np.isnan(values).any():
+        return math.nan, math.nan
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(values, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def _as_pairs(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    """Return two runs' values as `[2, n]`."""
+    a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
+    if a.size != b.size:
+        raise DataError(f"comparing two runs row by row: expected the same rows, found {a.size} and {b.size}")
+    return np.stack([a, b])

@@ -135,10 +135,11 @@ def completion_log_likelihood(
     return logprob_BT.sum(dim=1), scored_BT.sum(dim=1)
 
 
+def log_normalizer(logits_nV: Tensor) -> Tensor:
+    """Return what to subtract from logits for log-probabilities, `[n]` float32, with few rows in fp32 at a time."""
+    return torch.cat([logits.float().logsumexp(dim=1) for logits in torch.split(logits_nV, _ROWS_IN_FP32)])
+
+
 def _logprob_of(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
-    """Log-softmax at the targets, `[n]` float32, with few rows in fp32 at a time."""
-    parts = []
-    for logits, targets in zip(*(torch.split(x, _ROWS_IN_FP32) for x in (logits_nV, targets_n)), strict=True):
-        upcast = logits.float()
-        parts.append(upcast.gather(1, targets[:, None])[:, 0] - upcast.logsumexp(dim=1))
-    return torch.cat(parts)
+    """Log-softmax at the targets, `[n]` float32."""
+    return logits_nV.gather(1, targets_n[:, None])[:, 0].float() - log_normalizer(logits_nV)

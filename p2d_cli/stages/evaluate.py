@@ -16,7 +16,15 @@ from p2d_cli.artifacts.evaluation import save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.core.metrics import bootstrap_interval, exact_match, number_match, rouge_l, token_f1
+from p2d_cli.core.metrics import (
+    bootstrap_interval,
+    corpus_perplexity,
+    exact_match,
+    number_match,
+    perplexity_interval,
+    rouge_l,
+    token_f1,
+)
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError
@@ -81,6 +89,7 @@ def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
 
 def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import load_adapter
+    from p2d_cli.stages.row_scoring import generate_answers
     from p2d_cli.stages.workbench import open_workbench
 
     config = job.config
@@ -99,7 +108,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     notes: dict[str, Any] = {}
     with job.timer.phase("evaluate"):
         if generated := [name for name in config.metric if name in GENERATED]:
-            columns["prediction"] = _generate(job, bench, records)
+            columns["prediction"] = generate_answers(job, bench, records)
             _judge(config, generated, columns, metrics, notes)
         if "accuracy" in config.metric:
             _choose(job, bench, records, inputs.choices, columns, metrics)
@@ -125,26 +134,6 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
 
 def _position(config: EvalConfig, name: str) -> tuple[int, str]:
     return config.metric.index(name.removesuffix("_strict")), name
-
-
-def _generate(job: StageRun[EvalConfig], bench: Any, records: Sequence[Record]) -> list[str]:
-    """Answer every row greedily."""
-    from p2d_cli.modeling.generation import generate_greedy
-
-    config = job.config
-    room = max(1, bench.max_length - config.max_new_tokens)
-    prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
-    answers = [""] * len(records)
-    with job.progress.task("answer rows", len(records)) as advance:
-        batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
-        for indices, texts, new_tokens in generate_greedy(
-            bench.model, bench.tokenizer, prompts, batches, max_new_tokens=config.max_new_tokens, stop=config.stop
-        ):
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
-            bench.tokens += new_tokens + sum(len(prompts[index]) for index in indices)
-            advance(len(indices))
-    return answers
 
 
 def _judge(
@@ -176,41 +165,26 @@ def _choose(
     metrics: dict[str, MetricValue],
 ) -> None:
     """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
-    from dataclasses import replace
+    from p2d_cli.stages.row_scoring import weigh_choices
 
-    from p2d_cli.modeling.generation import score_completions
-
-    offered: list[tuple[str, ...]] = []
-    for record in records:
-        options = record.choices or choices
-        if not options:
-            raise DataError(
-                f"{record.where}: the metric accuracy needs choices, and the row has none",
-                hint="add a column 'choices', or give --choices FILE with a JSON list",
-            )
-        offered.append(options)
-    variants = [
-        replace(record, completion=option)
-        for record, options in zip(records, offered, strict=True)
-        for option in options
-    ]
-    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(variants)]
-    likelihood = np.zeros(len(variants))
-    with job.progress.task("weigh choices", len(variants)) as advance:
-        batches = bench.batches([len(ids) for ids, _ in examples])
-        for group, sums, _ in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
-            likelihood[group] = sums
-            bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
-            advance(len(group))
-    chosen, start = [], 0
-    for options in offered:
-        chosen.append(options[int(np.argmax(likelihood[start : start + len(options)]))])
-        start += len(options)
+    offered = [_offered(record, choices) for record in records]
+    weights = weigh_choices(job, bench, records, offered)
+    chosen = [options[int(np.argmax(weight))] for options, weight in zip(offered, weights, strict=True)]
     columns["choice"] = chosen
     columns["accuracy"] = [
         float(choice == reference.strip()) for choice, reference in zip(chosen, columns["reference"], strict=True)
     ]
     metrics["accuracy"] = _mean_with_interval(job.config, "accuracy", np.array(columns["accuracy"]))
+
+
+def _offered(record: Record, choices: tuple[str, ...] | None) -> tuple[str, ...]:
+    options = record.choices or choices
+    if not options:
+        raise DataError(
+            f"{record.where}: the metric accuracy needs choices, and the row has none",
+            hint="add a column 'choices', or give --choices FILE with a JSON list",
+        )
+    return options
 
 
 def _perplexity(
@@ -221,24 +195,15 @@ def _perplexity(
     metrics: dict[str, MetricValue],
 ) -> None:
     """Perplexity of the reference completions, over all their tokens; the interval resamples rows."""
-    from p2d_cli.modeling.generation import score_completions
+    from p2d_cli.stages.row_scoring import weigh_completions
 
-    examples = [(example.input_ids, example.prompt_length) for example in bench.encode_examples(records)]
-    sums_N, counts_N = np.zeros(len(records)), np.zeros(len(records))
-    with job.progress.task("weigh references", len(records)) as advance:
-        batches = bench.batches([len(ids) for ids, _ in examples])
-        for group, sums, counts in score_completions(bench.model, examples, batches, bench.tokenizer.pad_token_id):
-            sums_N[group], counts_N[group] = sums, counts
-            advance(len(group))
+    sums_N, counts_N = weigh_completions(job, bench, "weigh references", records)
     columns["log_likelihood"] = sums_N.tolist()
-    columns["completion_tokens"] = counts_N.astype(int).tolist()
+    columns["completion_tokens"] = counts_N.tolist()
     rng = generator(job.config.seed, "eval", "bootstrap", "perplexity")
-    picks = rng.integers(len(records), size=(2000, len(records)))
-    resampled = np.exp(-sums_N[picks].sum(axis=1) / counts_N[picks].sum(axis=1))
-    tail = (1 - job.config.confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    value = float(np.exp(-sums_N.sum() / counts_N.sum()))
-    metrics["perplexity"] = MetricValue(value=value, low=float(low), high=float(high), count=len(records))
+    low, high = perplexity_interval(sums_N, counts_N, confidence=job.config.confidence, rng=rng)
+    value = corpus_perplexity(float(sums_N.sum()), int(counts_N.sum()))
+    metrics["perplexity"] = MetricValue(value=value, low=low, high=high, count=len(records))
 
 
 def _mean_with_interval(config: EvalConfig, name: str, values: NDArray[np.float64]) -> MetricValue:

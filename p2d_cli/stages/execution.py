@@ -364,16 +364,20 @@ def _kind_of(folder: Path) -> ArtifactKind:
     return kind  # type: ignore[no-any-return]  # read_manifest accepts no other kinds
 
 
+def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return what differs between the identities of two artifacts, as `setting limit` or `input data`."""
+    return [
+        f"{part[:-1]} {name}"
+        for part in ("settings", "inputs")
+        for name in sorted({*identity[part], *other.get(part, {})})
+        if identity[part].get(name) != other.get(part, {}).get(name)
+    ]
+
+
 def _changes(out: Path, identity: dict[str, Any]) -> str:
     """Say in what the artifact at `out` differs from the one that would be made."""
     try:
-        found = read_manifest(out).identity
+        differences = identity_differences(identity, read_manifest(out).identity)
     except ArtifactError:
         return "it is damaged"
-    differences = [
-        f"{part[:-1]} {name}"
-        for part in ("settings", "inputs")
-        for name in sorted({*identity[part], *found.get(part, {})})
-        if identity[part].get(name) != found.get(part, {}).get(name)
-    ]
     return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"

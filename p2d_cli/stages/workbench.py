@@ -134,23 +134,26 @@ def finish_batches(
     label: str,
     batches: Sequence[list[int]],
     compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
+    *,
+    phase: str = "score",
 ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
     """Compute batch after batch, each once: those that an interrupted run had finished are taken from its journal.
 
     The seconds and tokens that they cost then are charged now.
 
     Args:
-        job: the running stage; its `score` phase is charged.
+        job: the running stage.
         bench: counts the tokens.
         label: shown beside the bar.
         batches: row indices of each batch, and no row in two of them.
         compute: turns a batch into arrays.
+        phase: what the seconds are charged to.
 
     Yields:
         Each batch with its arrays, in order.
     """
     with (
-        job.timer.phase("score"),
+        job.timer.phase(phase),
         job.journal(label, batches) as journal,
         # Batches fill the same number of tokens, so their count tells the time that is left; that of rows does not.
         job.progress.task(f"{label}, batches", len(batches)) as advance,
@@ -166,7 +169,7 @@ def finish_batches(
                 journal.add(position, arrays, seconds=seconds, tokens=bench.tokens - tokens)
             else:
                 arrays = entry.arrays
-                job.timer.charge("score", entry.seconds)
+                job.timer.charge(phase, entry.seconds)
                 bench.tokens += entry.tokens
             advance(1)
             yield batch, arrays

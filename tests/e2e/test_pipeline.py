@@ -323,6 +323,29 @@ def test_all_metrics(p2d, tiny_folder, tmp_path):
     assert set(table["choice"].to_pylist()) <= {"#### 1", "#### 2"}
 
 
+def test_answers_without_a_number_are_wrong_and_counted(p2d, tiny_folder, tmp_path, monkeypatch):
+    answers = iter(["#### 1,234", "I make it $7.0", "no idea", "#### none, perhaps 3"])
+
+    def answer(_model, _tokenizer, _prompts, batches, **_settings):
+        return [(batches[0], [next(answers)], 1)]
+
+    monkeypatch.setattr("p2d_cli.stages.row_scoring.generate_greedy", answer)
+    data = tmp_path / "rows.jsonl"
+    references = ("#### 1234", "#### 7", "#### 5", "#### 3")
+    data.write_text("".join(json.dumps({"question": "?", "answer": text}) + "\n" for text in references))
+    done = p2d(
+        *("eval", "--model", tiny_folder, "--data", data, "--metric", "number_match", "--token-budget", 1),
+        *("--out", tmp_path / "e"),
+    )
+    assert done.code == 0, done.said
+    table = pq.read_table(tmp_path / "e" / "predictions.parquet").to_pydict()
+    assert sorted(zip(table["reference"], table["number_match"], table["number_match_strict"], strict=True)) == [
+        ("#### 1234", 1.0, 1.0), ("#### 3", 1.0, 0.0), ("#### 5", 0.0, 0.0), ("#### 7", 1.0, 0.0),
+    ]  # fmt: skip
+    assert "number_match_unparsed: 1" in done.out
+    assert "number_match_strict_unparsed: 3" in done.out
+
+
 def test_full_fine_tuning_cut_short_is_extrapolated(p2d, tiny_folder, few, tmp_path):
     train = ("train", "--model", tiny_folder, "--data", few["pool"], "--scope", "full", "--dtype", "float32")
     assert p2d(*train, "--max-steps", 2, "--out", tmp_path / "short").code == 0

@@ -1,4 +1,4 @@
-"""mine-data that is killed at any batch goes on from there, and ends with the scores of one that was not."""
+"""A stage that is killed at any batch goes on from there, and ends with the results of one that was not."""
 
 import json
 import os
@@ -11,22 +11,34 @@ import pytest
 
 from p2d_cli.artifacts.journal import Journal
 
-METHODS = {
+MINING = {
     "p2d": ("--heads", "HEADS"),
     "generate": ("--heads", "HEADS", "--perf", "generate", "--max-new-tokens", 4),
     "ifd": ("--method", "ifd"),
     "embedding": ("--method", "embedding"),
 }
+EVALUATION = {
+    "answers": ("--metric", "exact_match,token_f1", "--max-new-tokens", 4),
+    "accuracy": ("--metric", "accuracy", "--choices", "CHOICES"),
+    "perplexity": ("--metric", "perplexity"),
+    "several": ("--metric", "exact_match,accuracy,perplexity", "--choices", "CHOICES", "--max-new-tokens", 4),
+}
+WORK = MINING | EVALUATION
 
 
 @pytest.fixture
 def words(pipeline, tiny_folder, few, tmp_path):
-    """The command of a method, in many small batches."""
+    """The command of a piece of work, in many small batches."""
+    choices = tmp_path / "choices.json"
+    choices.write_text('["alpha", "bravo charlie", "delta", ""]')
 
-    def make(method, out):
-        given = [pipeline / "heads" if word == "HEADS" else word for word in METHODS[method]]
-        inputs = ("--model", tiny_folder, "--pool", few["pool"], "--target", few["target"])
-        return "mine-data", *inputs, *given, "--dtype", "float32", "--token-budget", 250, "--out", tmp_path / out
+    def make(work, out):
+        stands_for = {"HEADS": pipeline / "heads", "CHOICES": choices}
+        given = [stands_for.get(word, word) for word in WORK[work]]
+        rows = ("--pool", few["pool"], "--target", few["target"]) if work in MINING else ("--data", few["test"])
+        budget = 250 if work in MINING else 40
+        common = ("--model", tiny_folder, "--dtype", "float32", "--token-budget", budget, "--out", tmp_path / out)
+        return "mine-data" if work in MINING else "eval", *common, *rows, *given
 
     return make
 
@@ -35,37 +47,45 @@ def unfinished(folder):
     return list(folder.glob(".*unfinished*"))
 
 
-def scores(folder):
-    return pq.read_table(folder / "pool_scores.parquet").to_pydict()
+def results(folder):
+    """Every number that the artifact says, and every text."""
+    tables = {path.name: pq.read_table(path).to_pydict() for path in folder.glob("*.parquet")}
+    return tables, [path.read_text() for path in folder.glob("metrics.json")]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_at_any_batch(p2d, words, method, tmp_path, monkeypatch):
-    assert p2d(*words(method, "undisturbed")).code == 0
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_interrupted_at_any_batch(p2d, words, work, tmp_path, monkeypatch):
+    assert p2d(*words(work, "undisturbed")).code == 0
     assert not unfinished(tmp_path)
-    add, left = Journal.add, []
+    add, spent = Journal.add, []
 
-    def add_and_stop(self, *arguments, **costs):
-        add(self, *arguments, **costs)
-        left.append(None)
-        if len(left) % 2 == 0:
+    def add_and_stop(self, *arguments, seconds, tokens):
+        add(self, *arguments, seconds=seconds, tokens=tokens)
+        spent.append(seconds)
+        if len(spent) % 2 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "add", add_and_stop)
     codes = []
     while not codes or codes[-1] != 0:
-        codes.append(p2d(*words(method, "disturbed")).code)
+        codes.append(p2d(*words(work, "disturbed")).code)
         assert len(unfinished(tmp_path)) == (codes[-1] != 0)
         assert codes[-1] in {0, 130}
         assert len(codes) < 40
     assert len(codes) > 2
-    assert scores(tmp_path / "disturbed") == scores(tmp_path / "undisturbed")
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("undisturbed", "disturbed")]
-    assert manifests[0]["tokens"] == manifests[1]["tokens"]
-    assert manifests[0]["summary"] == manifests[1]["summary"]
+    assert results(tmp_path / "disturbed") == results(tmp_path / "undisturbed")
+    undisturbed, disturbed = (manifest_of(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    assert undisturbed["tokens"] == disturbed["tokens"] > 0
+    assert undisturbed["summary"] == disturbed["summary"]
+    assert disturbed["seconds"]["score" if work in MINING else "evaluate"] >= sum(spent)
 
 
-def test_killed_by_the_system(p2d, words, tmp_path):
+@pytest.mark.parametrize("work", ["p2d", "answers", "perplexity"])
+def test_killed_by_the_system(p2d, words, work, tmp_path):
     """A process that cannot clean up leaves a journal, and no artifact; the next one takes it up and says so."""
     code = (
         "import os, signal, sys\n"
@@ -78,7 +98,7 @@ def test_killed_by_the_system(p2d, words, tmp_path):
         "from p2d_cli.__main__ import main\n"
         "main()\n"
     )
-    line = [str(word) for word in words("p2d", "killed")]
+    line = [str(word) for word in words(work, "killed")]
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, check=False, env=dict(os.environ))
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
@@ -87,10 +107,16 @@ def test_killed_by_the_system(p2d, words, tmp_path):
     assert resumed.code == 0
     assert "2 of" in resumed.said
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".killed")]
+    assert p2d(*words(work, "undisturbed")).code == 0
+    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("again", [("--force",), ("--draws", 1)], ids=["force", "other-settings"])
-def test_force_and_other_settings_start_anew(p2d, words, again, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("work", "again"),
+    [("p2d", ("--force",)), ("p2d", ("--draws", 1)), ("answers", ("--force",)), ("answers", ("--limit", 3))],
+    ids=["mine-force", "mine-other-settings", "eval-force", "eval-other-settings"],
+)
+def test_force_and_other_settings_start_anew(p2d, words, work, again, tmp_path, monkeypatch):
     add = Journal.add
 
     def add_and_stop(self, *arguments, **costs):
@@ -99,9 +125,29 @@ def test_force_and_other_settings_start_anew(p2d, words, again, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", add_and_stop)
-        assert p2d(*words("p2d", "out")).code == 130
+        assert p2d(*words(work, "out")).code == 130
     assert len(unfinished(tmp_path)) == 1
-    resumed = p2d(*words("p2d", "out"), *again)
+    resumed = p2d(*words(work, "out"), *again)
     assert resumed.code == 0
     assert "were finished before" not in resumed.said
     assert not unfinished(tmp_path)
+
+
+@pytest.mark.parametrize("work", EVALUATION)
+def test_another_token_budget_gives_the_same_results(p2d, words, work, tmp_path, monkeypatch):
+    """Other batches than those of the interrupted run are computed anew, whichever way rows are numbered in them."""
+    add = Journal.add
+
+    def add_and_stop(self, *arguments, **costs):
+        add(self, *arguments, **costs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_stop)
+        assert p2d(*words(work, "resumed")).code == 130
+    assert p2d(*words(work, "resumed"), "--token-budget", 36).code == 0
+    assert p2d(*words(work, "undisturbed")).code == 0
+    tables = [results(tmp_path / name)[0]["predictions.parquet"] for name in ("resumed", "undisturbed")]
+    likelihoods = [table.pop("log_likelihood", [0.0]) for table in tables]
+    assert tables[0] == tables[1]
+    assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)

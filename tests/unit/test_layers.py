@@ -91,7 +91,7 @@ def test_every_torch_load_is_weights_only_and_nothing_is_unpickled():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["run", "--help"], ["inspect", "--help"]]
+    [["--help"], ["--version"], ["run", "--help"], ["inspect", "--help"], ["compare", "--help"]]
     + [[stage.name, "--help"] for stage in (*STAGES, EXPORT)],
     ids=" ".join,
 )

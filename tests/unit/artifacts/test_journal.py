@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from p2d_cli.artifacts.journal import Journal
+from p2d_cli.artifacts.journal import Journal, pack_texts, unpack_texts
 
 PLAN = [[2, 0], [1], [3, 4]]
 
@@ -65,3 +65,11 @@ def test_a_flipped_bit_drops_that_line_and_those_behind_it(path):
     path.write_bytes(bytes(damaged))
     with Journal(path, PLAN) as journal:
         assert sorted(journal.finished) == [0]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a", "", "é\n\x00"], ["\ud800 alone", "日本", "🙂"]])
+def test_texts_come_back_as_they_were(tmp_path, texts):
+    with Journal(tmp_path / "j", [[0]]) as journal:
+        journal.add(0, {"texts": pack_texts(texts)}, seconds=0.0, tokens=0)
+    with Journal(tmp_path / "j", [[0]]) as journal:
+        assert unpack_texts(journal.finished[0].arrays["texts"]) == texts

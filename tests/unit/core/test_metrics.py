@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import math
+import re
+import string
 from decimal import Decimal
 from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import scipy.stats
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from p2d_cli.core import metrics
 from p2d_cli.core.metrics import (
     bootstrap_interval,
+    compare_means,
+    compare_perplexities,
     corpus_perplexity,
     exact_match,
     number_match,
-    paired_bootstrap,
     parse_number,
+    perplexity_interval,
     rouge_l,
     token_f1,
 )
@@ -91,6 +96,57 @@ def test_overlap_metrics_are_symmetric_bounded_and_one_for_equal_text(metric, a:
         assert metric(a, a) == 1.0
 
 
+# Words, articles, punctuation, letters beyond ASCII, and other white space.
+_texts = st.lists(
+    st.sampled_from(
+        ["the", "A", "an", "cat", "Cat's", "dog", "dog-dog", "x1", "é", "ÉCOLE", "naïve", "«7»", "...", "_", "\n"]
+    )
+    | st.text(max_size=3),
+    max_size=8,
+).map(" ".join)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_rouge_l_is_that_of_the_package_rouge_score(a: str, b: str):
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    expected = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False).score(target=b, prediction=a)
+    assert rouge_l(a, b) == pytest.approx(expected["rougeL"].fmeasure)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_exact_match_is_that_of_lm_eval_but_for_white_space(a: str, b: str):
+    lm_eval_metrics = pytest.importorskip("lm_eval.api.metrics")
+    a_plain, b_plain = (" ".join(text.split()) for text in (a, b))
+    # numpy, which lm-eval compares with, drops NULs at the end of a text.
+    assume("\0" not in a + b)
+    expected = lm_eval_metrics.exact_match_hf_evaluate(predictions=[a_plain], references=[b_plain])["exact_match"]
+    assert exact_match(a, b) == exact_match(b, a) == bool(expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=_texts, b=_texts)
+def test_token_f1_is_the_harmonic_mean_of_precision_and_recall(a: str, b: str):
+    """Words are crossed off one by one, as SQuAD's definition has it."""
+    articles = {"a", "an", "the"}
+    bare = ["".join(c for c in text.lower() if c not in string.punctuation).split() for text in (a, b)]
+    assume(not any(articles & set(re.split(r"\W", word)) for words in bare for word in words if word not in articles))
+    predicted, expected = ([word for word in words if word not in articles] for words in bare)
+    left, common = list(expected), 0
+    for word in predicted:
+        if word in left:
+            left.remove(word)
+            common += 1
+    if not predicted or not expected:
+        assert token_f1(a, b) == float(predicted == expected)
+    elif common == 0:
+        assert token_f1(a, b) == 0.0
+    else:
+        precision, recall = common / len(predicted), common / len(expected)
+        assert token_f1(a, b) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -163,6 +219,24 @@ def test_parsing_reads_back_what_formatting_wrote(value: Decimal):
         assert parse_number(text, "flexible") == value
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("1,234", "1234"),
+        ("-3", "−3"),
+        ("$5", "5.00"),
+        ("$1,234.50", "1234.5"),
+        ("7.0", "7"),
+        ("it costs 70", "#### 70"),
+        ("#### -$5", "#### -5"),
+    ],
+)
+def test_numbers_match_however_they_are_written(prediction: str, reference: str):
+    assert number_match(prediction, reference, "flexible") is True
+    assert number_match(f"8\n#### {prediction.removeprefix('#### ')}", reference, "flexible") is True
+    assert number_match(f"{prediction}1", reference, "flexible") is False
+
+
 def test_number_match_says_when_a_prediction_cannot_be_read():
     reference = "3 * 24 = 72\n#### 72"
     assert number_match("... so #### 72.00", reference, "strict") is True
@@ -212,20 +286,111 @@ def test_intervals_of_nothing_one_value_and_nan():
 
 def test_the_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
     rng = np.random.default_rng(0)
-    b = rng.normal(size=200)
-    a = b + 0.1 + 0.01 * rng.normal(size=200)
-    difference, low, high = paired_bootstrap(a, b, rng=np.random.default_rng(1))
-    assert difference == pytest.approx(0.1, abs=0.01)
-    assert 0.09 < low < difference < high < 0.11
-    assert (low, high) == bootstrap_interval(a - b, rng=np.random.default_rng(1))
-    backwards = paired_bootstrap(b, a, rng=np.random.default_rng(1))
-    assert backwards == pytest.approx((-difference, -high, -low))
+    first = rng.normal(size=200)
+    second = first + 0.1 + 0.01 * rng.normal(size=200)
+    found = compare_means(first, second, rng=np.random.default_rng(1))
+    assert (found.first, found.second) == pytest.approx((first.mean(), second.mean()))
+    assert found.difference == pytest.approx(0.1, abs=0.01)
+    assert 0.09 < found.low < found.difference < found.high < 0.11
+    assert (found.low, found.high) == bootstrap_interval(second - first, rng=np.random.default_rng(1))
+    assert (found.won, found.lost, found.count) == (200, 0, 200)
+    backwards = compare_means(second, first, rng=np.random.default_rng(1))
+    assert (backwards.difference, backwards.low, backwards.high) == pytest.approx(
+        (-found.difference, -found.high, -found.low)
+    )
+    assert (backwards.won, backwards.lost) == (0, 200)
+    lower = compare_means(first, second, lower_is_better=True, rng=np.random.default_rng(1))
+    assert (lower.won, lower.lost) == (0, 200)
 
 
-def test_the_paired_bootstrap_needs_the_same_rows():
+def test_a_comparison_by_hand():
+    """Of two rows, of which one is won, a quarter of the resamples hold it twice, and a quarter not at all."""
+    found = compare_means([0, 1], [1, 1], confidence=0.4, resamples=4000, rng=np.random.default_rng(0))
+    assert (found.first, found.second, found.difference) == (0.5, 1.0, 0.5)
+    assert (found.low, found.high) == (0.5, 0.5)
+    wider = compare_means([0, 1], [1, 1], confidence=0.6, resamples=4000, rng=np.random.default_rng(0))
+    assert (wider.low, wider.high) == (0.0, 1.0)
+    assert (found.won, found.lost, found.count) == (1, 0, 2)
+
+
+def _corpus_perplexity(logprobs, tokens, axis=-1):
+    return np.exp(-np.sum(logprobs, axis=axis) / np.sum(tokens, axis=axis))
+
+
+@pytest.fixture
+def two_runs():
+    """Log-likelihoods of one corpus in two runs, and its tokens under two tokenizers."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 30, size=(2, 60))
+    logprobs = -tokens * rng.uniform(0.5, 2.5, size=60)
+    logprobs[1] += rng.normal(size=60)
+    return logprobs, tokens
+
+
+def test_perplexities_are_compared_like_the_plain_way(two_runs):
+    logprobs, tokens = two_runs
+    found = compare_perplexities(
+        *logprobs, first_tokens=tokens[0], second_tokens=tokens[1], resamples=301, rng=np.random.default_rng(1)
+    )
+    rng, differences = np.random.default_rng(1), []
+    for _ in range(301):
+        rows = rng.integers(0, 60, size=60)
+        first, second = (math.exp(-sum(logprobs[run][rows]) / sum(tokens[run][rows])) for run in (0, 1))
+        differences.append(second - first)
+    assert (found.low, found.high) == pytest.approx(np.quantile(differences, [0.025, 0.975]))
+    assert (found.first, found.second) == pytest.approx(_corpus_perplexity(logprobs, tokens))
+    assert found.difference == pytest.approx(found.second - found.first)
+    assert found.won == sum(logprobs[1] > logprobs[0])
+    assert found.won + found.lost == found.count == 60
+
+
+def test_paired_intervals_are_those_of_scipy(two_runs):
+    """With 20,000 resamples each, two estimates of a bound differ by 0.03 standard errors, give or take as much."""
+    logprobs, tokens = two_runs
+    settings = {"paired": True, "method": "percentile", "n_resamples": 20000, "rng": np.random.default_rng(5)}
+    expected = scipy.stats.bootstrap(
+        (*logprobs, *tokens),
+        lambda a, b, s, t, axis=-1: _corpus_perplexity(b, t, axis) - _corpus_perplexity(a, s, axis),
+        vectorized=True,
+        **settings,
+    )
+    found = compare_perplexities(
+        *logprobs, first_tokens=tokens[0], second_tokens=tokens[1], resamples=20000, rng=np.random.default_rng(1)
+    )
+    error = expected.standard_error
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), abs=0.1 * error)
+    alone = scipy.stats.bootstrap((logprobs[0], tokens[0]), _corpus_perplexity, vectorized=True, **settings)
+    interval = perplexity_interval(logprobs[0], tokens[0], resamples=20000, rng=np.random.default_rng(1))
+    assert interval == pytest.approx(tuple(alone.confidence_interval), abs=0.1 * alone.standard_error)
+    mean = scipy.stats.bootstrap(
+        tuple(logprobs), lambda a, b, axis=-1: (b - a).mean(axis=axis), vectorized=True, **settings
+    )
+    of_means = compare_means(*logprobs, resamples=20000, rng=np.random.default_rng(1))
+    assert (of_means.low, of_means.high) == pytest.approx(
+        tuple(mean.confidence_interval), abs=0.1 * mean.standard_error
+    )
+
+
+def test_equal_runs_differ_by_nothing(two_runs):
+    logprobs, tokens = two_runs
+    rng = np.random.default_rng(0)
+    for found in (
+        compare_means(logprobs[0], logprobs[0], rng=rng),
+        compare_perplexities(logprobs[0], logprobs[0], first_tokens=tokens[0], second_tokens=tokens[0], rng=rng),
+    ):
+        assert (found.difference, found.low, found.high, found.won, found.lost) == (0.0, 0.0, 0.0, 0, 0)
+
+
+def test_a_comparison_needs_the_same_rows():
     with pytest.raises(DataError, match="found 2 and 1"):
-        paired_bootstrap([1, 2], [1], rng=np.random.default_rng(0))
-    assert all(math.isnan(value) for value in paired_bootstrap([], [], rng=np.random.default_rng(0)))
+        compare_means([1, 2], [1], rng=np.random.default_rng(0))
+    nothing = [
+        compare_means([], [], rng=np.random.default_rng(0)),
+        compare_perplexities([], [], first_tokens=[], second_tokens=[], rng=np.random.default_rng(0)),
+    ]
+    for found in nothing:
+        assert all(math.isnan(value) for value in (found.first, found.second, found.difference, found.low, found.high))
+        assert found.count == 0
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():

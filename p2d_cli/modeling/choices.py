@@ -1,0 +1,192 @@
+"""How likely a model finds each of many answers to one prompt, which is read once for all of them.
+
+A pack is one sequence: a prompt, and behind it the answers in a row. The attention mask shows each answer the prompt
+and itself, and its position ids go on from the prompt's end, so each is computed as if it alone stood there. Other than
+with a cache of the prompt that is copied for every answer, no keys are copied and short answers need no padding.
+
+Axes: B batch, T tokens of a pack, n positions whose logits are kept, V vocabulary, m scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from p2d_cli.errors import UsageError
+from p2d_cli.modeling.answers import answer_logits_only, log_normalizer
+from p2d_cli.modeling.layouts import model_layout
+
+_PADDING, _PROMPT = -1, 0
+# These take a mask for each pair of tokens; flash attention does not.
+_MASKED_KERNELS = frozenset({"sdpa", "eager"})
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A prompt, and answers to it that are read together."""
+
+    prompt_ids: tuple[int, ...]
+    """At least one token."""
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence; the last one of an answer predicts nothing and is left out."""
+        return len(self.prompt_ids) + sum(map(_read_tokens, self.answers))
+
+
+def _read_tokens(answer: Sequence[int]) -> int:
+    return max(len(answer) - 1, 0)
+
+
+def can_pack(model: Any, longest: int) -> bool:
+    """Say whether a model computes packed answers as it computes them alone.
+
+    That takes attention whose mask and positions are all that a token knows of its place: no recurrent or latent
+    layers, no bias by distance, no window of attention that is shorter than a sequence.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        longest: Tokens of the longest prompt with one answer.
+    """
+    try:
+        model_layout(model)
+    except UsageError:
+        return False
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(plain, "_is_stateful", False):  # transformers' mark of recurrent states, beside attention or without it
+        return False
+    config = plain.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return config._attn_implementation in _MASKED_KERNELS and all(not window or longest <= window for window in windows)
+
+
+def split_into_packs(examples: Sequence[tuple[Sequence[int], int]], *, token_budget: int) -> list[tuple[Pack, range]]:
+    """Put neighbouring examples that have their prompt in common into packs.
+
+    Args:
+        examples: `(token ids of prompt and answer, number of prompt tokens)`; the answers to one prompt are neighbours.
+        token_budget: Largest pack. An example that is longer by itself gets a pack of its own.
+
+    Returns:
+        The packs in order, each with the positions of its answers in `examples`.
+    """
+    packs: list[tuple[Pack, range]] = []
+    for index, (ids, prompt_length) in enumerate(examples):
+        prompt_ids, answer = tuple(ids[:prompt_length]), tuple(ids[prompt_length:])
+        if packs:
+            last, places = packs[-1]
+            if last.prompt_ids == prompt_ids and last.length + _read_tokens(answer) <= token_budget:
+                packs[-1] = Pack(prompt_ids, (*last.answers, answer)), range(places.start, index + 1)
+                continue
+        packs.append((Pack(prompt_ids, (answer,)), range(index, index + 1)))
+    return packs
+
+
+@torch.no_grad()
+def score_pack_batch(model: Any, packs: Sequence[Pack], pad_id: int) -> list[float]:
+    """Sum up the log-probabilities of each answer's tokens given its prompt, in one forward.
+
+    Args:
+        model: A Hugging Face causal LM in eval mode for which `can_pack` holds, or a PEFT model around one.
+        packs: What is read together.
+        pad_id: Any token id.
+
+    Returns:
+        The log-likelihood of each answer of each pack in turn, in nats; 0 for an empty answer.
+    """
+    batch = _lay_out(packs, pad_id).to(model.device)
+    with answer_logits_only(model, batch.keep_BT):
+        logits_nV = model(
+            input_ids=batch.input_ids_BT,
+            attention_mask=_mask(batch.owner_BT, model.dtype),
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+        ).logits[0]
+    log_normalizer_n = log_normalizer(logits_nV)
+    index_n = batch.keep_BT.flatten().cumsum(dim=0) - 1
+    kept_m = index_n[batch.place_m].to(logits_nV.device)
+    logprob_m = logits_nV[kept_m, batch.target_m.to(logits_nV.device)].float() - log_normalizer_n[kept_m]
+    sums = torch.zeros(sum(len(pack.answers) for pack in packs), dtype=torch.float64)
+    totals: list[float] = sums.index_add(0, batch.answer_m.cpu(), logprob_m.double().cpu()).tolist()
+    return totals
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A batch of packs, padded on the right."""
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    owner_BT: Tensor
+    """-1 for padding, 0 for the prompt, k for its k-th answer."""
+    keep_BT: Tensor
+    """Bool: positions that predict a token of an answer."""
+    place_m: Tensor
+    """Where each scored token is predicted, `row * T + position`."""
+    target_m: Tensor
+    """Which token that is."""
+    answer_m: Tensor
+    """Which answer of the batch it belongs to."""
+
+    def to(self, device: torch.device) -> _Layout:
+        return _Layout(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def _lay_out(packs: Sequence[Pack], pad_id: int) -> _Layout:
+    rows = [_Row(pack) for pack in packs]
+    input_ids_BT = _padded([row.ids for row in rows], pad_id)
+    width, first, scored = input_ids_BT.shape[1], 0, []
+    for number, row in enumerate(rows):
+        scored += [(number * width + place, target, first + answer) for place, target, answer in row.scored]
+        first += len(packs[number].answers)
+    place_m, target_m, answer_m = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).unbind(dim=1)
+    keep = torch.zeros(input_ids_BT.numel(), dtype=torch.bool)
+    keep[place_m] = True
+    return _Layout(
+        input_ids_BT=input_ids_BT,
+        position_ids_BT=_padded([row.positions for row in rows], 0),
+        owner_BT=_padded([row.owners for row in rows], _PADDING),
+        keep_BT=keep.reshape(input_ids_BT.shape),
+        place_m=place_m,
+        target_m=target_m,
+        answer_m=answer_m,
+    )
+
+
+class _Row:
+    """One pack, token by token."""
+
+    def __init__(self, pack: Pack) -> None:
+        start = len(pack.prompt_ids)
+        self.ids = list(pack.prompt_ids)
+        self.positions = list(range(start))
+        self.owners = [_PROMPT] * start
+        self.scored: list[tuple[int, int, int]] = []
+        """(position that predicts, token, number of the answer)."""
+        for number, answer in enumerate(pack.answers):
+            behind, read = len(self.ids), _read_tokens(answer)
+            # The prompt's end predicts the first token, if there is one, and each token that is read the one after it.
+            places = (start - 1, *range(behind, behind + read))
+            self.scored += [(place, token, number) for place, token in zip(places, answer, strict=False)]
+            self.ids += answer[:read]
+            self.positions += range(start, start + read)
+            self.owners += [number + 1] * read
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def _mask(owner_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores, `[B, 1, T, T]`: a token sees the prompt, and its own answer up to itself."""
+    # Padding sees itself: a row of the softmax that sees nothing would be NaN.
+    same_BTT = owner_BT[:, :, None] == owner_BT[:, None, :]
+    to_prompt_BTT = (owner_BT[:, None, :] == _PROMPT) & (owner_BT[:, :, None] != _PADDING)
+    hidden_B1TT = ~(same_BTT | to_prompt_BTT).tril()[:, None]
+    return torch.zeros_like(hidden_B1TT, dtype=dtype).masked_fill(hidden_B1TT, torch.finfo(dtype).min)

@@ -1,0 +1,152 @@
+"""compare: two evaluations of the same rows, metric by metric and row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from p2d_cli.artifacts.evaluation import load_metrics, load_predictions
+from p2d_cli.artifacts.store import open_artifact
+from p2d_cli.core.aer import LOWER_IS_BETTER
+from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities
+from p2d_cli.errors import ArtifactError
+from p2d_cli.runtime.seeding import generator
+from p2d_cli.stages.execution import identity_differences
+
+PERPLEXITY = "perplexity"
+PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
+"""What a perplexity is made of, in the table of predictions."""
+SHOWN_CHARACTERS = 60
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """A row that the two runs were scored differently on."""
+
+    id: str
+    prompt: str
+    reference: str
+    answers: tuple[str | None, str | None]
+    """What each run answered: the text or the choice; None where only likelihoods were measured."""
+    changes: dict[str, tuple[float, float]]
+    """Both scores of each metric that changed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the second evaluation differs from the first."""
+
+    first: Path
+    second: Path
+    rows: int
+    confidence: float
+    differences: tuple[str, ...]
+    """In what the two evaluations were made differently, such as `input adapter`."""
+    metrics: dict[str, PairedComparison]
+    left_out: tuple[str, ...]
+    """Metrics that only one of the two has, or that are not known row by row."""
+    changed: tuple[ChangedRow, ...]
+
+
+def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+    """Compare two evaluations on each metric that both have.
+
+    Args:
+        first: an evaluation artifact.
+        second: another one, of the same rows; differences are its value minus the first one's.
+        confidence: level of the bootstrap intervals.
+        seed: of the bootstrap's resamples.
+
+    Raises:
+        ArtifactError: one is not an evaluation or is damaged, or they are of other rows.
+    """
+    manifests = [open_artifact(folder.expanduser(), "evaluation") for folder in (first, second)]
+    tables = [load_predictions(folder.expanduser()) for folder in (first, second)]
+    named = [load_metrics(folder.expanduser()) for folder in (first, second)]
+    _ensure_same_rows((first, second), tables)
+    common = [name for name in named[0] if name in named[1] and _is_known_by_row(name, tables)]
+    metrics = {
+        name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
+        for name in common
+    }
+    return Comparison(
+        first=first,
+        second=second,
+        rows=len(tables[0]),
+        confidence=confidence,
+        differences=tuple(identity_differences(manifests[0].identity, manifests[1].identity)),
+        metrics=metrics,
+        left_out=tuple(name for name in {**named[0], **named[1]} if name not in metrics),
+        changed=_changed_rows(common, tables),
+    )
+
+
+def _ensure_same_rows(folders: tuple[Path, Path], tables: Sequence[Sequence[Row]]) -> None:
+    what = f"{folders[0]} and {folders[1]} are evaluations of other rows"
+    hint = "evaluate both on the same --data, with the same --limit"
+    counts = [len(table) for table in tables]
+    if counts[0] != counts[1]:
+        raise ArtifactError(f"{what}: the first has {counts[0]} rows, the second {counts[1]}", hint=hint)
+    for column in ("prompt", "reference"):
+        pairs = [(first.get(column), second.get(column)) for first, second in zip(*tables, strict=True)]
+        differing = [number for number, (a, b) in enumerate(pairs) if a != b]
+        if differing:
+            found = " and ".join(repr(_shorten(str(value))) for value in pairs[differing[0]])
+            raise ArtifactError(
+                f"{what}: {len(differing)} of {counts[0]} differ in the {column};"
+                f" the first is row {differing[0] + 1}: {found}",
+                hint=hint,
+            )
+
+
+def _is_known_by_row(name: str, tables: Sequence[Sequence[Row]]) -> bool:
+    columns = PERPLEXITY_COLUMNS if name == PERPLEXITY else (name,)
+    return all(column in row for table in tables for row in table[:1] for column in columns)
+
+
+def _compare_metric(
+    name: str, tables: Sequence[Sequence[Row]], confidence: float, rng: np.random.Generator
+) -> PairedComparison:
+    if name == PERPLEXITY:
+        logprobs, tokens = ([[row[column] for row in table] for table in tables] for column in PERPLEXITY_COLUMNS)
+        return compare_perplexities(
+            *logprobs, first_tokens=tokens[0], second_tokens=tokens[1], confidence=confidence, rng=rng
+        )
+    pairs = [pair for first, second in zip(*tables, strict=True) if None not in (pair := (first[name], second[name]))]
+    scores_2n = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return compare_means(*scores_2n, lower_is_better=name in LOWER_IS_BETTER, confidence=confidence, rng=rng)
+
+
+def _changed_rows(metrics: Sequence[str], tables: Sequence[Sequence[Row]]) -> tuple[ChangedRow, ...]:
+    """Return the rows whose score changed; likelihoods always do, and count only where nothing else was measured."""
+    columns = [name for name in metrics if name != PERPLEXITY]
+    if not columns and PERPLEXITY in metrics:
+        columns = [PERPLEXITY_COLUMNS[0]]
+    changed = []
+    for first, second in zip(*tables, strict=True):
+        pairs = {name: (first[name], second[name]) for name in columns}
+        changes = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+        if changes:
+            answer = "choice" if set(changes) <= {"accuracy"} and "choice" in first else "prediction"
+            changed.append(
+                ChangedRow(
+                    id=str(first["id"]),
+                    prompt=first["prompt"],
+                    reference=first["reference"],
+                    answers=(first.get(answer), second.get(answer)),
+                    changes=changes,
+                )
+            )
+    if columns == [PERPLEXITY_COLUMNS[0]]:
+        changed.sort(key=lambda row: -abs(np.subtract(*row.changes[columns[0]])))
+    return tuple(changed)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,112 @@
+"""What a model answers to held-out rows, and how likely it finds given answers.
+
+All of it runs batch by batch through the journal, so that an evaluation that was interrupted goes on where it stopped.
+
+Legend: N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.journal import pack_texts, unpack_texts
+from p2d_cli.config import EvalConfig
+from p2d_cli.data.records import Record
+from p2d_cli.modeling.choices import can_pack, score_pack_batch, split_into_packs
+from p2d_cli.modeling.generation import generate_greedy, score_completions
+from p2d_cli.stages.execution import StageRun
+from p2d_cli.stages.workbench import Workbench, finish_batches
+
+PHASE = "evaluate"
+Example = tuple[Sequence[int], int]
+"""Token ids of prompt and completion, and the number of prompt tokens."""
+
+
+def generate_answers(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record]) -> list[str]:
+    """Answer every row greedily."""
+    config = job.config
+    room = max(1, bench.max_length - config.max_new_tokens)
+    prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
+
+    def answer(group: list[int]) -> dict[str, NDArray[Any]]:
+        [(_, texts, new_tokens)] = generate_greedy(
+            bench.model, bench.tokenizer, prompts, [group], max_new_tokens=config.max_new_tokens, stop=config.stop
+        )
+        bench.tokens += new_tokens + sum(len(prompts[index]) for index in group)
+        return {"answers": pack_texts(texts)}
+
+    answers = [""] * len(records)
+    batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
+    for group, reading in finish_batches(job, bench, "answer rows", batches, answer, phase=PHASE):
+        for index, text in zip(group, unpack_texts(reading["answers"]), strict=True):
+            answers[index] = text
+    return answers
+
+
+def weigh_completions(
+    job: StageRun[EvalConfig], bench: Workbench, label: str, records: Sequence[Record]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the log-likelihood of each row's completion given its prompt, in nats, and its number of tokens."""
+    return _weigh_examples(job, bench, label, _encode(bench, records))
+
+
+def weigh_choices(
+    job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record], offered: Sequence[Sequence[str]]
+) -> list[NDArray[np.float64]]:
+    """Return the log-likelihood of each answer that each row offers, in nats.
+
+    A prompt is read once for all its answers where the model allows it, otherwise once for each.
+    """
+    variants = [
+        replace(record, completion=text) for record, texts in zip(records, offered, strict=True) for text in texts
+    ]
+    examples = _encode(bench, variants)
+    if can_pack(bench.model, max(len(ids) for ids, _ in examples)):
+        log_likelihood = _weigh_packs(job, bench, examples)
+    else:
+        log_likelihood, _ = _weigh_examples(job, bench, "weigh choices", examples)
+    return np.split(log_likelihood, np.cumsum([len(texts) for texts in offered])[:-1])
+
+
+def _encode(bench: Workbench, records: Sequence[Record]) -> list[Example]:
+    return [(example.input_ids, example.prompt_length) for example in bench.encode_examples(records)]
+
+
+def _weigh_packs(job: StageRun[EvalConfig], bench: Workbench, examples: Sequence[Example]) -> NDArray[np.float64]:
+    packs = split_into_packs(examples, token_budget=bench.token_budget)
+    pack_from = {places.start: pack for pack, places in packs}
+
+    def weigh(group: list[int]) -> dict[str, NDArray[Any]]:
+        chosen = [pack_from[place] for place in group if place in pack_from]
+        bench.tokens += len(chosen) * max(pack.length for pack in chosen)
+        return {"log_likelihood": np.array(score_pack_batch(bench.model, chosen, bench.tokenizer.pad_token_id))}
+
+    log_likelihood = np.zeros(len(examples))
+    # The journal's plan names examples, not packs: which examples a pack holds depends on the budget.
+    batches = [
+        [place for index in batch for place in packs[index][1]]
+        for batch in bench.batches([pack.length for pack, _ in packs])
+    ]
+    for group, reading in finish_batches(job, bench, "weigh choices", batches, weigh, phase=PHASE):
+        log_likelihood[group] = reading["log_likelihood"]
+    return log_likelihood
+
+
+def _weigh_examples(
+    job: StageRun[EvalConfig], bench: Workbench, label: str, examples: Sequence[Example]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def weigh(group: list[int]) -> dict[str, NDArray[Any]]:
+        [(_, sums, counts)] = score_completions(bench.model, examples, [group], bench.tokenizer.pad_token_id)
+        bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
+        return {"log_likelihood": np.array(sums), "tokens": np.array(counts)}
+
+    log_likelihood_N, tokens_N = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    batches = bench.batches([len(ids) for ids, _ in examples])
+    for group, reading in finish_batches(job, bench, label, batches, weigh, phase=PHASE):
+        log_likelihood_N[group], tokens_N[group] = reading["log_likelihood"], reading["tokens"]
+    return log_likelihood_N, tokens_N
