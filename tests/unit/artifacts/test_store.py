@@ -297,7 +297,7 @@ def test_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
     path.write_bytes(b"12345678")
     first = digest_file(path)
     reads = []
-    monkeypatch.setattr("p2d_cli.artifacts.digests._read_digest", lambda path: reads.append(path) or "fresh")
+    monkeypatch.setattr("p2d_cli.artifacts.digests.digest_stream", lambda path: reads.append(path) or "fresh")
     assert digest_file(path) == first
     assert not reads
     path.write_bytes(b"12345679")
