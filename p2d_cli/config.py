@@ -42,6 +42,7 @@ INPUT_FIELDS = frozenset(
         "evaluations",
         "choices",
         "chat_template",
+        "lm_eval_tasks",
     }
 )
 """Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
@@ -332,7 +333,9 @@ class EvalConfig(RowOptions):
     """Settings of `p2d eval`."""
 
     model: PathSpec = setting(REQUIRED, "Model: folder, fully trained artifact or hub id.", panel="Input and output")
-    data: PathSpec = setting(REQUIRED, "Rows to be scored on.", panel="Input and output")
+    data: PathSpec | None = setting(
+        None, "Rows to be scored on (required without --lm-eval).", panel="Input and output"
+    )
     adapter: PathSpec | None = setting(None, "adapter artifact or PEFT folder.", panel="Input and output")
     metric: Annotated[tuple[MetricName, ...], CommaList] = setting(
         ("exact_match", "token_f1"),
@@ -349,11 +352,36 @@ class EvalConfig(RowOptions):
     )
     confidence: Annotated[float, Field(gt=0, lt=1)] = setting(0.95, "Level of the bootstrap intervals.")
 
+    lm_eval: Annotated[tuple[str, ...], CommaList] = setting(
+        (),
+        "Run these tasks of lm-eval, with its prompts, metrics and seeds, instead of --metric on --data; repeat or "
+        "separate by commas.",
+        panel="lm-eval",
+    )
+    lm_eval_tasks: PathSpec | None = setting(
+        None, "Folder with task files of your own; lm-eval runs the code they name.", panel="lm-eval"
+    )
+
     @model_validator(mode="after")
     def _some_metric(self) -> EvalConfig:
         if not self.metric:
             raise ValueError("--metric is empty: name at least one metric")
         return self
+
+    @model_validator(mode="after")
+    def _some_rows(self) -> EvalConfig:
+        if self.data is None and not self.lm_eval:
+            raise ValueError("--data is required (or --lm-eval TASKS, which bring their own rows)")
+        if self.data is not None and self.lm_eval:
+            raise ValueError("--data and --lm-eval exclude each other: the tasks of lm-eval bring their own rows")
+        if self.lm_eval_tasks is not None and not self.lm_eval:
+            raise ValueError("--lm-eval-tasks needs --lm-eval: the names of the tasks to run")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change the result; those of the way that is not taken do not."""
+        unused = {"metric", "max_new_tokens", "stop"} if self.lm_eval else {"lm_eval"}
+        return {name: value for name, value in super().identity().items() if name not in unused}
 
 
 class ReportAerConfig(StageConfig):

@@ -55,7 +55,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="eval",
-        reads=("model", "data", "adapter?"),
+        reads=("model", "data?", "adapter?"),
         writes="evaluation",
         module="p2d_cli.stages.evaluate",
         purpose="Score a model, with or without an adapter, on held-out rows, with intervals.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,17 @@ PREDICTIONS_NAME = "predictions.parquet"
 
 def save_evaluation(folder: Path, metrics: Mapping[str, MetricValue], predictions: Sequence[Mapping[str, Any]]) -> None:
     """Write `metrics.json` (`{metric: {value, low, high, count}}`) and `predictions.parquet` (a row an example)."""
-    values = {name: vars(metric) for name, metric in metrics.items()}
-    (folder / METRICS_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(metric_entries(metrics), indent=2)
+    (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in predictions]), folder / PREDICTIONS_NAME)
+
+
+def metric_entries(metrics: Mapping[str, MetricValue]) -> dict[str, dict[str, Any]]:
+    """Return metrics in plain JSON types; what is not known, such as a bound of an interval, is None."""
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in vars(metric).items()}
+        for name, metric in metrics.items()
+    }
 
 
 def load_metrics(folder: Path) -> dict[str, MetricValue]:
@@ -33,9 +42,13 @@ def load_metrics(folder: Path) -> dict[str, MetricValue]:
     path = folder / METRICS_NAME
     try:
         values = json.loads(path.read_bytes())
-        return {name: MetricValue(**metric) for name, metric in values.items()}
+        return {name: MetricValue(**_with_nan(metric)) for name, metric in values.items()}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d eval") from None
+
+
+def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in metric.items()}
 
 
 def load_predictions(folder: Path) -> list[dict[str, Any]]:

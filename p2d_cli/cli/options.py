@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from p2d_cli.config import StageConfig, flag_name
 
 SHORT_FLAGS = {"out": "-o", "model": "-m"}
-REPEATABLE = {"metric", "stop", "tracker"}
+REPEATABLE = {"metric", "stop", "tracker", "lm_eval"}
 """Settings with several values whose flag is given once a value (or once, with commas)."""
 
 

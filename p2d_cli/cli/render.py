@@ -218,12 +218,18 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
 
 
 def _evaluation_lines(summary: dict[str, Any]) -> list[Any]:
+    width = max([20, *map(len, summary["metrics"])])
     lines = [
-        f"{name:<20} {metric['value']:.4f}  [{metric['low']:.4f}, {metric['high']:.4f}]  {metric['count']} rows"
+        f"{name:<{width}} {_number(metric['value'])}  [{_number(metric['low'])}, {_number(metric['high'])}]"
+        f"  {metric['count']} rows"
         for name, metric in summary["metrics"].items()
     ]
     lines += [f"{name}: {count}" for name, count in summary.items() if name.endswith("_unparsed")]
     return lines
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4f}"
 
 
 def _report_lines(summary: dict[str, Any]) -> list[Any]:

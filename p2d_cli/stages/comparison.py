@@ -20,6 +20,8 @@ from p2d_cli.stages.execution import identity_differences
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
 """What a perplexity is made of, in the table of predictions."""
+HARNESS_LOWER_IS_BETTER = frozenset({"brier_score"})
+"""Of the metrics of lm-eval that are means over rows."""
 SHOWN_CHARACTERS = 60
 
 Row = Mapping[str, Any]
@@ -120,7 +122,8 @@ def _compare_metric(
         )
     pairs = [pair for first, second in zip(*tables, strict=True) if None not in (pair := (first[name], second[name]))]
     scores_2n = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return compare_means(*scores_2n, lower_is_better=name in LOWER_IS_BETTER, confidence=confidence, rng=rng)
+    lower_is_better = name in LOWER_IS_BETTER or name.rpartition("/")[2].partition(",")[0] in HARNESS_LOWER_IS_BETTER
+    return compare_means(*scores_2n, lower_is_better=lower_is_better, confidence=confidence, rng=rng)
 
 
 def _changed_rows(metrics: Sequence[str], tables: Sequence[Sequence[Row]]) -> tuple[ChangedRow, ...]:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.artifacts.digests import digest_file
-from p2d_cli.artifacts.evaluation import save_evaluation
+from p2d_cli.artifacts.digests import digest_file, digest_json
+from p2d_cli.artifacts.evaluation import metric_entries, save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
@@ -32,6 +33,9 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+
+if TYPE_CHECKING:
+    from p2d_cli.stages.workbench import Workbench
 
 GENERATED: dict[str, dict[str, Callable[[str, str], float | None]]] = {
     "exact_match": {"exact_match": lambda answer, reference: float(exact_match(answer, reference))},
@@ -53,8 +57,19 @@ def _optional(matched: bool | None) -> float | None:
 class _Inputs:
     model: ModelFiles
     adapter: Path | None
-    data: RowSource
+    data: RowSource | None
+    """None where the tasks of lm-eval bring their own rows."""
     choices: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What an evaluation says."""
+
+    metrics: dict[str, MetricValue]
+    rows: list[dict[str, Any]]
+    notes: dict[str, Any]
+    """Further figures for the summary."""
 
 
 def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> StageResult:
@@ -65,11 +80,13 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
     """
     job = StageRun("eval", resolved, options or RunOptions())
     config = job.config
+    if config.lm_eval:
+        _open_tasks(job)
     model = job.model(config.model)
     inputs = _Inputs(
         model=model,
         adapter=open_adapter(job, config.adapter) if config.adapter is not None else None,
-        data=job.rows("data", config.data),
+        data=job.rows("data", config.data) if config.data is not None else None,
         choices=_open_choices(job, config.choices) if config.choices is not None else None,
     )
     return job.complete(lambda folder: _compute(job, inputs, folder))
@@ -87,18 +104,84 @@ def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
     return tuple(choices)
 
 
+def _open_tasks(job: StageRun[EvalConfig]) -> None:
+    """Register what lm-eval would run: its version, which decides what a task is, and the folder of further tasks."""
+    from p2d_cli.modeling.harness import harness_version
+
+    tasks = {"version": harness_version(), "tasks": list(job.config.lm_eval)}
+    job.inputs["lm_eval"] = InputEntry(kind="tasks", digest=digest_json(tasks), source=",".join(job.config.lm_eval))
+    if (spec := job.config.lm_eval_tasks) is not None:
+        folder = Path(spec).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"--lm-eval-tasks {spec} is not a folder", hint="give a folder with task files of lm-eval")
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        digest = digest_json([[path.relative_to(folder).as_posix(), digest_file(path)] for path in files])
+        job.inputs["lm_eval_tasks"] = InputEntry(kind="tasks", digest=digest, source=spec)
+
+
 def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import load_adapter
-    from p2d_cli.stages.row_scoring import generate_answers
     from p2d_cli.stages.workbench import open_workbench
 
-    config = job.config
-    with job.timer.phase("prepare"):
-        records = job.read(inputs.data, limit=config.limit).records
-    bench = open_workbench(job, inputs.model, config)
+    records: Sequence[Record] = ()
+    if inputs.data is not None:
+        with job.timer.phase("prepare"):
+            records = job.read(inputs.data, limit=job.config.limit).records
+    bench = open_workbench(job, inputs.model, job.config)
     if inputs.adapter is not None:
         with job.timer.phase("load"):
             bench.model = load_adapter(bench.model, inputs.adapter)
+    with job.timer.phase("evaluate"):
+        measured = _run_tasks(job, bench) if inputs.data is None else _measure(job, bench, records, inputs.choices)
+    with job.timer.phase("save"):
+        save_evaluation(folder, measured.metrics, measured.rows)
+    return Outcome(
+        summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},
+        settings={"rows": len(measured.rows), "data": job.config.data or ",".join(job.config.lm_eval)},
+        precision=bench.precision,
+        device=bench.device,
+        tokens=bench.tokens,
+    )
+
+
+def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
+    """Hand the model to lm-eval; its standard errors become intervals, as of a normal distribution."""
+    from p2d_cli.modeling.harness import harness_version, run_tasks
+
+    config = job.config
+    found = run_tasks(
+        bench.model,
+        bench.tokenizer,
+        config.lm_eval,
+        folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
+        chat=bench.template.name == "chat",
+        limit=config.limit,
+        max_length=bench.max_length,
+        # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.
+        batch_size=max(1, bench.token_budget // bench.max_length),
+        progress=job.progress.task,
+    )
+    bench.tokens += found.tokens
+    errors = NormalDist().inv_cdf((1 + config.confidence) / 2)
+    metrics = {
+        name: MetricValue(
+            value=figure.value,
+            low=figure.value - errors * figure.stderr,
+            high=figure.value + errors * figure.stderr,
+            count=figure.count,
+        )
+        for name, figure in found.figures.items()
+    }
+    return _Measured(metrics, found.rows, {"lm_eval": harness_version()})
+
+
+def _measure(
+    job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record], choices: tuple[str, ...] | None
+) -> _Measured:
+    """Compute p2d's own metrics, each where its rows were read."""
+    from p2d_cli.stages.row_scoring import generate_answers
+
+    config = job.config
     columns: dict[str, Any] = {
         "id": [record.id for record in records],
         "prompt": [record.prompt for record in records],
@@ -106,30 +189,16 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     }
     metrics: dict[str, MetricValue] = {}
     notes: dict[str, Any] = {}
-    with job.timer.phase("evaluate"):
-        if generated := [name for name in config.metric if name in GENERATED]:
-            columns["prediction"] = generate_answers(job, bench, records)
-            _judge(config, generated, columns, metrics, notes)
-        if "accuracy" in config.metric:
-            _choose(job, bench, records, inputs.choices, columns, metrics)
-        if "perplexity" in config.metric:
-            _perplexity(job, bench, records, columns, metrics)
-    order = [name for name in metrics if name.removesuffix("_strict") in config.metric]
-    metrics = {name: metrics[name] for name in sorted(order, key=lambda name: _position(config, name))}
-    with job.timer.phase("save"):
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        save_evaluation(folder, metrics, rows)
-    return Outcome(
-        summary={
-            "rows": len(records),
-            "metrics": {name: vars(metric) for name, metric in metrics.items()},
-            **notes,
-        },
-        settings={"rows": len(records), "data": inputs.data.spec},
-        precision=bench.precision,
-        device=bench.device,
-        tokens=bench.tokens,
-    )
+    if generated := [name for name in config.metric if name in GENERATED]:
+        columns["prediction"] = generate_answers(job, bench, records)
+        _judge(config, generated, columns, metrics, notes)
+    if "accuracy" in config.metric:
+        _choose(job, bench, records, choices, columns, metrics)
+    if "perplexity" in config.metric:
+        _perplexity(job, bench, records, columns, metrics)
+    ordered = {name: metrics[name] for name in sorted(metrics, key=lambda name: _position(config, name))}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return _Measured(ordered, rows, notes)
 
 
 def _position(config: EvalConfig, name: str) -> tuple[int, str]:
@@ -158,7 +227,7 @@ def _judge(
 
 def _choose(
     job: StageRun[EvalConfig],
-    bench: Any,
+    bench: Workbench,
     records: Sequence[Record],
     choices: tuple[str, ...] | None,
     columns: dict[str, Any],
@@ -189,7 +258,7 @@ def _offered(record: Record, choices: tuple[str, ...] | None) -> tuple[str, ...]
 
 def _perplexity(
     job: StageRun[EvalConfig],
-    bench: Any,
+    bench: Workbench,
     records: Sequence[Record],
     columns: dict[str, Any],
     metrics: dict[str, MetricValue],

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.journal import pack_texts, unpack_texts
 from p2d_cli.config import EvalConfig
 from p2d_cli.data.records import Record
+from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.choices import can_pack, score_pack_batch, split_into_packs
 from p2d_cli.modeling.generation import generate_greedy, score_completions
 from p2d_cli.stages.execution import StageRun
@@ -84,7 +85,7 @@ def _weigh_packs(job: StageRun[EvalConfig], bench: Workbench, examples: Sequence
     def weigh(group: list[int]) -> dict[str, NDArray[Any]]:
         chosen = [pack_from[place] for place in group if place in pack_from]
         bench.tokens += len(chosen) * max(pack.length for pack in chosen)
-        return {"log_likelihood": np.array(score_pack_batch(bench.model, chosen, bench.tokenizer.pad_token_id))}
+        return {"log_likelihood": _numbers(score_pack_batch(bench.model, chosen, bench.tokenizer.pad_token_id))}
 
     log_likelihood = np.zeros(len(examples))
     # The journal's plan names examples, not packs: which examples a pack holds depends on the budget.
@@ -103,10 +104,20 @@ def _weigh_examples(
     def weigh(group: list[int]) -> dict[str, NDArray[Any]]:
         [(_, sums, counts)] = score_completions(bench.model, examples, [group], bench.tokenizer.pad_token_id)
         bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
-        return {"log_likelihood": np.array(sums), "tokens": np.array(counts)}
+        return {"log_likelihood": _numbers(sums), "tokens": np.array(counts)}
 
     log_likelihood_N, tokens_N = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     batches = bench.batches([len(ids) for ids, _ in examples])
     for group, reading in finish_batches(job, bench, label, batches, weigh, phase=PHASE):
         log_likelihood_N[group], tokens_N[group] = reading["log_likelihood"], reading["tokens"]
     return log_likelihood_N, tokens_N
+
+
+def _numbers(log_likelihood: Sequence[float]) -> NDArray[np.float64]:
+    values = np.array(log_likelihood, dtype=np.float64)
+    if np.isnan(values).any():
+        raise NonFiniteError(
+            "weighing answers: expected finite log-likelihoods, found nan; nothing was written",
+            hint="look for NaN in the model's weights, or try --dtype float32",
+        )
+    return values

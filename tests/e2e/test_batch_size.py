@@ -55,3 +55,20 @@ def test_predictions_do_not_depend_on_the_batch(p2d, tiny_folder, few, tmp_path,
         assert metric == metrics[0]
         assert likelihood == pytest.approx(likelihoods[0], abs=1e-4, rel=1e-6)
         assert perplexity == pytest.approx(perplexities[0], rel=1e-5)
+
+
+def test_choices_are_the_same_where_each_is_read_with_its_own_prompt(p2d, tiny_folder, few, tmp_path, monkeypatch):
+    """Models whose attention cannot be masked by pairs of tokens take the plain way."""
+    completions = [json.loads(line)["completion"] for line in few["test"].read_text().splitlines()]
+    (tmp_path / "choices.json").write_text(json.dumps(sorted({*completions, "alpha", "bravo charlie delta echo"})))
+    evaluate = (
+        *("eval", "--model", tiny_folder, "--data", few["test"], "--dtype", "float32", "--metric", "accuracy"),
+        *("--choices", tmp_path / "choices.json", "--token-budget", 300),
+    )
+    assert p2d(*evaluate, "--out", tmp_path / "packed").code == 0
+    monkeypatch.setattr("p2d_cli.stages.row_scoring.can_pack", lambda *_: False)
+    assert p2d(*evaluate, "--out", tmp_path / "plain").code == 0
+    packed, plain = (pq.read_table(tmp_path / name / "predictions.parquet").to_pydict() for name in ("packed", "plain"))
+    assert packed == plain
+    tokens = [json.loads((tmp_path / name / "manifest.json").read_text())["tokens"] for name in ("packed", "plain")]
+    assert tokens[0] < tokens[1] / 1.5

@@ -64,6 +64,9 @@ def test_what_cannot_be_packed_is_told(tiny_model: ModelFactory) -> None:
     model.config._attn_implementation = "flash_attention_2"
     assert not can_pack(model, 6)
     model = tiny_model("llama")
+    model._is_stateful = True  # transformers' mark of a recurrent state beside attention
+    assert not can_pack(model, 6)
+    model = tiny_model("llama")
     model.config.model_type = "falcon"
     assert not can_pack(model, 6)
 
