@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
 PICTURE_NAME = "loss.png"
 CARD_NAME = "README.md"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
     with job.timer.phase("save"):
-        _save(model, dtype, inputs.model, scope, folder)
+        _save(model, dtype, inputs.model, config, folder)
         save_training_log(folder, record.log)
         save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
         _draw(job, record.log, folder)
@@ -275,9 +277,9 @@ def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_]
     return model
 
 
-def _save(model: Any, dtype: Any, base: ModelFiles, scope: Scope, folder: Path) -> None:
-    """Write the PEFT folder, or the whole model with the base model's tokenizer."""
-    if scope in {"heads", "lora"}:
+def _save(model: Any, dtype: Any, base: ModelFiles, config: TrainConfig, folder: Path) -> None:
+    """Write the PEFT folder, or the whole model with the base model's tokenizer and the chat template it learnt."""
+    if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
         save_adapter(model, folder, base.spec)
@@ -285,6 +287,8 @@ def _save(model: Any, dtype: Any, base: ModelFiles, scope: Scope, folder: Path) 
     from p2d_cli.modeling.saving import save_plain_model
 
     save_plain_model(model.to(dtype), base.folder, folder)
+    if config.chat_template is not None:
+        shutil.copyfile(Path(config.chat_template).expanduser(), folder / CHAT_TEMPLATE_NAME)
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,16 @@ def test_an_evaluation_shows_what_was_trained(train, evaluate, chat, tmp_path):
     assert summary_of(tmp_path / "evaluation")["template"] == summary_of(tmp_path / "adapter")["template"]
 
 
+def test_a_whole_model_carries_the_template_that_it_learnt(train, evaluate, chat, tmp_path):
+    from transformers import AutoTokenizer
+
+    assert train(PAIRS, "--scope", "full", "--chat-template", chat, out="full").code == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == CHAT
+    assert evaluate(model=tmp_path / "full").code == 0
+    shown, learnt = (summary_of(tmp_path / name)["template"]["digest"] for name in ("evaluation", "full"))
+    assert shown == learnt
+
+
 def test_other_prompts_are_refused_and_both_are_shown(train, evaluate, chat, tmp_path):
     assert train(PAIRS, "--system", "Be brief.").code == 0
     adapter = ("--adapter", tmp_path / "adapter")
