@@ -168,8 +168,11 @@ def mining_against_forward(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def mining_against_predecessors(options: argparse.Namespace) -> dict[str, Any]:
-    """Data Whisperer as published: each episode's answer is generated, and the attention taken from whole matrices."""
-    bench, rows, targets = open_bench(options, rows=min(options.rows, 100))
+    """Data Whisperer as published: an episode's answers are generated, and the attention taken from whole matrices.
+
+    Five demos and three queries an episode are the settings in its authors' README (gszfwsb/Data-Whisperer).
+    """
+    bench, rows, targets = open_bench(options, rows=min(options.rows, 60))
     heads_LH = uniform_heads(bench)
     examples = bench.encode_examples(rows)
 
@@ -177,16 +180,16 @@ def mining_against_predecessors(options: argparse.Namespace) -> dict[str, Any]:
         for group in bench.batches([len(example.input_ids) for example in examples]):
             bench.head_outputs([examples[index] for index in group], heads_LH)
 
-    episodes = encode_episodes(bench, rows, targets)
+    episodes = encode_episodes(bench, rows, targets, queries=3)
 
     def predecessor() -> None:
         bench.model.set_attn_implementation("eager")
         for episode in episodes:
-            start = episode.answer_mask.index(True)
-            prompt = torch.tensor([episode.input_ids[:start]])
+            shown = [token for token, answer in zip(episode.input_ids, episode.answer_mask, strict=True) if not answer]
+            prompt = torch.tensor([shown])
             with torch.no_grad():
                 bench.model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False,
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3 * 64, do_sample=False,
                     output_attentions=True, return_dict_in_generate=True, pad_token_id=bench.tokenizer.pad_token_id,
                 )  # fmt: skip
         bench.model.set_attn_implementation("sdpa")
@@ -250,10 +253,10 @@ def uniform_heads(bench: Workbench) -> Any:
     return select_uniform(shape.num_layers, shape.num_heads, share_count(ratio, shape.total_heads))
 
 
-def encode_episodes(bench: Workbench, rows: list[Any], targets: list[Any]) -> list[Any]:
+def encode_episodes(bench: Workbench, rows: list[Any], targets: list[Any], queries: int = 1) -> list[Any]:
     pool_groups, target_groups = duplicate_groups(rows, targets)
     plan = plan_mining(
-        len(rows), len(targets), demos=5, queries=1, draws=1, rng=np.random.default_rng(0),
+        len(rows), len(targets), demos=5, queries=queries, draws=1, rng=np.random.default_rng(0),
         pool_groups=pool_groups, target_groups=target_groups,
     )  # fmt: skip
     return [bench.encode_episode([rows[i] for i in e.demos], [targets[i] for i in e.queries]) for e in plan]
