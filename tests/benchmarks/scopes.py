@@ -22,8 +22,8 @@ from typing import Any
 
 GRIDS = {
     "heads": (1e-3, 3e-3, 1e-2),
-    "attention": (1e-4, 3e-4, 1e-3),
-    "lora": (3e-4, 1e-3, 3e-3),
+    "attention": (1e-4, 3e-4, 1e-3, 3e-3),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-5, 1e-4, 3e-4),
 }
 
