@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
 
-DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 2e-4, "lora": 5e-4, "full": 1e-4}
+DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
+"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); larger models want lower ones."""
 PICTURE_NAME = "loss.png"
 CARD_NAME = "README.md"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
