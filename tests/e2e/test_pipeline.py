@@ -170,14 +170,14 @@ def test_touching_is_no_change_but_another_byte_is(p2d, pipeline, commands, few,
     assert "differs in input data" in refused.said
 
 
-def test_other_settings_are_noticed_and_named(p2d, commands):
+def test_other_settings_are_noticed_and_named(p2d, pipeline, commands):
     done = p2d(*commands[1]["adapter"], "--epochs", 1)
     assert done.code == 73
     assert "setting epochs" in done.said
     assert "--force" in done.said
 
 
-def test_run_settings_do_not_matter(p2d, commands):
+def test_run_settings_do_not_matter(p2d, pipeline, commands):
     done = p2d(*commands[1]["heads"], "--token-budget", 512, "--json")
     assert done.json["status"] == "up-to-date"
 
