@@ -81,3 +81,9 @@ EXIT_CODES: dict[int, str] = {
     75: "stopped early: run the same command again to resume",
     INTERRUPTED_EXIT_CODE: "interrupted with Ctrl-C",
 }
+
+
+def first_line(problem: BaseException) -> str:
+    """Return what another library's exception says first; its name where it says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

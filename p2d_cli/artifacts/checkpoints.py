@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.digests import digest_stream
+from p2d_cli.artifacts.digests import read_digest
 
 SEAL_NAME = "p2d_seal.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,7 +30,7 @@ class Checkpoint:
 
 def seal_checkpoint(folder: Path, progress: Mapping[str, Any]) -> None:
     """Record the digest of each file of a finished checkpoint, and what the stage has to know to go on from it."""
-    files = {path.name: digest_stream(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: read_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     aside = folder / f".{SEAL_NAME}"
     aside.write_text(json.dumps({"files": files, "progress": dict(progress)}), encoding="utf-8")
     aside.rename(folder / SEAL_NAME)
@@ -55,7 +55,7 @@ def _verified(folder: Path) -> dict[str, Any]:
     for name, digest in seal["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
-        if digest_stream(folder / name) != digest:
+        if read_digest(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
     progress: dict[str, Any] = seal["progress"]
     return progress

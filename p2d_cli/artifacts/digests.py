@@ -37,12 +37,12 @@ def digest_file(path: Path) -> str:
         return name
     status = path.stat()
     if status.st_size < REMEMBERED_BYTES:
-        return digest_stream(path)
+        return read_digest(path)
     stamp = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
     memory = _memory_file()
     remembered = _recall(memory)
     if stamp not in remembered:
-        remembered[stamp] = digest_stream(path)
+        remembered[stamp] = read_digest(path)
         _remember(memory, remembered)
     return remembered[stamp]
 
@@ -52,7 +52,7 @@ def digest_files(files: Iterable[Path]) -> str:
     return digest_json(sorted((file.name, digest_file(file)) for file in files))
 
 
-def digest_stream(path: Path) -> str:
+def read_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read now."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -135,7 +135,7 @@ def read_manifest(folder: Path, *, kind: ArtifactKind | None = None) -> Manifest
         ArtifactError: no manifest, not valid, of a newer schema, or of another kind than `kind`.
     """
     path = folder / MANIFEST_NAME
-    expected = f"a {kind} artifact" if kind else "an artifact"
+    expected = f"an artifact of kind {kind}" if kind else "an artifact"
     if not path.is_file():
         found = "an unfinished or foreign folder: it has no manifest.json" if folder.is_dir() else "nothing there"
         hint = f"give the folder that {_writer_of(kind)} wrote" if kind else "give a folder that p2d wrote"
@@ -168,7 +168,7 @@ def _check_schema(fields: Any, path: Path, kind: ArtifactKind | None) -> None:
         )
     if kind is not None and found != kind:
         raise ArtifactError(
-            f"expected a {kind} artifact at {path.parent}, found one of kind {found}",
+            f"expected an artifact of kind {kind} at {path.parent}, found one of kind {found}",
             hint=f"give the folder that {_writer_of(kind)} wrote",
         )
 

@@ -177,8 +177,10 @@ def _heads_by_group(
     num_groups = int(base.k_GdD.shape[0])
     for group in range(num_groups):
         keys, values = ([getattr(model, name)[group].double() for model in models] for name in ("k_GdD", "v_GdD"))
-        shared = [_stretch(pair, temperature) for pair in (keys, values)]
-        inner_dd = [key_dD @ value_dD.T for key_dD, value_dD in zip(keys, values, strict=True)]
+        if weights == "qkv":
+            shared = [_stretch(pair, temperature) for pair in (keys, values)]
+        else:
+            inner_dd = [key_dD @ value_dD.T for key_dD, value_dD in zip(keys, values, strict=True)]
         for head in range(base.num_heads):
             if head * num_groups // base.num_heads != group:
                 continue

@@ -1,6 +1,4 @@
-"""What a model says, how likely it finds a given answer, and how it represents a text: each batch by batch.
-
-The callers make the batches (lists of row indices) and get one result a batch, so that they can show progress.
+"""What a model says, how likely it finds a given answer, and how it represents a text, for one batch of rows.
 
 Axes: B batch, T tokens, D hidden size.
 """
@@ -26,11 +24,10 @@ def generate_greedy(
     model: Any,
     tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
-    batches: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
-) -> Iterator[tuple[list[int], list[str], int]]:
+) -> tuple[list[str], int]:
     """Continue prompts, taking the most likely token each time.
 
     The sampling settings, penalties and length limits of the model's own `generation_config` are left out of account;
@@ -40,80 +37,71 @@ def generate_greedy(
         model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
         tokenizer: The model's tokenizer.
         prompt_ids: Token ids of each prompt.
-        batches: Row indices of each batch.
         max_new_tokens: Limit of each continuation.
         stop: Strings that end a continuation. They may be the text of a special token.
 
-    Yields:
-        For each batch: its row indices; their texts, without special tokens and cut before the first stop string; and
-        the number of tokens generated for them in all, those that ended a text included.
+    Returns:
+        The texts, without special tokens and cut before the first stop string, and the number of tokens generated for
+        them in all, those that ended a text included.
     """
     plain = _without_adapter(model)
     stop = tuple(string for string in stop if string)
     config = _greedy_config(plain, tokenizer, max_new_tokens)
-    for indices in batches:
-        input_ids_BT, attention_mask_BT = _padded_left([prompt_ids[i] for i in indices], config.pad_token_id)
-        stopper = _StopStrings(tokenizer, stop, *input_ids_BT.shape)
-        with torch.no_grad(), _neutral_defaults(plain):
-            output_BT = plain.generate(
-                input_ids_BT.to(plain.device),
-                attention_mask=attention_mask_BT.to(plain.device),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
-            )
-        new_ids = stopper.generated(output_BT, config.eos_token_id)
-        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        yield list(indices), [_cut(text, stop) for text in texts], sum(len(ids) for ids in new_ids)
+    input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
+    stopper = _StopStrings(tokenizer, stop, *input_ids_BT.shape)
+    with torch.no_grad(), _neutral_defaults(plain):
+        output_BT = plain.generate(
+            input_ids_BT.to(plain.device),
+            attention_mask=attention_mask_BT.to(plain.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
+        )
+    new_ids = stopper.generated(output_BT, config.eos_token_id)
+    texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [_cut(text, stop) for text in texts], sum(len(ids) for ids in new_ids)
 
 
 def score_completions(
-    model: Any, examples: Sequence[tuple[Sequence[int], int]], batches: Sequence[Sequence[int]], pad_id: int
-) -> Iterator[tuple[list[int], list[float], list[int]]]:
+    model: Any, examples: Sequence[tuple[Sequence[int], int]], pad_id: int
+) -> tuple[list[float], list[int]]:
     """Score completions by their log-likelihood given their prompts.
 
     Args:
         model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
         examples: `(token ids of prompt and completion, number of prompt tokens)` of each row.
-        batches: Row indices of each batch.
         pad_id: Any token id.
 
-    Yields:
-        For each batch: its row indices, the sum of the completion tokens' log-probabilities in nats of each row, and
-        the number of these tokens.
+    Returns:
+        The sum of the completion tokens' log-probabilities in nats of each row, and the number of these tokens.
 
     Raises:
         UsageError: The model has no output embedding.
     """
-    for indices in batches:
-        input_ids_BT, attention_mask_BT = _padded_right([examples[i][0] for i in indices], pad_id, model.device)
-        prompt_length_B = torch.tensor([examples[i][1] for i in indices], device=model.device)
-        answer_mask_BT = torch.arange(input_ids_BT.shape[1], device=model.device) >= prompt_length_B[:, None]
-        sums_B, counts_B = completion_log_likelihood(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
-        yield list(indices), sums_B.tolist(), counts_B.tolist()
+    input_ids_BT, attention_mask_BT = _padded_right([ids for ids, _ in examples], pad_id, model.device)
+    prompt_length_B = torch.tensor([prompt_length for _, prompt_length in examples], device=model.device)
+    answer_mask_BT = torch.arange(input_ids_BT.shape[1], device=model.device) >= prompt_length_B[:, None]
+    sums_B, counts_B = completion_log_likelihood(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
+    return sums_B.tolist(), counts_B.tolist()
 
 
-def mean_hidden_states(
-    model: Any, ids: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], pad_id: int
-) -> Iterator[tuple[list[int], Tensor]]:
+def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """Average over each row's tokens the hidden states that the output embedding reads.
 
     Args:
         model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
         ids: Token ids of each row, at least one.
-        batches: Row indices of each batch.
         pad_id: Any token id.
 
-    Yields:
-        For each batch: its row indices and the means, `[B, D]` float32 on the CPU.
+    Returns:
+        The means, `[B, D]` float32 on the CPU.
 
     Raises:
         UsageError: The model has no output embedding.
     """
-    for indices in batches:
-        input_ids_BT, attention_mask_BT = _padded_right([ids[i] for i in indices], pad_id, model.device)
-        hidden_BTD = _last_hidden_states(model, forward_inputs(input_ids_BT, attention_mask_BT)).float()
-        weight_BT = attention_mask_BT.to(hidden_BTD) / attention_mask_BT.sum(dim=1, keepdim=True)
-        yield list(indices), torch.einsum("BTD,BT->BD", hidden_BTD, weight_BT).cpu()
+    input_ids_BT, attention_mask_BT = _padded_right(ids, pad_id, model.device)
+    hidden_BTD = _last_hidden_states(model, forward_inputs(input_ids_BT, attention_mask_BT)).float()
+    weight_BT = attention_mask_BT.to(hidden_BTD) / attention_mask_BT.sum(dim=1, keepdim=True)
+    return torch.einsum("BTD,BT->BD", hidden_BTD, weight_BT).cpu()
 
 
 class _StopStrings(StoppingCriteria):

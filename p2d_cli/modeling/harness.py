@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.errors import UnavailableError, UsageError
+from p2d_cli.errors import UnavailableError, UsageError, first_line
 
 PACKAGE = "lm-eval"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -109,11 +109,11 @@ def run_tasks(
             )
         except OSError as problem:
             raise UnavailableError(
-                f"lm-eval cannot load {', '.join(tasks)}: {_first_line(problem)}",
+                f"lm-eval cannot load {', '.join(tasks)}: {first_line(problem)}",
                 hint="its data set must be on disk or reachable; HF_HUB_OFFLINE forbids to download it",
             ) from problem
         except ValueError as problem:
-            raise UsageError(f"lm-eval refuses {', '.join(tasks)}: {_first_line(problem)}") from problem
+            raise UsageError(f"lm-eval refuses {', '.join(tasks)}: {first_line(problem)}") from problem
     figures = _figures(results)
     return HarnessResult(figures=figures, rows=_rows(results["samples"], figures), tokens=counted[0])
 
@@ -303,8 +303,3 @@ def _quiet() -> Iterator[None]:
         tqdm.__init__ = start
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.errors import DataError, UnavailableError, UsageError, first_line
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
 DTYPES: dict[str, torch.dtype] = {
@@ -38,7 +38,7 @@ def load_tokenizer(path: Path | str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as problem:
         raise DataError(
-            f"loading the tokenizer of {files.spec} failed: {_first_line(problem)}",
+            f"loading the tokenizer of {files.spec} failed: {first_line(problem)}",
             hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",
         ) from problem
     if not tokenizer.is_fast:
@@ -114,7 +114,7 @@ def load_model(
         if isinstance(problem, torch.OutOfMemoryError):
             raise
         raise DataError(
-            f"loading the weights of {files.spec} failed: {_first_line(problem)}", hint="copy or download it again"
+            f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="copy or download it again"
         ) from problem
     _refuse_incomplete(report, files)
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
@@ -213,7 +213,7 @@ def _read_config(files: ModelFiles) -> Any:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise DataError(f"{files.config_path} is not a valid model config: {_first_line(problem)}") from problem
+        raise DataError(f"{files.config_path} is not a valid model config: {first_line(problem)}") from problem
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"{files.spec} is of type {files.model_type!r}, which is not a causal language model",
@@ -274,8 +274,3 @@ def _has_native_bfloat16(device: torch.device) -> bool:
         return False
     features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__

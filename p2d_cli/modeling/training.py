@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,6 @@ class TrainingHooks:
     """Called with the number of updates done since the last call."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
-    around_evaluation: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Surrounds each look at held-out rows."""
     after_loading: Callable[[Any], None] = lambda _: None
     """Called with the model after a checkpoint's weights were put into it."""
 
@@ -154,7 +151,7 @@ class CompletionTrainer(Trainer):
         total, count = 0.0, 0
         model: Any = self.model
         model.eval()
-        with self.hooks.around_evaluation(), torch.no_grad():
+        with torch.no_grad():
             for batch in self.get_eval_dataloader():
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)

@@ -117,10 +117,13 @@ class EpisodeReader:
         answers = [""] * len(prompts)
         batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
         stop = ("\n\n",) if bench.template.name == "plain" else ()
-        for indices, texts, _ in generate_greedy(
-            bench.model, bench.tokenizer, prompts, batches, max_new_tokens=config.max_new_tokens, stop=stop
-        ):
-            for index, text in zip(indices, texts, strict=True):
+        for batch in batches:
+            asked = [prompts[index] for index in batch]
+            texts, new_tokens = generate_greedy(
+                bench.model, bench.tokenizer, asked, max_new_tokens=config.max_new_tokens, stop=stop
+            )
+            bench.tokens += new_tokens + sum(map(len, asked))
+            for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
         return answers
 

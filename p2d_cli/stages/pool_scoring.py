@@ -149,7 +149,9 @@ def _completion_losses(
     from p2d_cli.stages.workbench import finish_batches
 
     def read(group: list[int]) -> dict[str, NDArray[Any]]:
-        [(_, sums, counts)] = score_completions(bench.model, examples, [group], bench.tokenizer.pad_token_id)
+        sums, counts = score_completions(
+            bench.model, [examples[index] for index in group], bench.tokenizer.pad_token_id
+        )
         bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
         return {"loss": -np.asarray(sums) / np.maximum(counts, 1)}
 
@@ -169,7 +171,7 @@ def _score_embedding(task: PoolTask) -> PoolScored:
     ids = [example.input_ids for example in examples]
 
     def read(group: list[int]) -> dict[str, NDArray[Any]]:
-        [(_, states_BD)] = mean_hidden_states(bench.model, ids, [group], bench.tokenizer.pad_token_id)
+        states_BD = mean_hidden_states(bench.model, [ids[index] for index in group], bench.tokenizer.pad_token_id)
         bench.tokens += len(group) * max(len(ids[index]) for index in group)
         return {"states": states_BD.numpy()}
 

@@ -35,10 +35,11 @@ def generate_answers(job: StageRun[EvalConfig], bench: Workbench, records: Seque
     prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
 
     def answer(group: list[int]) -> dict[str, NDArray[Any]]:
-        [(_, texts, new_tokens)] = generate_greedy(
-            bench.model, bench.tokenizer, prompts, [group], max_new_tokens=config.max_new_tokens, stop=config.stop
+        asked = [prompts[index] for index in group]
+        texts, new_tokens = generate_greedy(
+            bench.model, bench.tokenizer, asked, max_new_tokens=config.max_new_tokens, stop=config.stop
         )
-        bench.tokens += new_tokens + sum(len(prompts[index]) for index in group)
+        bench.tokens += new_tokens + sum(map(len, asked))
         return {"answers": pack_texts(texts)}
 
     answers = [""] * len(records)
@@ -102,8 +103,9 @@ def _weigh_examples(
     job: StageRun[EvalConfig], bench: Workbench, label: str, examples: Sequence[Example]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     def weigh(group: list[int]) -> dict[str, NDArray[Any]]:
-        [(_, sums, counts)] = score_completions(bench.model, examples, [group], bench.tokenizer.pad_token_id)
-        bench.tokens += len(group) * max(len(examples[index][0]) for index in group)
+        chosen = [examples[index] for index in group]
+        sums, counts = score_completions(bench.model, chosen, bench.tokenizer.pad_token_id)
+        bench.tokens += len(chosen) * max(len(ids) for ids, _ in chosen)
         return {"log_likelihood": _numbers(sums), "tokens": np.array(counts)}
 
     log_likelihood_N, tokens_N = np.zeros(len(examples)), np.zeros(len(examples), np.int64)

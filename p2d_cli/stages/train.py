@@ -28,10 +28,11 @@ from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 if TYPE_CHECKING:
     import torch
 
+    from p2d_cli.data.prompts import PromptTemplate
     from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
-"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); larger models want lower ones."""
+"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models."""
 PICTURE_NAME = "loss.png"
 CARD_NAME = "README.md"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -73,6 +74,7 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import trainable_share
+    from p2d_cli.stages.templates import template_for
 
     config, scope = job.config, job.config.resolved_scope
     with job.timer.phase("prepare"):
@@ -80,8 +82,9 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
     device, dtype, model, tokenizer = _load(job, inputs)
     with job.timer.phase("prepare"):
-        rows, truncated = _encode(job, inputs, tokenizer, records)
-        eval_rows, _ = _encode(job, inputs, tokenizer, held_out) if held_out else ([], 0)
+        template = template_for(job, tokenizer, config)
+        rows, truncated = _encode(job, inputs, template, tokenizer, records)
+        eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
         model = _make_trainable(model, config, inputs.heads_LH)
         share = trainable_share(model)
     precision = str(dtype).removeprefix("torch.")
@@ -183,9 +186,8 @@ def _train(
 
     scratch = job.scratch("checkpoints")
     earlier = _earlier(job, scratch)
-    spent: dict[str, float] = earlier.progress["seconds"] if earlier else {}
-    for phase, seconds in spent.items():
-        job.timer.charge(phase, seconds)
+    spent: float = earlier.progress["seconds"] if earlier else 0.0
+    job.timer.charge("train", spent)
     started = time.perf_counter()
     updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
     with (
@@ -194,8 +196,8 @@ def _train(
     ):
 
         def seal(folder: Path, tokens: int) -> None:
-            seconds = spent.get("train", 0.0) + time.perf_counter() - started
-            seal_checkpoint(folder, {"seconds": {"train": seconds}, "tokens": tokens})
+            seconds = spent + time.perf_counter() - started
+            seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens})
 
         return train(
             model,
@@ -235,17 +237,15 @@ def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[s
 
 
 def _encode(
-    job: StageRun[TrainConfig], inputs: _Inputs, tokenizer: Any, records: Sequence[Record]
+    job: StageRun[TrainConfig], inputs: _Inputs, template: PromptTemplate, tokenizer: Any, records: Sequence[Record]
 ) -> tuple[list[TrainingRow], int]:
     """Tokenize the rows; refuse if truncation left nothing to learn from."""
     from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
     from p2d_cli.modeling.training import TrainingRow
-    from p2d_cli.stages.templates import template_for
     from p2d_cli.stages.workbench import context_length
 
     config = job.config
-    template = template_for(job, tokenizer, config)
     max_length = context_length(config.max_length, inputs.model.config)
     examples = [template.encode_example(tokenizer, record, max_length, loss_on=config.loss_on) for record in records]
     rows = [

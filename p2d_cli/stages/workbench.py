@@ -21,6 +21,7 @@ from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 from p2d_cli.data.records import Record
 from p2d_cli.modeling.attention_capture import run_captured
+from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -29,7 +30,6 @@ from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.templates import template_for
 
 LONGEST_DEFAULT = 2048
-IGNORED_LABEL = -100
 
 
 @dataclass

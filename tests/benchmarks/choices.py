@@ -97,8 +97,10 @@ def packed(model: object, examples: list[tuple[tuple[int, ...], int]], budget: i
 def plain(model: object, examples: list[tuple[tuple[int, ...], int]], budget: int) -> Scored:
     values, tokens = [0.0] * len(examples), 0
     batches = token_batches([len(ids) for ids, _ in examples], token_budget=budget)
-    for batch, sums, _ in score_completions(model, examples, batches, pad_id=0):
-        tokens += len(batch) * max(len(examples[index][0]) for index in batch)
+    for batch in batches:
+        chosen = [examples[index] for index in batch]
+        sums, _ = score_completions(model, chosen, pad_id=0)
+        tokens += len(batch) * max(len(ids) for ids, _ in chosen)
         for index, value in zip(batch, sums, strict=True):
             values[index] = value
     return values, tokens

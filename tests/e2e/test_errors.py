@@ -315,11 +315,11 @@ def test_a_device_that_is_not_there(score):
 def test_an_artifact_of_the_wrong_kind(p2d, pipeline, tiny_folder, few, tmp_path):
     mine = ("mine-data", "--model", tiny_folder, "--pool", few["pool"], "--out", tmp_path / "s")
     done = p2d(*mine, "--heads", pipeline / "subset")
-    refused(done, 65, "expected a heads artifact", "kind subset", "p2d score-heads")
+    refused(done, 65, "expected an artifact of kind heads", "kind subset", "p2d score-heads")
     done = p2d(*mine[:3], "--pool", pipeline / "heads", "--method", "random", "--out", tmp_path / "s")
-    refused(done, 65, "expected a subset artifact")
+    refused(done, 65, "expected an artifact of kind subset")
     done = p2d("report-aer", pipeline / "adapter", "--reference", pipeline / "evaluation", "--out", tmp_path / "r")
-    refused(done, 65, "expected a evaluation artifact", "p2d eval")
+    refused(done, 65, "expected an artifact of kind evaluation", "p2d eval")
 
 
 def test_a_folder_that_is_no_artifact(p2d, tiny_folder, few, tmp_path):

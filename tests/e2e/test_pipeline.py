@@ -326,8 +326,8 @@ def test_all_metrics(p2d, tiny_folder, tmp_path):
 def test_answers_without_a_number_are_wrong_and_counted(p2d, tiny_folder, tmp_path, monkeypatch):
     answers = iter(["#### 1,234", "I make it $7.0", "no idea", "#### none, perhaps 3"])
 
-    def answer(_model, _tokenizer, _prompts, batches, **_settings):
-        return [(batches[0], [next(answers)], 1)]
+    def answer(_model, _tokenizer, _prompts, **_settings):
+        return [next(answers)], 1
 
     monkeypatch.setattr("p2d_cli.stages.row_scoring.generate_greedy", answer)
     data = tmp_path / "rows.jsonl"

@@ -243,7 +243,7 @@ def test_an_unknown_schema_is_refused(tmp_path, schema):
 
 def test_another_kind_is_refused_and_says_who_writes_the_right_one(tmp_path):
     write(tmp_path / "x", kind="subset")
-    with pytest.raises(ArtifactError, match=r"expected a heads artifact .* found one of kind subset") as caught:
+    with pytest.raises(ArtifactError, match=r"an artifact of kind heads .* found one of kind subset") as caught:
         open_artifact(tmp_path / "x", "heads")
     assert "p2d score-heads" in caught.value.hint
 
@@ -297,7 +297,7 @@ def test_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
     path.write_bytes(b"12345678")
     first = digest_file(path)
     reads = []
-    monkeypatch.setattr("p2d_cli.artifacts.digests.digest_stream", lambda path: reads.append(path) or "fresh")
+    monkeypatch.setattr("p2d_cli.artifacts.digests.read_digest", lambda path: reads.append(path) or "fresh")
     assert digest_file(path) == first
     assert not reads
     path.write_bytes(b"12345679")

@@ -35,8 +35,7 @@ def _examples(packs: list[Pack]) -> list[tuple[tuple[int, ...], int]]:
 def _plain(model: Any, packs: list[Pack]) -> list[float]:
     """One unpadded sequence an answer."""
     examples = _examples(packs)
-    batches = [[index] for index in range(len(examples))]
-    return [sums[0] for _, sums, _ in score_completions(model, examples, batches, pad_id=0)]
+    return [score_completions(model, [example], pad_id=0)[0][0] for example in examples]
 
 
 @pytest.mark.parametrize("kernel", ["own", "eager"])

@@ -52,9 +52,11 @@ def complaints() -> Iterator[list[str]]:
 
 def _generated(model: Any, tokenizer: Any, prompts: Any, batches: Any, **settings: Any) -> tuple[list[str], int]:
     texts, total = [""] * len(prompts), 0
-    for indices, batch_texts, new_tokens in generate_greedy(
-        model, tokenizer, prompts, batches, **({"max_new_tokens": NEW_TOKENS} | settings)
-    ):
+    for indices in batches:
+        chosen = [prompts[index] for index in indices]
+        batch_texts, new_tokens = generate_greedy(
+            model, tokenizer, chosen, **({"max_new_tokens": NEW_TOKENS} | settings)
+        )
         for index, text in zip(indices, batch_texts, strict=True):
             texts[index] = text
         total += new_tokens
@@ -217,7 +219,8 @@ def test_scores_are_those_of_each_row_alone(tiny_model: ModelFactory, prompts: l
     model = tiny_model("qwen3")
     examples = list(zip(prompts, (2, 5, 2, 0, 8), strict=True))
     seen = set()
-    for indices, sums, counts in score_completions(model, examples, batches, pad_id=0):
+    for indices in batches:
+        sums, counts = score_completions(model, [examples[index] for index in indices], pad_id=0)
         for index, value, count in zip(indices, sums, counts, strict=True):
             ids, prompt_length = examples[index]
             with torch.no_grad():
@@ -235,7 +238,8 @@ def test_mean_hidden_state_is_that_of_each_row_alone(
 ) -> None:
     model = tiny_model(family)
     seen = set()
-    for indices, means in mean_hidden_states(model, prompts, batches, pad_id=0):
+    for indices in batches:
+        means = mean_hidden_states(model, [prompts[index] for index in indices], pad_id=0)
         assert means.dtype == torch.float32
         assert not means.requires_grad
         for index, mean in zip(indices, means, strict=True):
