@@ -1,11 +1,11 @@
-"""What each scope reaches with its own best learning rate: a sweep on held-out rows, then the test rows.
+"""What each scope reaches with its own best learning rate: a search on held-out rows, then the test rows.
 
     python tests/benchmarks/scopes.py --model MODEL --task NAME TRAIN TEST METRIC ROWS [--task ...]
         --out OUT [--held-out 128] [--test-rows 200] [--epochs 3] [--seeds 0] [--no-sweep NAME ...]
 
-TRAIN and TEST are shuffled once. Each learning rate of `GRIDS` is tried on ROWS rows of TRAIN and judged by the loss on
-others of TRAIN; the test rows are looked at once, with the best one. A task named by `--no-sweep` takes the rates that
-were best for the one before it.
+TRAIN and TEST are shuffled once. From the default on, learning rates of `LADDER` are tried on ROWS rows of TRAIN, and
+judged by the loss on others of TRAIN, until the best one has a worse one on either side; the test rows are looked at
+once, with the best. A task named by `--no-sweep` takes the rates of the one before it, the first one the defaults.
 The heads are `uniform`, a tenth of them. Everything runs through the command line, and what is there already is kept.
 `OUT/scopes.json` holds all figures.
 """
@@ -16,16 +16,15 @@ import argparse
 import json
 import random
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-GRIDS = {
-    "heads": (1e-3, 3e-3, 1e-2),
-    "attention": (1e-4, 3e-4, 1e-3, 3e-3),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "full": (3e-5, 1e-4, 3e-4),
-}
+from p2d_cli.stages.train import DEFAULT_LEARNING_RATE
+
+SCOPES = ("heads", "attention", "lora", "full")
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def main() -> None:
@@ -35,21 +34,36 @@ def main() -> None:
     p2d("score-heads", "--model", options.model, "--method", "uniform", "--out", str(heads))
     sweep: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    best: dict[str, float] = {}
+    best = {scope: DEFAULT_LEARNING_RATE[scope] for scope in SCOPES}
     for name, train, test, metric, count in options.task:
         rows = cut(options, name, train, test, int(count))
         if name not in options.no_sweep:
-            tried = [try_rate(options, name, rows, scope, lr) for scope in GRIDS for lr in GRIDS[scope]]
-            sweep += tried
-            for scope in GRIDS:
-                losses = {row["learning_rate"]: row["held_out_loss"] for row in tried if row["scope"] == scope}
-                best[scope] = min(losses, key=lambda lr: losses[lr])
-            write(options, sweep, results)
-        for scope in GRIDS:
-            results += [judge(options, name, rows, scope, best[scope], seed, metric) for seed in options.seeds]
+            for scope in SCOPES:
+                tried, best[scope] = climb(DEFAULT_LEARNING_RATE[scope], partial(try_rate, options, name, rows, scope))
+                sweep += tried
+                write(options, sweep, results)
+        for seed in options.seeds:
+            results += [judge(options, name, rows, scope, best[scope], seed, metric) for scope in SCOPES]
             write(options, sweep, results)
     for row in results:
         print(row)
+
+
+def climb(start: float, attempt: Callable[[float], dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    """Walk along `LADDER` from `start` to the rate of the lowest held-out loss; what was tried, and that rate."""
+    tried = {place: attempt(LADDER[place]) for place in [LADDER.index(start)]}
+
+    def loss(place: int) -> float:
+        if place not in range(len(LADDER)):
+            return float("inf")
+        if place not in tried:
+            tried[place] = attempt(LADDER[place])
+        return float(tried[place]["held_out_loss"])
+
+    best = LADDER.index(start)
+    while (better := min((best - 1, best, best + 1), key=loss)) != best:
+        best = better
+    return [tried[place] for place in sorted(tried)], LADDER[best]
 
 
 def parse() -> argparse.Namespace:
