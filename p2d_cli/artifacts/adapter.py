@@ -1,4 +1,4 @@
-"""The files of an adapter artifact that PEFT does not write: the training log and the model card."""
+"""The files of an adapter artifact that PEFT does not write: the training log, the model card, a chat template."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 TRAINING_LOG_NAME = "training_log.jsonl"
 CARD_NAME = "README.md"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+"""The chat template that was learnt, where it is not the tokenizer's; transformers looks for it under this name."""
 
 
 def save_training_log(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.artifacts.digests import digest_files
 from p2d_cli.artifacts.manifest import InputEntry, is_artifact
 from p2d_cli.errors import ArtifactError
@@ -33,6 +34,6 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
             f"expected an adapter at {spec}, found no {missing[0]} there",
             hint="give a folder that p2d train or PEFT's save_pretrained wrote",
         )
-    digest = digest_files([folder / name for name in ADAPTER_FILES])
+    digest = digest_files([folder / name for name in (*ADAPTER_FILES, CHAT_TEMPLATE_NAME) if (folder / name).is_file()])
     job.inputs["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.artifacts.manifest import is_artifact
 from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.errors import ArtifactError, UsageError
@@ -66,6 +68,8 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         model = merge(model).to(dtype)
     with job.timer.phase("save"):
         save_plain_model(model, base.folder, folder)
+        if (adapter / CHAT_TEMPLATE_NAME).is_file():
+            shutil.copyfile(adapter / CHAT_TEMPLATE_NAME, folder / CHAT_TEMPLATE_NAME)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
     return Outcome(

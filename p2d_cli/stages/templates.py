@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.config import EvalConfig, RowOptions
 from p2d_cli.data.prompts import PromptTemplate, resolve_template
 from p2d_cli.errors import ArtifactError
@@ -15,7 +16,7 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
     """Choose the stage's template, and put it on record in the manifest's summary.
 
     An evaluation shows what the model was trained with, where that is known and neither `--template` nor
-    `--chat-template` says otherwise.
+    `--chat-template` says otherwise; a chat template that was trained with lies in the adapter's folder.
 
     Raises:
         ArtifactError: an evaluation that would show something else.
@@ -23,7 +24,7 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
         UsageError: there is no chat template, and one is asked for.
     """
     trained = trained_prompt(job)
-    chat_file = None if config.chat_template is None else Path(config.chat_template).expanduser()
+    chat_file = _chat_file(config)
     adopts_plain = trained is not None and trained["name"] == "plain" and chat_file is None
     requested = "plain" if adopts_plain and config.template == "auto" else config.template
     template = resolve_template(tokenizer, requested, chat_file=chat_file)
@@ -39,6 +40,16 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
         _ensure_same_prompt(trained, shown, config.adapter or config.model)
     _tell_differences(job, shown)
     return template
+
+
+def _chat_file(config: RowOptions) -> Path | None:
+    """Return the file of `--chat-template`, else in an evaluation the one that the adapter's folder holds."""
+    if config.chat_template is not None:
+        return Path(config.chat_template).expanduser()
+    if not isinstance(config, EvalConfig) or config.adapter is None or config.template != "auto":
+        return None
+    carried = Path(config.adapter).expanduser() / CHAT_TEMPLATE_NAME
+    return carried if carried.is_file() else None
 
 
 def describe_prompt(shown: dict[str, Any]) -> str:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.artifacts.adapter import TRAINING_LOG_NAME, save_model_card, save_training_log
+from p2d_cli.artifacts.adapter import (
+    CARD_NAME,
+    CHAT_TEMPLATE_NAME,
+    TRAINING_LOG_NAME,
+    save_model_card,
+    save_training_log,
+)
 from p2d_cli.artifacts.checkpoints import Checkpoint, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
@@ -34,8 +40,6 @@ if TYPE_CHECKING:
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
 """The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models."""
 PICTURE_NAME = "loss.png"
-CARD_NAME = "README.md"
-CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -279,15 +283,15 @@ def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_]
 
 
 def _save(model: Any, dtype: Any, base: ModelFiles, config: TrainConfig, folder: Path) -> None:
-    """Write the PEFT folder, or the whole model with the base model's tokenizer and the chat template it learnt."""
+    """Write the PEFT folder, or the whole model with the base model's tokenizer; and the chat template, if given."""
     if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
         save_adapter(model, folder, base.spec)
-        return
-    from p2d_cli.modeling.saving import save_plain_model
+    else:
+        from p2d_cli.modeling.saving import save_plain_model
 
-    save_plain_model(model.to(dtype), base.folder, folder)
+        save_plain_model(model.to(dtype), base.folder, folder)
     if config.chat_template is not None:
         shutil.copyfile(Path(config.chat_template).expanduser(), folder / CHAT_TEMPLATE_NAME)
 

@@ -184,12 +184,20 @@ def test_other_prompts_are_refused_and_both_are_shown(train, evaluate, chat, tmp
     assert (shown["name"], shown["system"]) == ("chat", None)
 
 
-def test_a_template_that_eval_cannot_know_is_asked_for(train, evaluate, chat, tmp_path):
+def test_an_adapter_carries_the_template_that_it_learnt(train, evaluate, p2d, chat, tmp_path):
+    from transformers import AutoTokenizer
+
     assert train(PAIRS, "--chat-template", chat).code == 0
     adapter = ("--adapter", tmp_path / "adapter")
     done = evaluate(*adapter)
+    assert done.code == 0, done.said
+    shown, learnt = (summary_of(tmp_path / name)["template"] for name in ("evaluation", "adapter"))
+    assert (shown["digest"], shown["name"]) == (learnt["digest"], "chat")
+    done = evaluate(*adapter, "--template", "plain", out="other")
     assert (done.code, "give --chat-template with the file chat.jinja" in done.said) == (65, True), done.said
-    assert evaluate(*adapter, "--chat-template", chat).code == 0
+    assert evaluate(*adapter, "--chat-template", chat, out="named").code == 0
+    assert p2d("export", tmp_path / "adapter", "--out", tmp_path / "merged").code == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHAT
 
 
 def test_a_whole_model_and_an_exported_one_keep_their_prompt(train, evaluate, p2d, tmp_path):
