@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -99,10 +100,18 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base model, and this folder as --adapter"
         raise DataError(f"{spec} is not a model folder: it has no config.json", hint=hint)
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the base model that the adapter names in place of the weights that lie here.
+        raise DataError(
+            f"{spec} holds both a model and an adapter (config.json and adapter_config.json)",
+            hint="keep them in two folders: the model for --model, the adapter for --adapter",
+        )
     try:
         config = json.loads(config_path.read_bytes())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{config_path} is not valid JSON: {problem}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{config_path} is not a model config: it holds no JSON object")
     return ModelFiles(
         spec=spec,
         folder=folder,
@@ -113,22 +122,38 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
     )
 
 
+def find_pickled(folder: Path) -> str | None:
+    """Return the name of a file with pickled weights in `folder`, if there is one."""
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+
+
 def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as problem:
-            raise DataError(f"{index} is not a valid index: {problem}") from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise DataError(f"{spec} is incomplete: {missing[0]} is missing", hint="copy or download it again")
-        return tuple(folder / name for name in names)
+    # Where both are there, transformers loads the single file too.
     if (single := folder / "model.safetensors").is_file():
         return (single,)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
+    if (index := folder / "model.safetensors.index.json").is_file():
+        return _shards(index, spec)
+    if (pickled := find_pickled(folder)) is not None:
         raise DataError(
-            f"{spec} has its weights in {pickled[0]}, a pickle file, which p2d does not load: it could run code",
+            f"{spec} has its weights in {pickled}, a pickle file, which p2d does not load: it could run code",
             hint="convert it to safetensors: load it with transformers where you trust it, and save_pretrained",
         )
     raise DataError(f"{spec} has no model.safetensors", hint="give a folder with weights in safetensors")
+
+
+def _shards(index: Path, spec: str) -> tuple[Path, ...]:
+    """Return the files that an index names, which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise DataError(f"{index} is not a valid index: {problem}") from None
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise DataError(
+                f"{index} names {name!r} as a weight file, and expected is a safetensors file beside it",
+                hint="copy or download the model again",
+            )
+        if not (index.parent / name).is_file():
+            raise DataError(f"{spec} is incomplete: {name} is missing", hint="copy or download it again")
+    return tuple(index.parent / name for name in names)

@@ -7,7 +7,9 @@ from typing import Any
 
 from p2d_cli.artifacts.digests import digest_files
 from p2d_cli.artifacts.manifest import InputEntry, is_artifact
+from p2d_cli.artifacts.store import recover
 from p2d_cli.errors import ArtifactError
+from p2d_cli.modeling.model_files import find_pickled
 from p2d_cli.stages.execution import StageRun
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -20,6 +22,7 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
         ArtifactError: not an adapter, damaged, or made for another model.
     """
     folder = Path(spec).expanduser()
+    recover(folder)
     if is_artifact(folder):
         job.artifact("adapter", spec, "adapter", same_model=True)
         if not (folder / ADAPTER_FILES[0]).is_file():
@@ -28,7 +31,13 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
                 hint="give it as --model, without --adapter",
             )
         return folder
-    if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing and (pickled := find_pickled(folder)):
+        raise ArtifactError(
+            f"{spec} has its weights in {pickled}, a pickle file, which p2d does not load: it could run code",
+            hint="convert it to adapter_model.safetensors where you trust it: load it with PEFT, and save_pretrained",
+        )
+    if missing:
         raise ArtifactError(
             f"expected an adapter at {spec}, found no {missing[0]} there",
             hint="give a folder that p2d train or PEFT's save_pretrained wrote",

@@ -24,7 +24,14 @@ from p2d_cli.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
-from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
+from p2d_cli.artifacts.store import (
+    clear_leftovers,
+    draft,
+    ensure_replaceable,
+    find_current,
+    open_artifact,
+    recover,
+)
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
@@ -122,6 +129,7 @@ class StageRun(Generic[ConfigT]):
 
         A model that an earlier stage wrote brings the costs of its making.
         """
+        recover(Path(spec).expanduser())
         files = locate_model(spec)
         if is_artifact(files.folder):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
@@ -143,6 +151,7 @@ class StageRun(Generic[ConfigT]):
         if config.chat_template is not None:
             self._open_chat_template(config.chat_template)
         folder = Path(spec).expanduser()
+        recover(folder)
         if is_artifact(folder):
             self.artifact(name, spec, "subset")
             return locate(str(folder / SUBSET_NAME))
@@ -235,12 +244,19 @@ class StageRun(Generic[ConfigT]):
         identity = self._identity()
         key = artifact_key(identity)
         current = None if self.options.force else find_current(self.config.out, self.kind, key)
+        if current is not None and self.options.dry_run:
+            return self._result("would-skip", key, current)
         if current is not None:
-            return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
+            clear_leftovers(self.config.out, key)
+            return self._result("up-to-date", key, current)
         self._ensure_room(identity)
         if self.options.dry_run:
             return self._result("would-run", key, None)
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
+            # Another process may have put an artifact there while this one waited for its turn.
+            if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
+                return self._result("up-to-date", key, current)
+            self._ensure_room(identity)
             self._unfinished = place.unfinished
             outcome = compute(place.folder)
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
