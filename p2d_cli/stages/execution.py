@@ -111,6 +111,7 @@ class StageRun(Generic[ConfigT]):
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
+        self._key: str | None = None
         self._started = time.perf_counter()
 
     @property
@@ -221,13 +222,20 @@ class StageRun(Generic[ConfigT]):
             label: what the batches are for; several journals of a stage need different labels.
             plan: the row indices of each batch.
         """
-        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan)
+        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan, work=f"{self.key} {label}")
 
     def scratch(self, name: str) -> Path:
         """Return a folder that outlives an interrupted run of this very work, and goes once the artifact is there."""
         folder = self._scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def key(self) -> str:
+        """The key of the artifact that is being made: unfinished work of another one is of no use for it."""
+        if self._key is None:
+            raise RuntimeError("a stage has a key once all of its inputs are known")
+        return self._key
 
     @property
     def _scratch(self) -> Path:
@@ -242,7 +250,7 @@ class StageRun(Generic[ConfigT]):
             compute: writes the payload into the folder it is given.
         """
         identity = self._identity()
-        key = artifact_key(identity)
+        self._key = key = artifact_key(identity)
         current = None if self.options.force else find_current(self.config.out, self.kind, key)
         if current is not None and self.options.dry_run:
             return self._result("would-skip", key, current)
