@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.errors import DataError, UnavailableError
+from p2d_cli.errors import DataError, UnavailableError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PROBE_SECONDS = 5.0
 _PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -75,22 +76,50 @@ def locate_model(spec: str) -> ModelFiles:
 
 
 def _snapshot(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     name, _, revision = spec.partition("@")
+    # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
+    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+    unreachable = None if constants.HF_HUB_OFFLINE else _why_unreachable(constants.ENDPOINT)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_SNAPSHOT_PATTERNS))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=_SNAPSHOT_PATTERNS,
+                local_files_only=unreachable is not None,
+            )
+        )
     except RepositoryNotFoundError:
         raise UnavailableError(
             f"the hub has no model {spec}, or it is private", hint="check the name, or set HF_TOKEN"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
-        reason = str(problem).split("\n", 1)[0]
+    except (OSError, ValueError, client_error) as problem:
+        reason = unreachable or first_line(problem)
         raise UnavailableError(
             f"model {spec} is neither a folder here nor in the local hub cache, and the hub was not reached: {reason}",
             hint="check the path, or download it where there is a network: hf download " + name,
         ) from None
+
+
+def _why_unreachable(endpoint: str) -> str | None:
+    """Say within seconds why the hub does not answer, if so; its own client tries again for minutes."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()  # an answer all the same
+    except (OSError, http.client.HTTPException) as problem:
+        reason = getattr(problem, "reason", problem)
+        if not isinstance(reason, ssl.SSLError):  # a certificate is the hub client's affair, not ours
+            return f"{endpoint} does not answer ({reason})"
+    return None
 
 
 def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
