@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
                 f"{spec} is a whole model (trained with --scope attention or full), not an adapter",
                 hint="give it as --model, without --adapter",
             )
+        refuse_imports(folder)
         return folder
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing and (pickled := find_pickled(folder)):
@@ -42,6 +44,28 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
             f"expected an adapter at {spec}, found no {missing[0]} there",
             hint="give a folder that p2d train or PEFT's save_pretrained wrote",
         )
+    refuse_imports(folder)
     digest = digest_files([folder / name for name in ADAPTER_FILES])
     job.inputs["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder
+
+
+def refuse_imports(folder: Path) -> None:
+    """Refuse an adapter whose config makes PEFT import a module that the config names.
+
+    Raises:
+        ArtifactError: it does, or is not a JSON object.
+    """
+    path = folder / ADAPTER_FILES[0]
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as problem:
+        raise ArtifactError(f"{path} is not valid JSON: {problem}", hint="copy or download it again") from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} is not an adapter's config: it holds no JSON object")
+    if config.get("megatron_config"):
+        raise ArtifactError(
+            f"{path} asks for code from the module {config.get('megatron_core')!r} (megatron_config), which p2d does "
+            "not run",
+            hint="remove megatron_config from it: p2d reads plain adapters",
+        )
