@@ -117,10 +117,15 @@ class Manifest(BaseModel):
         """Digest of what the artifact says: equal for equal results, whenever and wherever they were made."""
         return digest_json({name: file.sha256 for name, file in self.outputs.items() if file.content})
 
-    def to_json(self) -> str:
-        """Return the text of `manifest.json`, with a digest of itself as the last key."""
+    def to_json(self, *, sealed: bool = False) -> str:
+        """Return the text of `manifest.json`.
+
+        Args:
+            sealed: whether a digest of all the other keys is added as the last one.
+        """
         fields = self.model_dump(mode="json", by_alias=True)
-        return json.dumps(fields | {SELF_DIGEST: digest_json(fields)}, indent=2, ensure_ascii=False) + "\n"
+        seal = {SELF_DIGEST: digest_json(fields)} if sealed else {}
+        return json.dumps(fields | seal, indent=2, ensure_ascii=False) + "\n"
 
 
 def artifact_key(identity: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ class Draft:
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the target's place."""
-        (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        (self.folder / MANIFEST_NAME).write_text(manifest.to_json(sealed=True), encoding="utf-8")
         flush_tree(self.folder)
         _swap(self.folder, self._target)
         shutil.rmtree(self.unfinished, ignore_errors=True)
