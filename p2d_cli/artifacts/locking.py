@@ -16,6 +16,7 @@ import os
 import shlex
 import socket
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,21 +115,26 @@ def _create(path: Path) -> int | None:
     holder = _holder(path)
     if holder is not None and not _is_dead(holder):
         raise BlockingIOError(errno.EAGAIN, "the lock is held")
-    # Only one process at a time may remove a dead holder's file, or it could remove the next holder's.
-    removal = path.with_name(path.name + ".removal")
+    # Only one process at a time may replace a dead holder's file, or it could replace the next holder's.
+    replacing = _replacing(path)
     try:
-        removal.mkdir()
+        replacing.mkdir()
     except FileExistsError:
         raise BlockingIOError(errno.EAGAIN, "the lock is being taken") from None
     try:
         if _holder(path) != holder:
             return None
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+        descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         _describe_holder(descriptor)
+        fresh.replace(path)
     finally:
-        removal.rmdir()
+        replacing.rmdir()
     return descriptor
+
+
+def _replacing(path: Path) -> Path:
+    return path.with_name(f"{path.name}.replacing")
 
 
 def _describe_holder(descriptor: int) -> None:
@@ -175,4 +181,6 @@ def _taken(target: Path, path: Path) -> StoppedEarlyError:
     hint = "wait for it and run the same command again"
     if holder is not None and holder["host"] != socket.gethostname():
         hint += f"; if that process is gone, remove {path}"
+    elif _replacing(path).exists():
+        hint += f"; if there is none, remove {_replacing(path)}"
     return StoppedEarlyError(f"another p2d process is writing {target}{who}", hint=hint)
