@@ -66,7 +66,8 @@ class ModelIdentity(BaseModel):
     def describe(self) -> str:
         """Return a short text for messages."""
         tokenizer = (self.tokenizer_digest or "none")[:12]
-        return f"{self.source} ({self.model_type}, weights {self.digest[:12]}, tokenizer {tokenizer})"
+        revision = "" if self.revision is None else f" at {self.revision[:12]}"
+        return f"{self.source}{revision} ({self.model_type}, weights {self.digest[:12]}, tokenizer {tokenizer})"
 
 
 class Manifest(BaseModel):
