@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d_cli.artifacts.digests import read_digest
+from p2d_cli.artifacts.flushing import flush_directory, flush_file, flush_tree
 
 SEAL_NAME = "p2d_seal.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -29,33 +30,60 @@ class Checkpoint:
 
 
 def seal_checkpoint(folder: Path, progress: Mapping[str, Any]) -> None:
-    """Record the digest of each file of a finished checkpoint, and what the stage has to know to go on from it."""
-    files = {path.name: read_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """Record the digest of each file of a finished checkpoint, and what the stage has to know to go on from it.
+
+    Args:
+        folder: the checkpoint; every process that writes into it has finished.
+        progress: what the stage has to know; `work` in it says what the checkpoint is a part of.
+    """
+    flush_tree(folder)
+    seal = {"name": folder.name, "files": _digests(folder), "progress": dict(progress)}
     aside = folder / f".{SEAL_NAME}"
-    aside.write_text(json.dumps({"files": files, "progress": dict(progress)}), encoding="utf-8")
+    aside.write_text(json.dumps(seal), encoding="utf-8")
+    flush_file(aside)
     aside.rename(folder / SEAL_NAME)
+    flush_directory(folder)
+    flush_directory(folder.parent)
 
 
-def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """Return the newest checkpoint below `root` that verifies, and what is wrong with each newer one."""
+def newest_checkpoint(root: Path, *, work: str | None = None) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """Return the newest checkpoint below `root` that verifies, and what is wrong with each newer one.
+
+    Args:
+        root: the folder of the checkpoints.
+        work: what they must be a part of, as their `progress` says.
+    """
     problems: list[str] = []
     found = {int(match[1]): path for path in root.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
     for updates in sorted(found, reverse=True):
         try:
-            return Checkpoint(found[updates], _verified(found[updates])), tuple(problems)
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+            return Checkpoint(found[updates], _verified(found[updates], work)), tuple(problems)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             problems.append(f"{found[updates].name}: {problem}")
     return None, tuple(problems)
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def _verified(folder: Path, work: str | None) -> dict[str, Any]:
     if not (folder / SEAL_NAME).is_file():
         raise ValueError("it was not finished")
     seal = json.loads((folder / SEAL_NAME).read_bytes())
-    for name, digest in seal["files"].items():
-        if not (folder / name).is_file():
+    if seal["name"] != folder.name:
+        raise ValueError(f"it was written as {seal['name']}")
+    files, found = seal["files"], _digests(folder)
+    for name, digest in files.items():
+        if name not in found:
             raise ValueError(f"{name} is missing")
-        if read_digest(folder / name) != digest:
+        if found[name] != digest:
             raise ValueError(f"{name} has other bytes than were written")
+    if added := sorted(found.keys() - files.keys()):
+        raise ValueError(f"{added[0]} was added to it")
     progress: dict[str, Any] = seal["progress"]
+    if progress.get("work") != work:
+        raise ValueError("it is of another run")
     return progress
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file of a checkpoint but its seal, by the name relative to the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lstrip(".") != SEAL_NAME)
+    return {path.relative_to(folder).as_posix(): read_digest(path) for path in files}

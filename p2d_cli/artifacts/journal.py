@@ -44,18 +44,19 @@ class Journal:
     Args:
         path: the file; its folder is made.
         plan: the row indices of each batch. A journal of another plan is started anew.
+        work: what the batches are for. A journal of other work is started anew as well.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, plan: Sequence[Sequence[int]]) -> None:
+    def __init__(self, path: Path, plan: Sequence[Sequence[int]], *, work: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"plan": digest_json([list(batch) for batch in plan])}
+        header = {"plan": digest_json([list(batch) for batch in plan]), "work": work}
         lines, length = _read(path)
         if lines[:1] != [header]:
             lines, length = [], 0
-        self.finished = {line["batch"]: _entry(line) for line in lines[1:]}
+        self.finished = {line["batch"]: line["entry"] for line in lines[1:]}
         """By the position of the batch in the plan."""
         self._stream = path.open("r+b" if path.exists() else "w+b")
         self._stream.truncate(length)
@@ -101,15 +102,27 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the sound lines at the start of a journal, and how many bytes they take."""
     if not path.exists():
         return [], 0
-    lines, length = [], 0
+    lines: list[dict[str, Any]] = []
+    length = 0
     with path.open("rb") as stream:
         for raw in stream:
-            checksum, _, text = raw.partition(b" ")
-            if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+            if (line := _line(raw, is_header=not lines)) is None:
                 break
-            lines.append(json.loads(text))
+            lines.append(line)
             length += len(raw)
     return lines, length
+
+
+def _line(raw: bytes, *, is_header: bool) -> dict[str, Any] | None:
+    """Return what a line says, with its arrays unpacked; None if it was cut, damaged or written by something else."""
+    checksum, _, text = raw.partition(b" ")
+    if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+        return None
+    try:
+        line: dict[str, Any] = json.loads(text)
+        return line if is_header else {"batch": int(line["batch"]), "entry": _entry(line)}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _pack(array: NDArray[Any]) -> dict[str, Any]:

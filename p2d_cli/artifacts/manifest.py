@@ -21,7 +21,11 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSIONS: dict[ArtifactKind, int] = dict.fromkeys(get_args(ArtifactKind), 1)
 """The version that this p2d writes of each kind, and the newest that it reads."""
 
+SELF_DIGEST = "digest"
+"""The key under which a manifest's file carries the digest of all its other keys."""
+
 _SCHEMA = re.compile(r"p2d\.(\w+)/(\d+)")
+_RERUN = "rerun the stage that wrote it, with --force"
 
 
 class OutputFile(BaseModel):
@@ -62,7 +66,8 @@ class ModelIdentity(BaseModel):
     def describe(self) -> str:
         """Return a short text for messages."""
         tokenizer = (self.tokenizer_digest or "none")[:12]
-        return f"{self.source} ({self.model_type}, weights {self.digest[:12]}, tokenizer {tokenizer})"
+        revision = "" if self.revision is None else f" at {self.revision[:12]}"
+        return f"{self.source}{revision} ({self.model_type}, weights {self.digest[:12]}, tokenizer {tokenizer})"
 
 
 class Manifest(BaseModel):
@@ -113,9 +118,15 @@ class Manifest(BaseModel):
         """Digest of what the artifact says: equal for equal results, whenever and wherever they were made."""
         return digest_json({name: file.sha256 for name, file in self.outputs.items() if file.content})
 
-    def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+    def to_json(self, *, sealed: bool = False) -> str:
+        """Return the text of `manifest.json`.
+
+        Args:
+            sealed: whether a digest of all the other keys is added as the last one.
+        """
+        fields = self.model_dump(mode="json", by_alias=True)
+        seal = {SELF_DIGEST: digest_json(fields)} if sealed else {}
+        return json.dumps(fields | seal, indent=2, ensure_ascii=False) + "\n"
 
 
 def artifact_key(identity: dict[str, Any]) -> str:
@@ -143,16 +154,40 @@ def read_manifest(folder: Path, *, kind: ArtifactKind | None = None) -> Manifest
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as problem:
-        raise ArtifactError(f"{path} is not valid JSON: {problem}", hint="rerun the stage that wrote it") from None
+        raise ArtifactError(f"{path} is not valid JSON: {problem}", hint=_RERUN) from None
     _check_schema(fields, path, kind)
+    digest = fields.pop(SELF_DIGEST, None)
     try:
-        return Manifest.model_validate(fields)
+        manifest = Manifest.model_validate(fields)
     except ValidationError as problems:
         first = problems.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}", hint=_RERUN) from None
+    _check_digest(fields, digest, path)
+    return manifest
+
+
+def _check_digest(fields: dict[str, Any], digest: Any, path: Path) -> None:
+    """Compare a manifest with the digest that it carries; the first ones that p2d wrote carry none."""
+    try:
+        found = digest_json(fields)
+    except ValueError as problem:
+        raise ArtifactError(f"{path} is not a valid manifest: {problem}", hint=_RERUN) from None
+    if digest is not None and digest != found:
         raise ArtifactError(
-            f"{path} is not a valid manifest: {where}: {first['msg']}", hint="rerun the stage that wrote it"
-        ) from None
+            f"{path} is damaged, or was edited: expected digest {str(digest)[:16]}..., found {found[:16]}...",
+            hint=_RERUN,
+        )
+
+
+def guess_kind(folder: Path) -> str | None:
+    """Return the kind of artifact at `folder` even if its manifest is damaged; None for what p2d did not write."""
+    try:
+        text = (folder / MANIFEST_NAME).read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    match = re.search(r'"schema": "p2d\.(\w+)/', text[:200])
+    return match[1] if match is not None and match[1] in SCHEMA_VERSIONS else None
 
 
 def _check_schema(fields: Any, path: Path, kind: ArtifactKind | None) -> None:
@@ -183,20 +218,28 @@ def verify_outputs(folder: Path, manifest: Manifest) -> None:
     """Compare every payload file with its size and digest.
 
     Raises:
-        ArtifactError: naming the first file that is missing or differs.
+        ArtifactError: naming the first file that is missing or differs, or that is a link to somewhere else.
     """
     for name, expected in manifest.outputs.items():
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing", hint="rerun the stage that wrote it")
+            raise ArtifactError(f"{path} is missing", hint=_RERUN)
+        _refuse_link_outwards(folder, path)
         size = path.stat().st_size
         if size != expected.bytes:
+            raise ArtifactError(f"{path} is damaged: expected {expected.bytes} bytes, found {size}", hint=_RERUN)
+        # Of the file itself, since a link may bear any name.
+        if (found := digest_file(path.resolve())) != expected.sha256:
             raise ArtifactError(
-                f"{path} is damaged: expected {expected.bytes} bytes, found {size}",
-                hint="rerun the stage that wrote it",
+                f"{path} is damaged: expected sha256 {expected.sha256[:16]}..., found {found[:16]}...", hint=_RERUN
             )
-        if (found := digest_file(path)) != expected.sha256:
-            raise ArtifactError(
-                f"{path} is damaged: expected sha256 {expected.sha256[:16]}..., found {found[:16]}...",
-                hint="rerun the stage that wrote it",
-            )
+
+
+def _refuse_link_outwards(folder: Path, path: Path) -> None:
+    """Refuse a payload file that lies elsewhere, unless that is the store of the hub cache that the folder is in."""
+    root, real = folder.resolve(), path.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(real.is_relative_to(home) for home in homes):
+        raise ArtifactError(
+            f"{path} is a link to {real}, outside of the artifact", hint="copy the artifact with the files themselves"
+        )

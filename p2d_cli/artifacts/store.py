@@ -3,24 +3,46 @@
 A stage writes its payload into a `Draft`, a hidden folder beside the output. `commit` adds the manifest last, flushes
 everything to disk and renames the folder into place. An artifact that is replaced is moved aside first, and put back
 by the next reader or writer if the process dies between the two renames.
+
+What a dead process leaves beside `heads`, and the next one clears away:
+- `.heads.draft-*`: a draft, or an artifact that was replaced and not yet removed;
+- `.heads.old`: the artifact that was there, between the two renames;
+- `.heads.unfinished-<key>`: finished batches and checkpoints, which the next run with this key goes on from;
+- `.heads.lock`: see `p2d_cli.artifacts.locking`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from p2d_cli.artifacts.digests import digest_file
-from p2d_cli.artifacts.manifest import MANIFEST_NAME, Manifest, OutputFile, is_artifact, read_manifest, verify_outputs
-from p2d_cli.errors import ArtifactError, CannotCreateError, StoppedEarlyError, StorageError
+from p2d_cli.artifacts.flushing import flush_directory, flush_tree
+from p2d_cli.artifacts.locking import lock_path, write_lock
+from p2d_cli.artifacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    OutputFile,
+    guess_kind,
+    is_artifact,
+    read_manifest,
+    verify_outputs,
+)
+from p2d_cli.errors import ArtifactError, CannotCreateError, P2DError, StoppedEarlyError, StorageError, first_line
 from p2d_cli.pipeline import ArtifactKind
+
+_CANNOT_CREATE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+_LONGEST_SWAP_SECONDS = 10.0
+"""How long a reader waits for a writer that is between its two renames."""
+_STORAGE_WORDS = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|No space left on device")
+"""How safetensors and torch, whose exceptions are not the system's, tell that the system would not write."""
 
 
 class Draft:
@@ -48,14 +70,9 @@ class Draft:
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the target's place."""
-        (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        _flush(self.folder)
-        aside = self._target.with_name(f".{self._target.name}.old")
-        if self._target.exists():
-            self._target.rename(aside)
-        self.folder.rename(self._target)
-        _flush_directory(self._target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / MANIFEST_NAME).write_text(manifest.to_json(sealed=True), encoding="utf-8")
+        flush_tree(self.folder)
+        _swap(self.folder, self._target)
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
@@ -64,8 +81,9 @@ def open_artifact(folder: Path, kind: ArtifactKind) -> Manifest:
 
     Raises:
         ArtifactError: see `read_manifest` and `verify_outputs`.
+        StorageError: see `recover`.
     """
-    _restore(folder)
+    recover(folder)
     manifest = read_manifest(folder, kind=kind)
     verify_outputs(folder, manifest)
     return manifest
@@ -73,7 +91,7 @@ def open_artifact(folder: Path, kind: ArtifactKind) -> Manifest:
 
 def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
     """Return the manifest at `folder` if it is complete, undamaged and made with `key`."""
-    _restore(folder)
+    recover(folder)
     if not is_artifact(folder):
         return None
     try:
@@ -101,42 +119,79 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         StoppedEarlyError: another process is writing the same artifact.
         StorageError: the disk is full or failed.
     """
-    folder = target.with_name(f".{target.name}.draft-{uuid.uuid4().hex[:8]}")
-    unfinished = target.with_name(f".{target.name}.unfinished-{key[:16]}")
-    with _lock(target):
-        for leftover in target.parent.glob(f".{target.name}.draft-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in target.parent.glob(f".{target.name}.unfinished-*"):
-            if leftover != unfinished or not resume:
-                shutil.rmtree(leftover, ignore_errors=True)
-        folder.mkdir()
+    place = _resolved(target)
+    unfinished = _unfinished(place, key)
+    with _sole_writer(target, place):
+        folder = _hidden(place, f"draft-{uuid.uuid4().hex[:8]}")
         try:
-            yield Draft(folder, target, unfinished)
-        except OSError as problem:
-            raise StorageError(f"making the {kind} artifact {target} failed: {problem}") from problem
+            _put_back(place)
+            _sweep(place, {_unfinished(place, "")}, keep=unfinished if resume else None)
+            folder.mkdir()
+            yield Draft(folder, place, unfinished)
+        except P2DError:
+            raise
+        except Exception as problem:
+            if (reason := _storage_reason(problem)) is None:
+                raise
+            raise StorageError(
+                f"making the {kind} artifact {target} failed: {reason}",
+                hint="make room or mend the disk, and run the same command again: what was finished is kept",
+            ) from problem
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def clear_leftovers(target: Path, key: str) -> None:
+    """Remove what a dead writer left beside an artifact that is complete and was made with `key`.
+
+    Nothing is done where another process is writing, or where nothing can be written.
+    """
+    place = _resolved(target)
+    own = {_unfinished(place, key)}
+    if not _leftovers(place, own) and not lock_path(place).exists():
+        return
+    with suppress(OSError, StoppedEarlyError), write_lock(place):
+        _put_back(place)
+        _sweep(place, own)
+
+
+def recover(target: Path) -> None:
+    """Put back an artifact that was moved aside by a process that died before putting the new one there.
+
+    Raises:
+        StorageError: it cannot be put back, as on a disk that cannot be written.
+    """
+    place = _resolved(target)
+    aside = _hidden(place, "old")
+    deadline = time.monotonic() + _LONGEST_SWAP_SECONDS
+    while aside.exists() and not place.exists():
+        try:
+            with write_lock(place):
+                _put_back(place)
+        except StoppedEarlyError:
+            # Its writer is alive, and between its two renames.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        except OSError as problem:
+            raise StorageError(
+                f"{target} was moved aside to {aside} by a process that died, and cannot be put back: "
+                f"{problem.strerror}",
+                hint="rename it by hand where it can be written",
+            ) from None
+
+
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    path = target.with_name(f".{target.name}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        with lock:
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise StoppedEarlyError(
-            f"another p2d process is writing {target}", hint="wait for it and run the same command again"
-        ) from None
-    except OSError as problem:
-        if problem.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
-            raise CannotCreateError(f"cannot create {target}: {problem.strerror}") from None
-        raise
+def _sole_writer(target: Path, place: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            _make_folders(place.parent)
+            stack.enter_context(write_lock(place))
+        except OSError as problem:
+            if problem.errno in _CANNOT_CREATE:
+                raise CannotCreateError(f"cannot create {target}: {problem.strerror}") from None
+            raise StorageError(f"cannot write beside {target}: {problem.strerror or problem}") from None
+        yield
 
 
 def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, changes: str) -> None:
@@ -155,9 +210,10 @@ def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, chang
         return
     if not target.is_dir():
         raise CannotCreateError(f"cannot create {target}: it is a file", hint="choose another --out")
+    _ensure_movable(target)
     if not any(target.iterdir()):
         return
-    found = _kind_at(target)
+    found = guess_kind(target)
     if found != kind:
         what = f"a {found} artifact" if found else "files that p2d did not write"
         raise CannotCreateError(
@@ -170,31 +226,93 @@ def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, chang
         )
 
 
-def _kind_at(folder: Path) -> str | None:
+def _ensure_movable(target: Path) -> None:
+    """Refuse what cannot be renamed, as an artifact's folder is: a mount point, or the folder that one stands in."""
+    is_mount = os.path.ismount(target)
+    if is_mount or _resolved(target) == _resolved(Path()):
+        what = "a mount point" if is_mount else "the current folder"
+        raise CannotCreateError(
+            f"cannot put an artifact in place of {target}: it is {what}", hint="name a folder in it"
+        )
+
+
+# --- putting in place
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; what is there is moved aside, and back if that fails."""
+    aside = _hidden(target, "old")
+    if target.exists():
+        target.rename(aside)
     try:
-        return read_manifest(folder).kind
-    except ArtifactError:
-        return None
+        new.rename(target)
+    except BaseException:
+        _put_back(target)
+        raise
+    flush_directory(target.parent)
+    _discard_aside(target)
 
 
-def _restore(target: Path) -> None:
-    """Put back an artifact that was moved aside by a process that died before putting the new one there."""
-    aside = target.with_name(f".{target.name}.old")
+def _put_back(target: Path) -> None:
+    """Undo the first half of a swap; for the holder of the lock."""
+    aside = _hidden(target, "old")
     if aside.exists() and not target.exists():
         aside.rename(target)
+        flush_directory(target.parent)
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _flush_directory(folder)
+def _discard_aside(target: Path) -> None:
+    """Remove what was replaced; under another name first, lest half of it be put back."""
+    aside = _hidden(target, "old")
+    if not aside.exists():
+        return
+    doomed = _hidden(target, f"draft-{uuid.uuid4().hex[:8]}")
+    with suppress(OSError):
+        aside.rename(doomed)
+        shutil.rmtree(doomed)
 
 
-def _flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sweep(target: Path, unfinished: set[Path], *, keep: Path | None = None) -> None:
+    """Remove what dead writers left; for the holder of the lock."""
+    if target.exists():
+        _discard_aside(target)
+    for leftover in _leftovers(target, unfinished):
+        if leftover not in {keep, _hidden(target, "old")}:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leftovers(target: Path, unfinished: set[Path]) -> list[Path]:
+    """Return what lies beside an artifact for a while only; unfinished work only if its name begins as one given."""
+    starts = (_hidden(target, "draft-").name, *(path.name for path in unfinished))
+    old = _hidden(target, "old")
+    return [path for path in target.parent.iterdir() if path.name.startswith(starts) or path == old]
+
+
+def _resolved(target: Path) -> Path:
+    """Return where an artifact lies in truth: it is the folder behind a link that is replaced, not the link."""
+    return Path(os.path.realpath(target))
+
+
+def _hidden(target: Path, suffix: str) -> Path:
+    return target.parent / f".{target.name}.{suffix}"
+
+
+def _unfinished(target: Path, key: str) -> Path:
+    return _hidden(target, f"unfinished-{key[:16]}")
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush_directory(path.parent)
+
+
+def _storage_reason(problem: BaseException | None) -> str | None:
+    """Return what the system had against writing, if an exception or one that it came from tells."""
+    while problem is not None:
+        if isinstance(problem, OSError) or _STORAGE_WORDS.search(str(problem)):
+            return first_line(problem)
+        problem = problem.__cause__
+    return None

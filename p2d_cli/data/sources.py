@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import io
 import json
 import re
 import zlib
@@ -53,7 +54,13 @@ _SPLIT_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}")
 _SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_SECONDS = 5.0
-_LONGEST_CELL = 2**31 - 1
+_LONGEST_LINE = 64 * 2**20
+"""Bytes of a line, or characters of a CSV cell: no row that a model could read is as long."""
+_LARGEST_DOCUMENT = 2**30
+"""Bytes of a JSON array, which is held as a whole."""
+_GZIP_BOMB_BYTES = 256 * 2**20
+_GZIP_BOMB_RATIO = 200
+"""A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
 _KNOWN_SUFFIXES = "known are " + ", ".join(_FORMATS) + ", and .gz of the text formats"
 
 
@@ -180,7 +187,7 @@ def _near_names(path: Path) -> str:
 
 def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
     if (folder / "dataset_dict.json").is_file():
-        splits = _read_json_object(folder / "dataset_dict.json").get("splits", [])
+        splits = _names(_read_json_object(folder / "dataset_dict.json").get("splits", []), folder)
         chosen = _choose_split(spec, {name: [folder / name] for name in splits}, split)
         return _saved_dataset(spec, folder / chosen, chosen)
     if (folder / "state.json").is_file():
@@ -239,13 +246,23 @@ def _choose_split(spec: str, splits: dict[str, list[Path]], split: str | None) -
 def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
     """Describe a folder that `Dataset.save_to_disk` wrote; its state names the files in order."""
     listed = _read_json_object(folder / "state.json").get("_data_files", [])
-    files = tuple(folder / entry["filename"] for entry in listed)
+    entries = [entry.get("filename") if isinstance(entry, dict) else entry for entry in listed]
+    files = tuple(folder / name for name in _names(entries, folder))
     missing = [path.name for path in files if not path.is_file()]
     if not files or missing:
         raise DataError(
             f"{spec} is a saved data set without {', '.join(missing) or 'data files'}", hint="save it again"
         )
     return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
+
+
+def _names(listed: Any, folder: Path) -> list[str]:
+    """Return what a saved data set says it consists of, if those are names of things in its own folder."""
+    names = listed if isinstance(listed, list) else [listed]
+    for name in names:
+        if not isinstance(name, str) or name in {"", ".", ".."} or "/" in name or "\\" in name:
+            raise DataError(f"{folder} is a saved data set that names {name!r} as a part of it", hint="save it again")
+    return names
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -288,15 +305,47 @@ def _explain_file_errors(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    # gzip.open is typed as a union over its modes.
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return io.BufferedReader(_Unzipped(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+class _Unzipped(io.RawIOBase):
+    """The content of a gzip file, which may expand only so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = gzip.open(path, "rb")  # noqa: SIM115 - closed with this object
+        self._largest = max(_GZIP_BOMB_BYTES, _GZIP_BOMB_RATIO * path.stat().st_size)
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._count += count
+        if self._count > self._largest:
+            raise DataError(
+                f"{self._path} expands to more than {self._largest:,} bytes, {_GZIP_BOMB_RATIO} times its size: "
+                "that is no text",
+                hint="if you trust it, unpack it first: gzip -dk FILE",
+            )
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _text_lines(path: Path, start: int = 1) -> Iterator[tuple[str, str | BadRow]]:
     """Yield `(file:line, text)`, split at line feeds only: U+2028 and the like may stand inside a JSON string."""
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=start):
+        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=start):
             where = f"{path.name}:{number}"
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                message = f"{where}: a line of more than {_LONGEST_LINE:,} bytes"
+                _skip_line(stream)
+                yield where, BadRow(where, DataError(message, hint="each row stands on a line of its own"))
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             try:
@@ -305,6 +354,12 @@ def _text_lines(path: Path, start: int = 1) -> Iterator[tuple[str, str | BadRow]
                 found = f"byte 0x{line[problem.start]:02x} at byte {problem.start + 1} of the line"
                 hint = "save the file as UTF-8"
                 yield where, BadRow(where, DataError(f"{where}: not valid UTF-8: {found}", hint=hint))
+
+
+def _skip_line(stream: IO[bytes]) -> None:
+    """Read to the end of a line without keeping it."""
+    while (part := stream.readline(2**20)) and not part.endswith(b"\n"):
+        pass
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow | BadRow]:
@@ -353,11 +408,15 @@ def _json_kind(value: Any) -> str:
 
 def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
     """Read an array of objects, or what is JSON Lines but for its name."""
-    with _open(path) as stream:
-        content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    content = _read_up_to(path, _LARGEST_DOCUMENT + 1).removeprefix(b"\xef\xbb\xbf")
     if not content.lstrip().startswith(b"["):
         yield from _read_json_lines(path) if _first_line_is_row(content) else [_refuse_json(path, content)]
         return
+    if len(content) > _LARGEST_DOCUMENT:
+        raise DataError(
+            f"{path}: a JSON array of more than {_LARGEST_DOCUMENT:,} bytes, which would be held in memory as a whole",
+            hint="make JSON Lines of it, which are read row by row: jq -c '.[]' FILE > FILE.jsonl",
+        )
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -365,6 +424,15 @@ def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
         found = f"byte 0x{content[problem.start]:02x}"
         raise DataError(f"{where}: not valid UTF-8: {found}", hint="save the file as UTF-8") from None
     yield from _array_rows(path.name, text)
+
+
+def _read_up_to(path: Path, size: int) -> bytearray:
+    """Return the first `size` bytes of a file."""
+    content = bytearray()
+    with _open(path) as stream:
+        while len(content) < size and (part := stream.read(min(2**20, size - len(content)))):
+            content += part
+    return content
 
 
 def _array_rows(name: str, text: str) -> Iterator[RawRow | BadRow]:
@@ -404,7 +472,7 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _first_line_is_row(content: bytes) -> bool:
+def _first_line_is_row(content: bytearray) -> bool:
     first = content.lstrip().split(b"\n", 1)[0]
     try:
         return not first or isinstance(json.loads(first), dict)
@@ -412,7 +480,7 @@ def _first_line_is_row(content: bytes) -> bool:
         return False
 
 
-def _refuse_json(path: Path, content: bytes) -> BadRow:
+def _refuse_json(path: Path, content: bytearray) -> BadRow:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -425,7 +493,7 @@ def _refuse_json(path: Path, content: bytes) -> BadRow:
 
 
 def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
-    csv.field_size_limit(_LONGEST_CELL)  # the default of 131,072 characters cuts into long documents
+    csv.field_size_limit(_LONGEST_LINE)  # the default of 131,072 characters cuts into long documents
     reader = csv.reader(_require_text(path), delimiter="\t" if _format_of(path) == "tsv" else ",", strict=True)
     header: list[str] | None = None
     while True:

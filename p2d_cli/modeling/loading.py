@@ -54,7 +54,8 @@ def load_config(path: Path | str) -> Any:
 
     Raises:
         UnavailableError: the model is neither on disk nor reachable.
-        UsageError: it needs code from the checkpoint, is of an unknown type, or is not a causal language model.
+        DataError: it needs code from its own checkpoint.
+        UsageError: it is of an unknown type, or is not a causal language model.
     """
     return _read_config(locate_model(str(path)))
 
@@ -84,8 +85,8 @@ def load_model(
 
     Raises:
         UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
-        DataError: the weights are damaged, incomplete, or pickle files.
-        UsageError: the model cannot be used: remote code, quantised weights, not a causal language model.
+        DataError: the weights are damaged, incomplete, or pickle files, or the model needs code from its checkpoint.
+        UsageError: the model cannot be used: quantised weights, not a causal language model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -201,7 +202,7 @@ def _read_config(files: ModelFiles) -> Any:
 
     if files.model_type not in CONFIG_MAPPING:
         if "auto_map" in files.config:
-            raise UsageError(
+            raise DataError(
                 f"{files.spec} needs code from its own checkpoint (auto_map), which p2d does not run",
                 hint="use a model that transformers itself supports",
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.errors import DataError, UnavailableError
+from p2d_cli.errors import DataError, UnavailableError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PROBE_SECONDS = 5.0
+_PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -74,22 +76,50 @@ def locate_model(spec: str) -> ModelFiles:
 
 
 def _snapshot(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     name, _, revision = spec.partition("@")
+    # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
+    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+    unreachable = None if constants.HF_HUB_OFFLINE else _why_unreachable(constants.ENDPOINT)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_SNAPSHOT_PATTERNS))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=_SNAPSHOT_PATTERNS,
+                local_files_only=unreachable is not None,
+            )
+        )
     except RepositoryNotFoundError:
         raise UnavailableError(
             f"the hub has no model {spec}, or it is private", hint="check the name, or set HF_TOKEN"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
-        reason = str(problem).split("\n", 1)[0]
+    except (OSError, ValueError, client_error) as problem:
+        reason = unreachable or first_line(problem)
         raise UnavailableError(
             f"model {spec} is neither a folder here nor in the local hub cache, and the hub was not reached: {reason}",
             hint="check the path, or download it where there is a network: hf download " + name,
         ) from None
+
+
+def _why_unreachable(endpoint: str) -> str | None:
+    """Say within seconds why the hub does not answer, if so; its own client tries again for minutes."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()  # an answer all the same
+    except (OSError, http.client.HTTPException) as problem:
+        reason = getattr(problem, "reason", problem)
+        if not isinstance(reason, ssl.SSLError):  # a certificate is the hub client's affair, not ours
+            return f"{endpoint} does not answer ({reason})"
+    return None
 
 
 def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
@@ -99,10 +129,18 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base model, and this folder as --adapter"
         raise DataError(f"{spec} is not a model folder: it has no config.json", hint=hint)
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the base model that the adapter names in place of the weights that lie here.
+        raise DataError(
+            f"{spec} holds both a model and an adapter (config.json and adapter_config.json)",
+            hint="keep them in two folders: the model for --model, the adapter for --adapter",
+        )
     try:
         config = json.loads(config_path.read_bytes())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{config_path} is not valid JSON: {problem}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{config_path} is not a model config: it holds no JSON object")
     return ModelFiles(
         spec=spec,
         folder=folder,
@@ -113,22 +151,38 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
     )
 
 
+def find_pickled(folder: Path) -> str | None:
+    """Return the name of a file with pickled weights in `folder`, if there is one."""
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+
+
 def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as problem:
-            raise DataError(f"{index} is not a valid index: {problem}") from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise DataError(f"{spec} is incomplete: {missing[0]} is missing", hint="copy or download it again")
-        return tuple(folder / name for name in names)
+    # Where both are there, transformers loads the single file too.
     if (single := folder / "model.safetensors").is_file():
         return (single,)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
+    if (index := folder / "model.safetensors.index.json").is_file():
+        return _shards(index, spec)
+    if (pickled := find_pickled(folder)) is not None:
         raise DataError(
-            f"{spec} has its weights in {pickled[0]}, a pickle file, which p2d does not load: it could run code",
+            f"{spec} has its weights in {pickled}, a pickle file, which p2d does not load: it could run code",
             hint="convert it to safetensors: load it with transformers where you trust it, and save_pretrained",
         )
     raise DataError(f"{spec} has no model.safetensors", hint="give a folder with weights in safetensors")
+
+
+def _shards(index: Path, spec: str) -> tuple[Path, ...]:
+    """Return the files that an index names, which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise DataError(f"{index} is not a valid index: {problem}") from None
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise DataError(
+                f"{index} names {name!r} as a weight file, and expected is a safetensors file beside it",
+                hint="copy or download the model again",
+            )
+        if not (index.parent / name).is_file():
+            raise DataError(f"{spec} is incomplete: {name} is missing", hint="copy or download it again")
+    return tuple(index.parent / name for name in names)

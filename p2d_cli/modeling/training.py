@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from p2d_cli.errors import NonFiniteError
+from p2d_cli.errors import ArtifactError, NonFiniteError, first_line
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
@@ -281,6 +282,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
+        ArtifactError: the checkpoint to go on from holds pickled objects other than tensors.
     """
     if plan.checkpointing:
         enable_checkpointing(model)
@@ -304,7 +306,7 @@ def train(
     watcher.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     with quiet_transformers():
-        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+        _run(trainer, resume)
     log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
     return TrainingRecord(
         log=log,
@@ -315,6 +317,18 @@ def train(
         best_step=trainer.state.best_global_step if eval_rows else None,
         best_eval_loss=trainer.state.best_metric if eval_rows else None,
     )
+
+
+def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    except UnpicklingError as problem:
+        # Trainer loads with weights_only, which refuses whatever is more than tensors and numbers before it runs.
+        raise ArtifactError(
+            f"a file of the checkpoint {resume.folder if resume else ''} holds more than tensors, and could run code; "
+            f"nothing was run: {first_line(problem)}",
+            hint="start anew with --force, and find out who wrote there",
+        ) from problem
 
 
 def planned_updates(num_rows: int, plan: TrainingPlan) -> int:

@@ -24,7 +24,14 @@ from p2d_cli.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
-from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
+from p2d_cli.artifacts.store import (
+    clear_leftovers,
+    draft,
+    ensure_replaceable,
+    find_current,
+    open_artifact,
+    recover,
+)
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
@@ -104,6 +111,7 @@ class StageRun(Generic[ConfigT]):
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
+        self._key: str | None = None
         self._started = time.perf_counter()
 
     @property
@@ -122,6 +130,7 @@ class StageRun(Generic[ConfigT]):
 
         A model that an earlier stage wrote brings the costs of its making.
         """
+        recover(Path(spec).expanduser())
         files = locate_model(spec)
         if is_artifact(files.folder):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
@@ -143,6 +152,7 @@ class StageRun(Generic[ConfigT]):
         if config.chat_template is not None:
             self._open_chat_template(config.chat_template)
         folder = Path(spec).expanduser()
+        recover(folder)
         if is_artifact(folder):
             self.artifact(name, spec, "subset")
             return locate(str(folder / SUBSET_NAME))
@@ -212,13 +222,20 @@ class StageRun(Generic[ConfigT]):
             label: what the batches are for; several journals of a stage need different labels.
             plan: the row indices of each batch.
         """
-        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan)
+        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan, work=f"{self.key} {label}")
 
     def scratch(self, name: str) -> Path:
         """Return a folder that outlives an interrupted run of this very work, and goes once the artifact is there."""
         folder = self._scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def key(self) -> str:
+        """The key of the artifact that is being made: unfinished work of another one is of no use for it."""
+        if self._key is None:
+            raise RuntimeError("a stage has a key once all of its inputs are known")
+        return self._key
 
     @property
     def _scratch(self) -> Path:
@@ -233,14 +250,21 @@ class StageRun(Generic[ConfigT]):
             compute: writes the payload into the folder it is given.
         """
         identity = self._identity()
-        key = artifact_key(identity)
+        self._key = key = artifact_key(identity)
         current = None if self.options.force else find_current(self.config.out, self.kind, key)
+        if current is not None and self.options.dry_run:
+            return self._result("would-skip", key, current)
         if current is not None:
-            return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
+            clear_leftovers(self.config.out, key)
+            return self._result("up-to-date", key, current)
         self._ensure_room(identity)
         if self.options.dry_run:
             return self._result("would-run", key, None)
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
+            # Another process may have put an artifact there while this one waited for its turn.
+            if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
+                return self._result("up-to-date", key, current)
+            self._ensure_room(identity)
             self._unfinished = place.unfinished
             outcome = compute(place.folder)
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.artifacts.manifest import is_artifact
+from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.errors import ArtifactError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
@@ -24,6 +25,7 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     job = StageRun("export", resolved, options or RunOptions())
     config = job.config
     adapter = Path(config.adapter).expanduser()
+    recover(adapter)
     if (adapter / "config.json").is_file():
         raise UsageError(
             f"{config.adapter} is already a plain model folder (trained with --scope attention or full)",

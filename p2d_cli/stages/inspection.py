@@ -10,6 +10,7 @@ import numpy as np
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
 from p2d_cli.artifacts.manifest import Manifest, is_artifact, read_manifest, verify_outputs
+from p2d_cli.artifacts.store import recover
 from p2d_cli.artifacts.subset import load_pool_scores, load_subset_rows
 from p2d_cli.errors import ArtifactError
 
@@ -36,6 +37,7 @@ def inspect(folder: Path) -> Inspection:
     Raises:
         ArtifactError: it is not an artifact, or a file is missing or damaged.
     """
+    recover(folder)
     if not folder.exists():
         raise ArtifactError(f"there is nothing at {folder}", hint="give a folder that p2d wrote")
     if not is_artifact(folder):

@@ -201,7 +201,7 @@ def _train(
 
         def seal(folder: Path, tokens: int) -> None:
             seconds = spent + time.perf_counter() - started
-            seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens})
+            seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
 
         return train(
             model,
@@ -220,7 +220,7 @@ def _train(
 
 
 def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:
-    checkpoint, problems = newest_checkpoint(scratch)
+    checkpoint, problems = newest_checkpoint(scratch, work=job.key)
     for problem in problems:
         job.progress.note(f"not going on from {problem}")
     if checkpoint is not None:

@@ -134,7 +134,7 @@ def test_pickle_weights_are_refused_by_name(saved):
 
 def test_remote_code_is_refused(saved):
     edit_config(saved, model_type="my_own", auto_map={"AutoModelForCausalLM": "modeling.MyModel"})
-    with pytest.raises(UsageError, match="auto_map"):
+    with pytest.raises(DataError, match="auto_map"):
         load_model(saved, dtype=torch.float32, device=CPU)
 
 
