@@ -55,7 +55,7 @@ _SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_SECONDS = 5.0
 _LONGEST_CELL = 2**31 - 1
-_BLOCK = 2**20
+_BLOCK = 2**18
 _LONGEST_TOKEN = 16
 """Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
 _LONGEST_SHOWN = 2**24

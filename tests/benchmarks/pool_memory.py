@@ -4,8 +4,9 @@
 
 Each run is a process of its own, on generated rows of about 300 characters, with the target rows of the fixture. `loss`
 stands for the methods that read rows with a model; its tokenizer and its forward pass are replaced by cheap ones, so
-that what is around them is measured: reading, batching, the journal, ranking and writing. What is measured is the largest resident set of the process, beside that of the same command
-on a pool of a hundred rows: what Python, the libraries and the model take.
+that what is around them is measured: reading, batching, the journal, ranking and writing. What is measured is the
+largest resident set of the process, beside that of the same command on a pool of a hundred rows: what Python, the
+libraries and the model take.
 """
 
 from __future__ import annotations
