@@ -2,15 +2,20 @@
 
 `subset.parquet` holds the rows' own columns and `id`, `score`, `rank`; a row's own column of such a name that says
 something else is kept as `source_<name>`. `pool_scores.parquet` holds `id`, `score`, `rank`, `draws` of every row of
-the pool, so that another ratio costs nothing.
+the pool, so that another ratio costs nothing. Neither is ever held as a whole.
+
+Axes: N rows of the pool.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,18 +23,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.columns import Column, Columns
 from p2d_cli.errors import ArtifactError
 
 SUBSET_NAME = "subset.parquet"
 POOL_SCORES_NAME = "pool_scores.parquet"
 OWN_COLUMNS = ("id", "score", "rank")
+GROUP_ROWS = 2**17
+"""Rows of a row group of the pool's scores."""
+PART_ROWS, PART_CHARACTERS, MOST_PARTS = 2**14, 2**26, 256
+"""Rows and characters of the chosen rows that are held at a time, and the number of files that they are parted into."""
+WAITING_CHARACTERS = 2**25
+_ARROW = "\0arrow"
+_Spilled = tuple[int, str, float, dict[str, Any]]
+"""Rank, id, score and own columns of a chosen row."""
 
 
 @dataclass(frozen=True)
 class PoolScores:
     """Scores of all rows of a pool, in the pool's order."""
 
-    ids: tuple[str, ...]
     scores_N: NDArray[np.float64]
     """Higher is better; NaN for a row that could not be scored."""
     ranks_N: NDArray[np.int64]
@@ -38,64 +51,178 @@ class PoolScores:
     """Number of measurements behind each score."""
 
 
-def save_subset(folder: Path, rows: Sequence[Mapping[str, Any]], chosen: NDArray[np.int64], pool: PoolScores) -> None:
+@dataclass(frozen=True)
+class NamedPoolScores(PoolScores):
+    """The same, with the rows' ids."""
+
+    ids: tuple[str, ...]
+
+
+def save_subset(
+    folder: Path, rows: Iterable[tuple[str, Mapping[str, Any]]], pool: PoolScores, count: int, *, characters: int = 0
+) -> None:
     """Write both files.
 
     Args:
         folder: where to.
-        rows: the chosen rows' own columns, in rank order.
-        chosen: their positions in the pool, in the same order.
-        pool: the scores of all rows.
+        rows: id and own columns of every row of the pool, in its order.
+        pool: their scores.
+        count: number of rows chosen: those of rank 0 to `count - 1`.
+        characters: of the texts of all rows, from which to tell how many rows can be held.
     """
-    table = _rows_table(rows, [pool.ids[index] for index in chosen])
-    table = table.append_column("score", pa.array(pool.scores_N[chosen], pa.float64()))
-    table = table.append_column("rank", pa.array(pool.ranks_N[chosen], pa.int64()))
-    pq.write_table(table, folder / SUBSET_NAME, compression="zstd")
-    scores = pa.table(
-        {
-            "id": pa.array(pool.ids, pa.string()),
-            "score": pa.array(pool.scores_N, pa.float64()),
-            "rank": pa.array(pool.ranks_N, pa.int64()),
-            "draws": pa.array(pool.draws_N, pa.int64()),
-        }
-    )
-    pq.write_table(scores, folder / POOL_SCORES_NAME, compression="zstd")
+    with TemporaryDirectory(dir=folder, prefix=".rows-") as spill:
+        chosen = _ChosenRows(Path(spill), count, parts=-(-characters // PART_CHARACTERS))
+        with _PoolScoresWriter(folder / POOL_SCORES_NAME, pool) as writer:
+            for place, (name, fields) in enumerate(rows):
+                writer.add(name)
+                if (rank := int(pool.ranks_N[place])) < count:
+                    chosen.add(rank, name, float(pool.scores_N[place]), fields)
+        chosen.write(folder / SUBSET_NAME)
 
 
-def _rows_table(rows: Sequence[Mapping[str, Any]], ids: list[str]) -> pa.Table:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        if name == "id" and values == ids:
-            continue
-        columns[f"source_{name}" if name in OWN_COLUMNS else name] = _column(values)
-    return pa.table(columns)
+class _PoolScoresWriter:
+    """Writes `pool_scores.parquet` as the ids come."""
+
+    def __init__(self, path: Path, pool: PoolScores) -> None:
+        self._pool = pool
+        self._ids: list[str] = []
+        self._done = 0
+        kinds = {"id": pa.string(), "score": pa.float64(), "rank": pa.int64(), "draws": pa.int64()}
+        self._schema = pa.schema(list(kinds.items()))
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+
+    def __enter__(self) -> _PoolScoresWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def add(self, name: str) -> None:
+        """Take the id of the next row."""
+        self._ids.append(name)
+        if len(self._ids) == GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        part = slice(self._done, self._done + len(self._ids))
+        pool = self._pool
+        columns = [self._ids, pool.scores_N[part], pool.ranks_N[part], pool.draws_N[part]]
+        if self._ids:
+            self._writer.write_table(pa.table(columns, schema=self._schema))
+        self._done, self._ids = part.stop, []
 
 
-def _column(values: list[Any]) -> pa.Array:
-    """Return the values as one Arrow column; what Parquet cannot hold becomes JSON text, one a row.
+class _ChosenRows:
+    """Chosen rows on their way into the order of their ranks, in files of neighbouring ranks.
 
-    That is: values of mixed types, integers beyond 64 bits, halves of surrogate pairs, objects without keys.
+    Args:
+        folder: for these files.
+        count: number of rows to come.
+        parts: number of files that are needed for the rows' texts.
     """
-    try:
-        column = pa.array(values)
-        if not _has_empty_struct(column.type):
-            return column
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-        pass
-    try:
-        return pa.array([json.dumps(value, ensure_ascii=False) for value in values], pa.string())
-    except UnicodeEncodeError:
-        return pa.array([json.dumps(value) for value in values], pa.string())
+
+    def __init__(self, folder: Path, count: int, *, parts: int) -> None:
+        parts = min(max(parts, -(-count // PART_ROWS), 1), MOST_PARTS)
+        self._rows_a_part = -(-count // parts)
+        self._folder = folder
+        self._waiting: dict[int, list[str]] = {}
+        self._waiting_characters = 0
+        self._columns = Columns()
+        self._own_ids = True
+
+    def add(self, rank: int, name: str, score: float, fields: Mapping[str, Any]) -> None:
+        """Take a row."""
+        self._columns.add(fields, rank)
+        self._own_ids = self._own_ids and fields.get("id") == name
+        line = json.dumps([rank, name, score, fields], default=_arrow_text)
+        self._waiting.setdefault(rank // self._rows_a_part, []).append(line)
+        self._waiting_characters += len(line)
+        if self._waiting_characters > WAITING_CHARACTERS:
+            self._spill()
+
+    def _spill(self) -> None:
+        for part, lines in self._waiting.items():
+            with self._path(part).open("a", encoding="ascii") as stream:
+                stream.writelines(f"{line}\n" for line in lines)
+        self._waiting.clear()
+        self._waiting_characters = 0
+
+    def _path(self, part: int) -> Path:
+        return self._folder / f"{part}.jsonl"
+
+    def write(self, path: Path) -> None:
+        """Write the rows, one row group a part."""
+        self._spill()
+        columns = self._columns.found()
+        if self._own_ids:
+            columns.pop("id", None)
+        while (misfit := self._write(path, columns)) is not None:
+            columns[misfit] = replace(columns[misfit], type=None)
+
+    def _write(self, path: Path, columns: Mapping[str, Column]) -> str | None:
+        """Write the rows; return the column that has a value that does not fit its type, if there is one."""
+        names = _free_names(columns)
+        with ExitStack() as opened:
+            writer: pq.ParquetWriter | None = None
+            for part in range(MOST_PARTS):
+                if not self._path(part).exists():
+                    break
+                rows = self._read(part)
+                arrays = {"id": pa.array([name for _, name, _, _ in rows], pa.string())}
+                for name, column in columns.items():
+                    try:
+                        arrays[names[name]] = column.array([fields.get(name) for _, _, _, fields in rows])
+                    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+                        if column.type is None:
+                            raise
+                        return name
+                arrays["score"] = pa.array([score for _, _, score, _ in rows], pa.float64())
+                arrays["rank"] = pa.array([rank for rank, _, _, _ in rows], pa.int64())
+                table = pa.table(arrays)
+                if writer is None:
+                    writer = opened.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+                writer.write_table(table)
+        return None
+
+    def _read(self, part: int) -> list[_Spilled]:
+        with self._path(part).open(encoding="ascii") as stream:
+            rows: list[_Spilled] = [json.loads(line, object_hook=_arrow_value) for line in stream]
+        return sorted(rows, key=lambda row: row[0])
 
 
-def _has_empty_struct(kind: pa.DataType) -> bool:
-    children = [kind.field(index).type for index in range(kind.num_fields)]
-    return (pa.types.is_struct(kind) and not children) or any(map(_has_empty_struct, children))
+def _free_names(columns: Iterable[str]) -> dict[str, str]:
+    """Return the name under which each column is written: `source_` before those of p2d's own."""
+    taken = {*OWN_COLUMNS, *columns}
+    names = {}
+    for column in columns:
+        name = column
+        while name in OWN_COLUMNS or (name != column and name in taken):
+            name = f"source_{name}"
+        taken.add(name)
+        names[column] = name
+    return names
 
 
-def load_pool_scores(folder: Path) -> PoolScores:
+def _arrow_text(value: Any) -> dict[str, str]:
+    """Return a value that JSON does not know, such as bytes or a time, in a form that it does."""
+    batch = pa.record_batch({"": pa.array([value])})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return {_ARROW: base64.b64encode(sink.getvalue()).decode("ascii")}
+
+
+def _arrow_value(fields: dict[str, Any]) -> Any:
+    """Undo `_arrow_text`."""
+    if fields.keys() != {_ARROW}:
+        return fields
+    with pa.ipc.open_stream(base64.b64decode(fields[_ARROW])) as reader:
+        return reader.read_all()[""][0].as_py()
+
+
+def load_pool_scores(folder: Path) -> NamedPoolScores:
     """Read `pool_scores.parquet`.
 
     Raises:
@@ -106,7 +233,7 @@ def load_pool_scores(folder: Path) -> PoolScores:
         table = pq.read_table(path, columns=["id", "score", "rank", "draws"])
     except (OSError, pa.ArrowException, KeyError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
-    return PoolScores(
+    return NamedPoolScores(
         ids=tuple(table["id"].to_pylist()),
         scores_N=table["score"].to_numpy().astype(np.float64),
         ranks_N=table["rank"].to_numpy().astype(np.int64),

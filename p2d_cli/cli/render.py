@@ -38,7 +38,7 @@ class BarProgress:
     """Bars on a terminal."""
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None) -> Iterator[Advance]:
         """Show a bar of `total` units while the body runs."""
         columns = (
             TextColumn("{task.description}"),
@@ -63,7 +63,7 @@ class LineProgress:
         self._clock = clock
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None) -> Iterator[Advance]:
         """Write a line every ten seconds while the body runs."""
         started = last = self._clock()
         done = 0
@@ -74,8 +74,7 @@ class LineProgress:
             now = self._clock()
             if now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                left = (now - started) / done * (total - done) if done else float("nan")
-                self.note(f"{label}: {done}/{total}, {now - started:.0f} s, about {left:.0f} s left")
+                self.note(f"{label}: {_how_far(done, total, now - started)}")
 
         yield advance
 
@@ -83,6 +82,13 @@ class LineProgress:
         """Write one line."""
         sys.stderr.write(f"{message}\n")
         sys.stderr.flush()
+
+
+def _how_far(done: int, total: int | None, seconds: float) -> str:
+    if total is None:
+        return f"{done}, {seconds:.0f} s"
+    left = seconds / done * (total - done) if done else float("nan")
+    return f"{done}/{total}, {seconds:.0f} s, about {left:.0f} s left"
 
 
 def progress_for(*, quiet: bool) -> ProgressProtocol:

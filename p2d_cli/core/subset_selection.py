@@ -60,10 +60,9 @@ def select_rows(scores: ArrayLike, count: int) -> NDArray[np.int64]:
 
 def _order(scores: ArrayLike) -> NDArray[np.int64]:
     values = np.asarray(scores, dtype=np.float64)
-    is_missing = np.isnan(values)
-    if is_missing.all():
+    if np.isnan(values).all():
         raise DataError(f"ranking rows: none of the {values.size} rows of the pool has a score")
-    return np.lexsort((np.where(is_missing, 0.0, -values), is_missing)).astype(np.int64)
+    return np.argsort(-values, kind="stable")  # nan is sorted to the end
 
 
 def _checked_count(count: int, num_rows: int) -> int:

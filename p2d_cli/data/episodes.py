@@ -69,8 +69,7 @@ def duplicate_groups(records_a: Sequence[Record], records_b: Sequence[Record] = 
     numbers: dict[str, int] = {}
 
     def number(records: Sequence[Record]) -> Groups:
-        keys = (" ".join(record.text.split()).casefold() for record in records)
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+        return np.array([numbers.setdefault(record.plain_text, len(numbers)) for record in records], dtype=np.int64)
 
     return number(records_a), number(records_b)
 
@@ -226,10 +225,12 @@ class _Deck:
     """Rows in shuffled rounds: every row once before any a second time, as far as exclusions allow."""
 
     def __init__(self, groups: Groups, rng: np.random.Generator, what: str) -> None:
-        self._groups: list[int] = groups.tolist()
+        self._groups = groups
         self._rng = rng
         self._what = what
-        self._waiting: deque[int] = deque()
+        self._passed: deque[int] = deque()
+        self._round: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._next = 0
 
     def take(self, count: int, *, avoid: set[int]) -> list[int]:
         """Return `count` different rows of none of these groups; rows passed over come first the next time."""
@@ -237,7 +238,7 @@ class _Deck:
         passed: list[int] = []
         fresh = 0
         while len(taken) < count:
-            if not self._waiting:
+            if not self._passed and self._next == len(self._round):
                 fresh += 1
                 if fresh > 2:
                     raise DataError(
@@ -245,11 +246,17 @@ class _Deck:
                         f"expected {count}, found {len(taken)}",
                         hint=f"give more different {self._what} rows",
                     )
-                self._waiting.extend(self._rng.permutation(len(self._groups)).tolist())
-            row = self._waiting.popleft()
-            (passed if self._groups[row] in avoid or row in taken else taken).append(row)
-        self._waiting.extendleft(reversed(passed))
+                self._round, self._next = self._rng.permutation(len(self._groups)), 0
+            row = self._draw()
+            (passed if int(self._groups[row]) in avoid or row in taken else taken).append(row)
+        self._passed.extendleft(reversed(passed))
         return taken
+
+    def _draw(self) -> int:
+        if self._passed:
+            return self._passed.popleft()
+        self._next += 1
+        return int(self._round[self._next - 1])
 
 
 class _DuplicateGuard:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from p2d_cli.data.sources import BadRow, RawRow, RowSource, scan_rows
@@ -13,6 +14,7 @@ from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = ("prompt", "question", "instruction")
 _COMPLETION_NAMES = ("completion", "answer", "output")
+_SKIPPED_SHOWN = 5
 _FLAGS = "name them with --prompt-column and --completion-column, or --messages-column"
 
 
@@ -55,6 +57,11 @@ class Record:
     def text(self) -> str:
         """Prompt and completion, a line break between them."""
         return f"{self.prompt}\n{self.completion}"
+
+    @property
+    def plain_text(self) -> str:
+        """The text without regard to case and white space: rows that share it say the same."""
+        return " ".join(self.text.split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -109,37 +116,97 @@ def read_records(
         DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
         UnavailableError: a hub data set that is neither cached nor reachable.
     """
+    skipped: list[str] = []
+    rows = scan_records(
+        source,
+        columns=columns,
+        system=system,
+        skip=skipped.append if skip_bad_rows else None,
+        need_completion=need_completion,
+    )
+    named, notes = _with_unique_ids(list(islice(rows, limit)))
+    return RecordSet(records=named, skipped=tuple(skipped), notes=notes)
+
+
+def scan_records(
+    source: RowSource,
+    *,
+    columns: ColumnMap | None = None,
+    system: str | None = None,
+    skip: Callable[[str], None] | None = None,
+    need_completion: bool = True,
+    with_fields: bool = True,
+) -> Iterator[Record]:
+    """Yield the rows of a source as records, one after the other; their ids may repeat.
+
+    Args:
+        source: where the rows lie.
+        columns: columns named by the user.
+        system: the system message of rows that bring none.
+        need_completion: whether a row without an answer is a bad row.
+        skip: is told the problem of each bad row, which is then left out; without it the first one is an error.
+        with_fields: whether the records keep their rows' columns beside what p2d shows of them.
+
+    Raises:
+        DataError: as `read_records`.
+        UnavailableError: likewise.
+    """
     wanted = columns or ColumnMap()
     layout: _Layout | None = None
-    records: list[Record] = []
-    skipped: list[str] = []
+    found, bad, first = 0, 0, ""
     for row in scan_rows(source):
-        if limit is not None and len(records) >= limit:
-            break
         try:
             if isinstance(row, BadRow):
                 raise row.problem
             layout = layout or _find_layout(row, wanted, need_completion=need_completion)
-            records.append(_to_record(row, layout, system=system, need_completion=need_completion))
+            record = _to_record(row, layout, system=system, need_completion=need_completion)
         except _AmbiguousColumnsError:
             raise
         except DataError as problem:
-            if not skip_bad_rows:
+            if skip is None:
                 raise
-            skipped.append(problem.message)
-    if not records:
-        first = f"; {len(skipped)} bad rows, the first: {skipped[0]}" if skipped else ""
-        raise DataError(f"no usable rows in {source.spec}{first}")
-    named, notes = _with_unique_ids(records)
-    return RecordSet(records=named, skipped=tuple(skipped), notes=notes)
+            skip(problem.message)
+            bad, first = bad + 1, first or problem.message
+            continue
+        found += 1
+        yield record if with_fields else replace(record, fields={})
+    if not found:
+        raise DataError(f"no usable rows in {source.spec}" + (f"; {bad} bad rows, the first: {first}" if bad else ""))
+
+
+@dataclass
+class SkippedRows:
+    """How many bad rows were left out, and the problems of the first few."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, problems: Iterable[str]) -> SkippedRows:
+        """Count these."""
+        skipped = cls()
+        for problem in problems:
+            skipped(problem)
+        return skipped
+
+    def __call__(self, problem: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.first) < _SKIPPED_SHOWN:
+            self.first.append(problem)
 
 
 def _with_unique_ids(records: list[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
     [(commonest, times)] = Counter(record.id for record in records).most_common(1)
     if times == 1:
         return tuple(records), ()
-    note = f"ids repeat ('{commonest}' stands {times} times): rows are named by their place in the file instead"
+    note = repeated_ids_note(commonest, times)
     return tuple(replace(record, id=record.where) for record in records), (note,)
+
+
+def repeated_ids_note(commonest: str, times: int) -> str:
+    """Say that rows lose their own ids because some repeat."""
+    return f"ids repeat ('{commonest}' stands {times} times): rows are named by their place in the file instead"
 
 
 # --- which column holds what
@@ -238,6 +305,7 @@ def _list_columns(row: RawRow) -> str:
 
 
 def _to_record(row: RawRow, layout: _Layout, *, system: str | None, need_completion: bool) -> Record:
+    _require_unicode_names(row)
     if layout.messages is not None:
         context, completion = _split_messages(row, layout.messages, need_completion=need_completion)
     else:
@@ -255,6 +323,16 @@ def _to_record(row: RawRow, layout: _Layout, *, system: str | None, need_complet
         fields=row.fields,
         where=row.where,
     )
+
+
+def _require_unicode_names(row: RawRow) -> None:
+    for name in row.fields:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            found = name.encode("ascii", "backslashreplace").decode("ascii")
+            message = f"{row.where}: the column name '{found}' holds half of a surrogate pair, which is no Unicode text"
+            raise DataError(message) from None
 
 
 def _pair(row: RawRow, layout: _Layout, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:

@@ -10,6 +10,7 @@ the data moves.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
@@ -55,12 +56,16 @@ _SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PROBE_SECONDS = 5.0
 _LONGEST_LINE = 64 * 2**20
-"""Bytes of a line, or characters of a CSV cell: no row that a model could read is as long."""
-_LARGEST_DOCUMENT = 2**30
-"""Bytes of a JSON array, which is held as a whole."""
+"""Bytes of a line, or characters of a CSV cell or of an object in a JSON array: no row that a model could read is as
+long."""
 _GZIP_BOMB_BYTES = 256 * 2**20
 _GZIP_BOMB_RATIO = 200
 """A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
+_BLOCK = 2**18
+_LONGEST_TOKEN = 16
+"""Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
+_LONGEST_SHOWN = 2**24
+"""Bytes of a .json file that is no table, up to which it is read to say what it is."""
 _KNOWN_SUFFIXES = "known are " + ", ".join(_FORMATS) + ", and .gz of the text formats"
 
 
@@ -408,62 +413,133 @@ def _json_kind(value: Any) -> str:
 
 def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
     """Read an array of objects, or what is JSON Lines but for its name."""
-    content = _read_up_to(path, _LARGEST_DOCUMENT + 1).removeprefix(b"\xef\xbb\xbf")
-    if not content.lstrip().startswith(b"["):
-        yield from _read_json_lines(path) if _first_line_is_row(content) else [_refuse_json(path, content)]
-        return
-    if len(content) > _LARGEST_DOCUMENT:
-        raise DataError(
-            f"{path}: a JSON array of more than {_LARGEST_DOCUMENT:,} bytes, which would be held in memory as a whole",
-            hint="make JSON Lines of it, which are read row by row: jq -c '.[]' FILE > FILE.jsonl",
-        )
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        where = f"{path.name}:{content.count(10, 0, problem.start) + 1}"
-        found = f"byte 0x{content[problem.start]:02x}"
-        raise DataError(f"{where}: not valid UTF-8: {found}", hint="save the file as UTF-8") from None
-    yield from _array_rows(path.name, text)
-
-
-def _read_up_to(path: Path, size: int) -> bytearray:
-    """Return the first `size` bytes of a file."""
-    content = bytearray()
     with _open(path) as stream:
-        while len(content) < size and (part := stream.read(min(2**20, size - len(content)))):
-            content += part
-    return content
+        line, first = _first_line(stream)
+        if first.startswith(b"["):
+            yield from _array_rows(path.name, _JsonWindow(path.name, stream, line, first))
+            return
+        while first and not first.endswith(b"\n") and len(first) < _LONGEST_LINE and (block := stream.readline(_BLOCK)):
+            first += block
+    is_lines = len(first) >= _LONGEST_LINE or _is_row(first)
+    yield from _read_json_lines(path) if is_lines else [_refuse_json(path)]
 
 
-def _array_rows(name: str, text: str) -> Iterator[RawRow | BadRow]:
-    """Yield the objects of an array one after the other, so that only the text is held as a whole."""
+def _first_line(stream: IO[bytes]) -> tuple[int, bytes]:
+    """Return the number of the first line that is not blank, and its beginning without the blanks before it."""
+    number = 1
+    line = stream.readline(_BLOCK).removeprefix(b"\xef\xbb\xbf")
+    while line and not line.strip():
+        number += line.endswith(b"\n")
+        line = stream.readline(_BLOCK)
+    return number, line.lstrip()
+
+
+def _array_rows(name: str, window: _JsonWindow) -> Iterator[RawRow | BadRow]:
+    """Yield the objects of an array one after the other; no more is held than a block of the text, or a long object."""
     number = 0
     try:
-        for number, value in enumerate(_array_values(text)):
+        for number, value in enumerate(window.values()):
             yield _object_row(f"{name}#{number}", value)
     except json.JSONDecodeError as problem:
-        raise DataError(f"{name}:{problem.lineno}: not valid JSON: {problem.msg}") from None
+        raise DataError(f"{name}:{window.line + problem.lineno - 1}: not valid JSON: {problem.msg}") from None
     except _RepeatedKeyError as problem:
         raise DataError(f"{name}: {problem}, at or behind {name}#{number}") from None
     except (ValueError, RecursionError) as problem:
         raise DataError(f"{name}: JSON that Python cannot hold: {problem}") from None
 
 
-def _array_values(text: str) -> Iterator[Any]:
-    decoder = json.JSONDecoder(object_pairs_hook=_object_of)
-    position = _skip_space(text, text.index("[") + 1)
-    closed = text.startswith("]", position)
-    while not closed:
-        value, position = decoder.raw_decode(text, position)
-        yield value
-        position = _skip_space(text, position)
-        closed = text.startswith("]", position)
-        if not closed:
-            if not text.startswith(",", position):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-            position = _skip_space(text, position + 1)
-    if (end := _skip_space(text, position + 1)) < len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
+class _JsonWindow:
+    """The part of a JSON array's text that is being read.
+
+    Args:
+        name: of the file.
+        stream: the bytes behind `start`.
+        line: of the opening bracket.
+        start: the first bytes, from that bracket on.
+    """
+
+    def __init__(self, name: str, stream: IO[bytes], line: int, start: bytes) -> None:
+        self.line = line
+        """Of the file, at which the window begins."""
+        self._name = name
+        self._stream = stream
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text = ""
+        self._position = 0
+        self._append(start)
+
+    def values(self) -> Iterator[Any]:
+        """Yield the array's values.
+
+        Raises:
+            json.JSONDecodeError: its line counts from the window's beginning.
+            DataError: bytes that are not UTF-8.
+        """
+        decoder = json.JSONDecoder(object_pairs_hook=_object_of)
+        self._position += 1
+        if self._peek() == "]":
+            self._end()
+            return
+        while True:
+            yield self._value(decoder)
+            mark = self._peek()
+            if mark == "]":
+                self._end()
+                return
+            if mark != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", self._text, self._position)
+            self._position += 1
+
+    def _value(self, decoder: json.JSONDecoder) -> Any:
+        self._peek()
+        while True:
+            try:
+                value, stop = decoder.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as problem:
+                # A text that is cut somewhere is wrong at its end, or where its last string begins.
+                cut = problem.pos >= len(self._text) - _LONGEST_TOKEN or problem.msg.startswith("Unterminated string")
+                if not (cut and self._read_on()):
+                    raise
+            else:
+                # A number may go on where the window ends.
+                if stop < len(self._text) - _LONGEST_TOKEN or not self._read_on():
+                    self._position = stop
+                    return value
+
+    def _peek(self) -> str:
+        """Skip white space and return the character behind it, an empty text at the end."""
+        while True:
+            self._position = _skip_space(self._text, self._position)
+            if self._position < len(self._text) or not self._read_on():
+                return self._text[self._position : self._position + 1]
+
+    def _end(self) -> None:
+        self._position += 1
+        if self._peek():
+            raise json.JSONDecodeError("Extra data", self._text, self._position)
+
+    def _read_on(self) -> bool:
+        """Read as much again as is left, at least a block, and drop what has been read; False at the end."""
+        if len(self._text) - self._position > _LONGEST_LINE:
+            where = f"{self._name}:{self.line + self._text.count(chr(10), 0, self._position)}"
+            raise DataError(f"{where}: an object of more than {_LONGEST_LINE:,} characters", hint="is it one row?")
+        block = self._stream.read(max(_BLOCK, len(self._text) - self._position))
+        if block:
+            self.line += self._text.count("\n", 0, self._position)
+            self._text = self._text[self._position :]
+            self._position = 0
+        self._append(block)
+        return bool(block)
+
+    def _append(self, block: bytes) -> None:
+        try:
+            self._text += self._decode(block, final=not block)
+        except UnicodeDecodeError as problem:
+            read = bytes(problem.object)
+            line = self.line + self._text.count("\n") + read.count(b"\n", 0, problem.start)
+            found = f"byte 0x{read[problem.start]:02x}"
+            hint = "save the file as UTF-8"
+            raise DataError(f"{self._name}:{line}: not valid UTF-8: {found}", hint=hint) from None
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -472,15 +548,16 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _first_line_is_row(content: bytearray) -> bool:
-    first = content.lstrip().split(b"\n", 1)[0]
+def _is_row(line: bytes) -> bool:
     try:
-        return not first or isinstance(json.loads(first), dict)
+        return not line or isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _refuse_json(path: Path, content: bytearray) -> BadRow:
+def _refuse_json(path: Path) -> BadRow:
+    with _open(path) as stream:
+        content = stream.read(_LONGEST_SHOWN).removeprefix(b"\xef\xbb\xbf")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):

@@ -12,8 +12,8 @@ Advance = Callable[[int], None]
 class Progress(Protocol):
     """What a stage reports to: the command line draws bars or writes lines, tests use `SilentProgress`."""
 
-    def task(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a piece of work of `total` units; the body calls `advance(n)` as units are done."""
+    def task(self, label: str, total: int | None) -> AbstractContextManager[Advance]:
+        """Open a piece of work of `total` units, None if not known; the body calls `advance(n)` as units are done."""
         ...
 
     def note(self, message: str) -> None:
@@ -25,7 +25,7 @@ class SilentProgress:
     """Report nothing."""
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None) -> Iterator[Advance]:
         """Yield an `advance` that does nothing."""
         del label, total
         yield lambda _: None

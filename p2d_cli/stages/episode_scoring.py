@@ -1,6 +1,6 @@
 """Reading few-shot episodes: the chosen heads' attention to each demo, and how well the queries are answered.
 
-Legend: E episodes, B batch, T tokens, K chosen heads in (layer, head) order, S demos.
+Legend: M rows to choose from, E episodes, B batch, T tokens, K chosen heads in (layer, head) order, S demos.
 """
 
 from __future__ import annotations
@@ -14,14 +14,63 @@ from numpy.typing import NDArray
 
 from p2d_cli.config import MineDataConfig
 from p2d_cli.core.metrics import exact_match, number_match, rouge_l, token_f1
+from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
+from p2d_cli.data.pool import Chunk
 from p2d_cli.data.records import Record
 from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments
 from p2d_cli.modeling.generation import generate_greedy
-from p2d_cli.stages.workbench import Workbench, heads_by_layer
+from p2d_cli.stages.pool_task import PoolTask
+from p2d_cli.stages.workbench import Workbench, finish_batches, heads_by_layer
+
+
+def score_chunk(
+    task: PoolTask,
+    bench: Workbench,
+    heads_LH: NDArray[np.bool_],
+    chunk: Chunk,
+    plan: Sequence[Episode],
+    tally: AffinityTally,
+) -> dict[str, int]:
+    """Read the episodes of a chunk of the pool and credit its rows.
+
+    Args:
+        task: the pool to be scored.
+        bench: the model.
+        heads_LH: the heads whose attention counts.
+        chunk: the rows.
+        plan: which of them meet; their positions count from the chunk's start.
+        tally: collects the values of all rows to choose from.
+
+    Returns:
+        Counts: `episodes`, `truncated_demos` and `unparsed_answers`.
+    """
+    job, config = task.job, task.job.config
+    reader = EpisodeReader(bench, heads_LH, config, queries_from=task.target or chunk.records)
+    with job.timer.phase("prepare"):
+        episodes = reader.encode(plan, chunk.records)
+    demos_ES = chunk.start + np.array([episode.demos for episode in plan], dtype=np.int64)
+    unparsed = 0
+    for group, reading in finish_batches(
+        job,
+        bench,
+        chunk.label("read episodes"),
+        reader.batches(episodes),
+        lambda group: reader.read(plan, episodes, group),
+    ):
+        weights_BS = demo_shares(reading["attention"], normalise=config.normalise)
+        perf_B = reading["perf"]
+        answered = np.isfinite(perf_B)
+        tally.add(demos_ES[group][answered], (weights_BS * perf_B[:, None])[answered])
+        unparsed += int(reading["unparsed"].sum())
+    return {
+        "episodes": len(plan),
+        "truncated_demos": sum(episode.truncated_demos for episode in episodes),
+        "unparsed_answers": unparsed,
+    }
 
 
 class EpisodeReader:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -35,8 +35,9 @@ from p2d_cli.artifacts.store import (
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
+from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.prompts import read_chat_template
-from p2d_cli.data.records import ColumnMap, RecordSet, read_records
+from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
@@ -109,6 +110,8 @@ class StageRun(Generic[ConfigT]):
         self.model_identity: ModelIdentity | None = None
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
+        self._names: dict[RowSource, str] = {}
+        """The input's name of each source of rows."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
         self._key: str | None = None
@@ -146,22 +149,18 @@ class StageRun(Generic[ConfigT]):
 
     def rows(self, name: str, spec: str) -> RowSource:
         """Locate and identify rows: a subset artifact, a file, a folder or a hub id."""
-        config = self.config
-        if not isinstance(config, RowOptions):
-            raise TypeError(f"{type(config).__name__} has no settings for rows")
+        config = self._row_options
         if config.chat_template is not None:
             self._open_chat_template(config.chat_template)
         folder = Path(spec).expanduser()
         recover(folder)
         if is_artifact(folder):
             self.artifact(name, spec, "subset")
-            return locate(str(folder / SUBSET_NAME))
-        source = locate(spec, split=config.split, revision=config.revision)
-        if source.files:
-            digest = digest_files(source.files)
+            source = locate(str(folder / SUBSET_NAME))
         else:
-            digest = digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
-        self.inputs[name] = InputEntry(kind="rows", digest=digest, source=spec)
+            source = locate(spec, split=config.split, revision=config.revision)
+            self.inputs[name] = InputEntry(kind="rows", digest=_digest_rows(source), source=spec)
+        self._names[source] = name
         return source
 
     def _open_chat_template(self, spec: str) -> None:
@@ -191,29 +190,65 @@ class StageRun(Generic[ConfigT]):
 
     def read(self, source: RowSource, *, need_completion: bool = True, limit: int | None = None) -> RecordSet:
         """Read rows as records, telling what was left out."""
-        config = self.config
-        if not isinstance(config, RowOptions):
-            raise TypeError(f"{type(config).__name__} has no settings for rows")
         records = read_records(
             source,
-            columns=ColumnMap(
-                prompt=config.prompt_column,
-                completion=config.completion_column,
-                messages=config.messages_column,
-                id=config.id_column,
-                system=config.system_column,
-                choices=config.choices_column,
-            ),
+            columns=self._columns(),
             system=self.system,
             limit=limit,
-            skip_bad_rows=config.skip_bad_rows,
+            skip_bad_rows=self._row_options.skip_bad_rows,
             need_completion=need_completion,
         )
-        for note in records.notes:
-            self.progress.note(note)
-        if records.skipped:
-            self.progress.note(f"{source.spec}: {len(records.skipped)} bad rows left out, first: {records.skipped[0]}")
+        self._tell(source, records.notes, SkippedRows.of(records.skipped))
         return records
+
+    def pool(self, source: RowSource, target: Sequence[Record] = ()) -> Pool:
+        """Read through a pool once, telling what was left out; its rows are then read again where they are needed.
+
+        Args:
+            source: where its rows lie.
+            target: rows of the task, not to be chosen from the pool.
+        """
+        config = self._row_options
+
+        def scan(*, skip: Callable[[str], None], with_fields: bool = False) -> Iterator[Record]:
+            return scan_records(
+                source,
+                columns=self._columns(),
+                system=self.system,
+                skip=skip if config.skip_bad_rows else None,
+                with_fields=with_fields,
+            )
+
+        with self.progress.task("count rows of the pool", None) as advance:
+            pool = open_pool(scan, target, advance=advance)
+        self._tell(source, pool.notes, pool.skipped)
+        return pool
+
+    @property
+    def _row_options(self) -> RowOptions:
+        if not isinstance(self.config, RowOptions):
+            raise TypeError(f"{type(self.config).__name__} has no settings for rows")
+        return self.config
+
+    def _columns(self) -> ColumnMap:
+        config = self._row_options
+        return ColumnMap(
+            prompt=config.prompt_column,
+            completion=config.completion_column,
+            messages=config.messages_column,
+            id=config.id_column,
+            system=config.system_column,
+            choices=config.choices_column,
+        )
+
+    def _tell(self, source: RowSource, notes: Sequence[str], skipped: SkippedRows) -> None:
+        for note in notes:
+            self.progress.note(note)
+        if not skipped.count:
+            return
+        self.progress.note(f"{source.spec}: {skipped.count} bad rows left out, first: {skipped.first[0]}")
+        left_out = {"count": skipped.count, "first": list(skipped.first)}
+        self.facts.setdefault("bad_rows", {})[self._names[source]] = left_out
 
     def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
         """Open the record of the finished batches of `plan`, those of an interrupted run included.
@@ -343,6 +378,12 @@ class StageRun(Generic[ConfigT]):
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
         )
+
+
+def _digest_rows(source: RowSource) -> str:
+    if source.files:
+        return digest_files(source.files)
+    return digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
 
 
 def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.data.episodes import duplicate_groups
+from p2d_cli.data.pool import Pool
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError, UsageError
@@ -131,8 +133,15 @@ class _Draw:
     job: StageRun[ScoreHeadsConfig]
     bench: Workbench
     target: tuple[Record, ...]
-    pool: tuple[Record, ...]
+    pool: Pool | None
     rng: np.random.Generator
+
+    @property
+    def others(self) -> Pool:
+        """The rows to tell the target's from."""
+        if self.pool is None:
+            raise UsageError("this method needs --pool")
+        return self.pool
 
     def sample(self) -> list[Record]:
         """Return the target rows that this repeat looks at."""
@@ -149,14 +158,14 @@ def _score_by_rows(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, targe
     config = job.config
     with job.timer.phase("prepare"):
         target_rows = job.read(target).records
-        pool_rows = job.read(inputs.pool).records if inputs.pool is not None else ()
+        pool = job.pool(inputs.pool, target_rows) if inputs.pool is not None else None
     bench = open_workbench(job, inputs.model, config)
     repeats: list[NDArray[np.float64]] = []
     notes: dict[str, Any] = {}
     for repeat in range(config.repeats):
         seed_everything(derive_seed(config.seed, "score-heads", repeat))
         rng = generator(config.seed, "score-heads", inputs.method, repeat)
-        scores_LH, notes = ROW_METHODS[inputs.method](_Draw(job, bench, target_rows, pool_rows, rng))
+        scores_LH, notes = ROW_METHODS[inputs.method](_Draw(job, bench, target_rows, pool, rng))
         repeats.append(scores_LH)
     return HeadsScored(
         geometry(bench.model),
@@ -253,15 +262,12 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
 def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """How well each head's output, read alone, tells target rows from pool rows that it was not fitted on."""
     from p2d_cli.core.readout import separation
-    from p2d_cli.data.episodes import duplicate_groups
     from p2d_cli.modeling.layouts import layout_geometry
 
     job, bench = draw.job, draw.bench
     target = draw.sample()
-    pool_groups, target_groups = duplicate_groups(draw.pool, target)
-    others = draw.rng.permutation(np.flatnonzero(~np.isin(pool_groups, target_groups)))
-    background = [draw.pool[index] for index in others[: job.config.background]]
     with job.timer.phase("prepare"):
+        background = _background(draw, target)
         examples = bench.encode_examples([*target, *background])
     shape = layout_geometry(bench.layout)
     everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
@@ -275,25 +281,39 @@ def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     return scores_K.reshape(everyone_LH.shape), notes
 
 
+def _background(draw: _Draw, target: Sequence[Record]) -> list[Record]:
+    """Return a random sample of the pool rows that are none of these target rows."""
+    pool = draw.others
+    texts = {record.plain_text for record in target}
+    groups, _ = duplicate_groups(draw.target)
+    shown = [group for group, record in zip(groups, draw.target, strict=True) if record.plain_text in texts]
+    is_other_N = np.ones(pool.num_rows, dtype=np.bool_)
+    is_other_N[pool.twins[np.isin(pool.twin_groups, shown)]] = False
+    return pool.take(draw.rng.permutation(np.flatnonzero(is_other_N))[: draw.job.config.background])
+
+
 def _contrast_episodes(draw: _Draw) -> tuple[list[Any], list[Any]]:
     """Plan and tokenize episodes with one target demo among pool demos, asked by another target row."""
-    from p2d_cli.data.episodes import duplicate_groups, plan_contrast
+    from p2d_cli.data.episodes import plan_contrast
 
-    config, target, pool = draw.job.config, draw.target, draw.pool
-    pool_groups, target_groups = duplicate_groups(pool, target)
+    config, target, pool = draw.job.config, draw.target, draw.others
+    target_groups, _ = duplicate_groups(target)
+    pool_groups = np.full(pool.num_rows, -1, dtype=np.int64)  # only likeness to the target matters
+    pool_groups[pool.twins] = pool.twin_groups
     plan = plan_contrast(
         len(target),
-        len(pool),
+        pool.num_rows,
         demos=config.demos,
         episodes=config.episodes,
         rng=draw.rng,
         pool_groups=pool_groups,
         target_groups=target_groups,
     )
+    shown = [[row for slot, row in enumerate(each.demos) if slot != each.target_demo] for each in plan]
+    others = iter(pool.take([row for rows in shown for row in rows]))
     episodes = []
     for episode in plan:
-        sources = [target if slot == episode.target_demo else pool for slot in range(len(episode.demos))]
-        demos = [source[index] for source, index in zip(sources, episode.demos, strict=True)]
+        demos = [target[row] if slot == episode.target_demo else next(others) for slot, row in enumerate(episode.demos)]
         episodes.append(draw.bench.encode_episode(demos, [target[index] for index in episode.queries]))
     return plan, episodes
 

@@ -1,13 +1,18 @@
 """mine-data: which rows do the task's heads respond to?
 
 Every method turns the pool into one score a row (`pool_scoring`), higher is better; the rest is the same for all.
+
+The pool is never held as a whole: a chunk of its rows at a time (`data.pool`), and up to 40 bytes a row of numbers, of
+scores, ranks, draws and what ranking needs. It is read three to five times: to count it, for the readout to take its
+sample, once or more to score it (not for `random` and `full`), and to write the rows that were chosen.
 Legend: N pool rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +20,15 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.subset import PoolScores, save_subset
 from p2d_cli.config import MineDataConfig, Resolved
-from p2d_cli.core.subset_selection import rank_rows, resolve_count, select_rows
-from p2d_cli.data.records import Record
+from p2d_cli.core.subset_selection import rank_rows, resolve_count
+from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import MiningInputs, PoolTask
 
 PICTURE_NAME = "scores.png"
+ROWS_BETWEEN_REPORTS = 1024
 
 
 def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -> StageResult:
@@ -57,45 +63,35 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
     config = job.config
     with job.timer.phase("prepare"):
-        pool = job.read(inputs.pool).records
         target = job.read(inputs.target).records if inputs.target is not None else ()
-        count = len(pool) if config.method == "full" else resolve_count(len(pool), config.ratio, config.count)
-        others = _rows_that_are_no_target(job, pool, target)
-    scored = METHODS[config.method](PoolTask(job, inputs, [pool[index] for index in others], target))
-    scored = scored.spread(others, len(pool))
-    count = min(count, len(others))
-    if np.isinf(scored.scores_N).any():
-        row = pool[int(np.flatnonzero(np.isinf(scored.scores_N))[0])]
-        raise NonFiniteError(
-            f"the {config.method} score of {row.where} is infinite; nothing was written", hint="try --dtype float32"
-        )
+        pool = job.pool(inputs.pool, target)
+        count = pool.num_rows if config.method == "full" else resolve_count(pool.num_rows, config.ratio, config.count)
+        _tell_twins(job, pool)
+    scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
+    count = min(count, pool.size)
+    _require_no_infinity(config.method, pool, scored.scores)
     with job.timer.phase("select"):
-        chosen = select_rows(scored.scores_N, count)
-        scores = PoolScores(
-            ids=tuple(record.id for record in pool),
-            scores_N=scored.scores_N,
-            ranks_N=rank_rows(scored.scores_N),
-            draws_N=scored.draws_N,
-        )
+        ranks_N = rank_rows(scored.scores)
+        cut = float(scored.scores[ranks_N == count - 1][0])
     with job.timer.phase("save"):
-        save_subset(folder, [pool[index].fields for index in chosen], chosen, scores)
-        _draw(job, scored.scores_N, float(scored.scores_N[chosen[-1]]), folder)
+        _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count)
+        _draw(job, scored.scores, cut, folder)
     return Outcome(
         summary={
             "method": config.method,
             "rows_selected": count,
-            "rows_total": len(pool),
+            "rows_total": pool.num_rows,
             "rows_target": len(target),
-            "rows_that_are_targets": len(pool) - len(others),
-            "rows_without_score": int(np.isnan(scored.scores_N).sum()),
-            "cut_score": float(scored.scores_N[chosen[-1]]),
+            "rows_that_are_targets": pool.num_rows - pool.size,
+            "rows_without_score": int(np.isnan(scored.scores).sum()),
+            "cut_score": cut,
             **scored.notes,
         },
         settings={
             "method": config.method,
-            "ratio": count / len(pool),
+            "ratio": count / pool.num_rows,
             "rows_selected": count,
-            "rows_total": len(pool),
+            "rows_total": pool.num_rows,
         },
         precision=scored.precision,
         device=scored.device,
@@ -104,22 +100,36 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     )
 
 
-def _rows_that_are_no_target(
-    job: StageRun[MineDataConfig], pool: Sequence[Record], target: Sequence[Record]
-) -> list[int]:
-    """Return the pool rows to choose from: a row that is a target row as well would be found by its own likeness."""
-    from p2d_cli.data.episodes import duplicate_groups
-
-    pool_groups, target_groups = duplicate_groups(pool, target)
-    others: list[int] = np.flatnonzero(~np.isin(pool_groups, target_groups)).tolist()
-    if not others:
+def _tell_twins(job: StageRun[MineDataConfig], pool: Pool) -> None:
+    """Say how many rows are target rows as well, which would be found by their own likeness."""
+    if not pool.size:
         raise DataError(
-            f"all {len(pool)} rows of the pool are target rows as well: there is nothing to choose from",
+            f"all {pool.num_rows} rows of the pool are target rows as well: there is nothing to choose from",
             hint="give a pool of other rows, or train on the target rows themselves",
         )
-    if len(others) < len(pool):
-        job.progress.note(f"{len(pool) - len(others)} pool rows are target rows as well and are left out")
-    return others
+    if twins := pool.num_rows - pool.size:
+        job.progress.note(f"{twins} pool rows are target rows as well and are left out")
+
+
+def _require_no_infinity(method: str, pool: Pool, scores_N: NDArray[np.float64]) -> None:
+    if not np.isinf(scores_N).any():
+        return
+    [row] = pool.take([int(np.flatnonzero(np.isinf(scores_N))[0])])
+    raise NonFiniteError(
+        f"the {method} score of {row.where} is infinite; nothing was written", hint="try --dtype float32"
+    )
+
+
+def _save(job: StageRun[MineDataConfig], folder: Path, pool: Pool, scores: PoolScores, count: int) -> None:
+    with job.progress.task("write rows", pool.num_rows) as advance:
+
+        def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
+            for place, record in enumerate(pool.read(with_fields=True), start=1):
+                yield record.id, record.fields
+                if place % ROWS_BETWEEN_REPORTS == 0:
+                    advance(ROWS_BETWEEN_REPORTS)
+
+        save_subset(folder, rows(), scores, count, characters=pool.characters)
 
 
 def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: float, folder: Path) -> None:

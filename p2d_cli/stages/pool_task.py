@@ -1,11 +1,11 @@
 """A pool to be scored, and what a method of mine-data makes of it.
 
-Legend: N pool rows, L layers, H query heads a layer.
+Legend: N pool rows, M rows to choose from (those that are no target rows), L layers, H query heads a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.config import MineDataConfig
+from p2d_cli.data.pool import Chunk, Pool
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.modeling.model_files import ModelFiles
@@ -39,17 +40,27 @@ class PoolTask:
 
     job: StageRun[MineDataConfig]
     inputs: MiningInputs
-    pool: Sequence[Record]
+    pool: Pool
     target: Sequence[Record]
     """Empty where the method has no use for target rows, or none were given."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the rows to choose from, a chunk at a time; reading them is charged to `prepare`."""
+        chunks = self.pool.chunks()
+        while True:
+            with self.job.timer.phase("prepare"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
 
 @dataclass
 class PoolScored:
-    """What a method found."""
+    """What a method found of the M rows to choose from."""
 
-    scores_N: NDArray[np.float64]
-    draws_N: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    draws: NDArray[np.int64]
     """Number of measurements behind each score."""
     device: str = "cpu"
     precision: str = ""
@@ -57,24 +68,32 @@ class PoolScored:
     tokens: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def spread(self, places: Sequence[int], size: int) -> PoolScored:
-        """Return the same for a larger pool, in which these rows stand at `places` and the others have no score."""
-        scores_N = np.full(size, np.nan)
-        draws_N = np.zeros(size, dtype=np.int64)
-        scores_N[places], draws_N[places] = self.scores_N, self.draws_N
-        return replace(self, scores_N=scores_N, draws_N=draws_N)
+    def spread(self, pool: Pool) -> PoolScored:
+        """Return the same for all N rows of the pool; those that are target rows have no score."""
+        if pool.size == pool.num_rows:
+            return self
+        others_N = ~pool.is_twin_N
+        scores_N = np.full(pool.num_rows, np.nan)
+        draws_N = np.zeros(pool.num_rows, dtype=np.int64)
+        scores_N[others_N], draws_N[others_N] = self.scores, self.draws
+        return replace(self, scores=scores_N, draws=draws_N)
+
+
+def measured(times: int, count: int) -> NDArray[np.int64]:
+    """Return the number of measurements of `count` rows that were all measured equally often, in a few bytes."""
+    return np.broadcast_to(np.int64(times), (count,))
 
 
 def scored_by_model(
     bench: Workbench,
-    scores_N: NDArray[np.float64],
-    draws_N: NDArray[np.int64] | None = None,
+    scores: NDArray[np.float64],
+    draws: NDArray[np.int64] | None = None,
     notes: dict[str, Any] | None = None,
 ) -> PoolScored:
-    """Return what a method found by reading rows with `bench`; without `draws_N`, each row was measured once."""
+    """Return what a method found by reading rows with `bench`; without `draws`, each row was measured once."""
     return PoolScored(
-        scores_N=scores_N,
-        draws_N=np.ones(len(scores_N), np.int64) if draws_N is None else draws_N,
+        scores=scores,
+        draws=measured(1, len(scores)) if draws is None else draws,
         device=bench.device,
         precision=bench.precision,
         tokens=bench.tokens,

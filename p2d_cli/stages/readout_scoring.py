@@ -1,16 +1,17 @@
 """Scoring a pool by what the selected heads put out on each row, read alone: one forward pass, no episodes.
 
-Legend: B rows of a batch, Q target rows, M background rows, K selected heads, d head_dim.
+Legend: B rows of a batch, Q target rows, M rows to choose from, K selected heads, d head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.core.readout import fit_readout
+from p2d_cli.core.readout import Readout, fit_readout
+from p2d_cli.data.pool import Chunk
 from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.errors import UsageError
 from p2d_cli.runtime.seeding import generator
@@ -28,31 +29,62 @@ def score_by_readout(task: PoolTask) -> PoolScored:
         raise UsageError("--method p2d needs --heads")
     bench = open_workbench(job, task.inputs.model, job.config)
     with job.timer.phase("prepare"):
-        pool, target = bench.encode_examples(task.pool), bench.encode_examples(task.target)
-    order = generator(job.config.seed, "mine-data", "background").permutation(len(pool))
-    sample, rest = np.sort(order[: job.config.background]), np.sort(order[job.config.background :])
-    known = _read(task, bench, heads_LH, [*target, *(pool[index] for index in sample)])
+        sample = _background(task)
+        background = bench.encode_examples(task.pool.take(task.pool.places(sample)))
+        target = bench.encode_examples(task.target)
+    known = _read(task, bench, heads_LH, [*target, *background])
     with job.timer.phase("fit"):
         readout = fit_readout(known[: len(target)], known[len(target) :])
-    scores_N = np.empty(len(pool))
-    scores_N[sample] = readout.affinity(known[len(target) :])
-    batches = [rest[group].tolist() for group in bench.batches([len(pool[index].input_ids) for index in rest])]
-    for group, reading in finish_batches(
-        job,
-        bench,
-        "read rows",
-        batches,
-        lambda group: {"affinity": readout.affinity(bench.head_outputs([pool[index] for index in group], heads_LH))},
-    ):
-        scores_N[group] = reading["affinity"]
+    scores_M = np.full(task.pool.size, np.nan)
+    scores_M[sample] = readout.affinity(known[len(target) :])
+    truncated = _count_truncated(background)
+    for chunk in task.chunks():
+        truncated += _score_rest(task, bench, heads_LH, readout, chunk, scores_M[chunk.places])
     notes = {
         "affinity": "readout",
         "heads_read": int(heads_LH.sum()),
         "rows_background": len(sample),
         "target_affinity": float(readout.affinity(known[: len(target)]).mean()),
-        "truncated_rows": sum(example.truncated > 0 for example in pool),
+        "truncated_rows": truncated,
     }
-    return scored_by_model(bench, scores_N, notes=notes)
+    return scored_by_model(bench, scores_M, notes=notes)
+
+
+def _background(task: PoolTask) -> NDArray[np.int64]:
+    """Return a random sample of the rows to choose from, in the pool's order."""
+    config = task.job.config
+    order = generator(config.seed, "mine-data", "background").permutation(task.pool.size)
+    return np.sort(order[: config.background])
+
+
+def _score_rest(
+    task: PoolTask,
+    bench: Workbench,
+    heads_LH: NDArray[np.bool_],
+    readout: Readout,
+    chunk: Chunk,
+    scores: NDArray[np.float64],
+) -> int:
+    """Score those rows of a chunk that have no score yet, in place; return how many of them had to be cut."""
+    rest = np.flatnonzero(np.isnan(scores))
+    with task.job.timer.phase("prepare"):
+        examples = dict(
+            zip(rest.tolist(), bench.encode_examples([chunk.records[index] for index in rest]), strict=True)
+        )
+    lengths = [len(example.input_ids) for example in examples.values()]
+    for group, reading in finish_batches(
+        task.job,
+        bench,
+        chunk.label("read rows"),
+        [rest[group].tolist() for group in bench.batches(lengths)],
+        lambda group: {"affinity": readout.affinity(bench.head_outputs([examples[i] for i in group], heads_LH))},
+    ):
+        scores[group] = reading["affinity"]
+    return _count_truncated(examples.values())
+
+
+def _count_truncated(examples: Iterable[EncodedExample]) -> int:
+    return sum(example.truncated > 0 for example in examples)
 
 
 def _read(

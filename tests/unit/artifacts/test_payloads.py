@@ -1,18 +1,23 @@
 """Payloads open with the libraries that others would use, and survive a round trip."""
 
+import datetime
+import decimal
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+from p2d_cli.artifacts import subset
 from p2d_cli.artifacts.adapter import save_model_card, save_training_log
 from p2d_cli.artifacts.evaluation import load_metrics, save_evaluation
 from p2d_cli.artifacts.head_scores import HEAD_SCORES_NAME, HeadScores, load_head_scores, save_head_scores
-from p2d_cli.artifacts.subset import PoolScores, load_pool_scores, load_subset_rows, save_subset
+from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores, load_subset_rows, save_subset
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.errors import ArtifactError
 
 
@@ -56,14 +61,18 @@ def test_damaged_heads_are_refused(tmp_path, content):
 
 
 def save_rows(folder, rows):
-    count = len(rows)
-    pool = PoolScores(
-        ids=tuple(f"r{index}" for index in range(count + 1)),
-        scores_N=np.append(np.linspace(1, 0.5, count), np.nan),
-        ranks_N=np.arange(count + 1),
-        draws_N=np.full(count + 1, 2),
+    """Save rows that stand in the pool in the order of their ranks, and one behind them that was not chosen."""
+    return save_pool(folder, [*rows, {"never": "chosen"}], np.append(np.linspace(1, 0.5, len(rows)), np.nan), len(rows))
+
+
+def save_pool(folder, rows, scores, count):
+    pool = NamedPoolScores(
+        ids=tuple(f"r{index}" for index in range(len(rows))),
+        scores_N=scores,
+        ranks_N=rank_rows(scores),
+        draws_N=np.full(len(rows), 2),
     )
-    save_subset(folder, rows, np.arange(count), pool)
+    save_subset(folder, zip(pool.ids, rows, strict=True), pool, count)
     return pool
 
 
@@ -94,6 +103,50 @@ def test_a_rows_own_score_column_is_kept_under_another_name(tmp_path):
 def test_columns_of_mixed_types_become_json(tmp_path):
     save_rows(tmp_path, [{"x": 1}, {"x": "one"}, {"x": [1]}])
     assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == [1, "one", [1]]
+
+
+def test_what_is_written_does_not_depend_on_the_parts(tmp_path, monkeypatch):
+    """Rows go through files of neighbouring ranks, however few rows and characters these hold."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"{n}\u2028😀\r\n", ("even" if n % 2 == 0 else "odd"): n, "meta": {f"k{n % 3}": [n, None]}}
+        | ({"at": datetime.datetime(2024, 1, 2, 3, n, tzinfo=datetime.UTC), "raw": bytes([n])} if n % 4 else {})
+        | ({"price": decimal.Decimal("1.50"), "id": n, "source_id": "x"} if n % 5 else {"mixed": n})
+        for n in range(40)
+    ]
+    rows[7]["mixed"] = "text"
+    scores = rng.integers(0, 9, 40) / 8
+    scores[7] = 2
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        save_pool(tmp_path / name, rows, scores, 31)
+        monkeypatch.setattr(subset, "PART_ROWS", 3)
+        monkeypatch.setattr(subset, "WAITING_CHARACTERS", 200)
+        monkeypatch.setattr(subset, "GROUP_ROWS", 6)
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    assert pq.read_table(whole / "subset.parquet").equals(pq.read_table(parts / "subset.parquet"))
+    assert pq.read_table(whole / "pool_scores.parquet").equals(pq.read_table(parts / "pool_scores.parquet"))
+    assert pq.ParquetFile(parts / "subset.parquet").num_row_groups == 11
+    assert sorted(path.name for path in parts.iterdir()) == ["pool_scores.parquet", "subset.parquet"]
+    in_order = [rows[int(row["id"][1:])] for row in load_subset_rows(whole)]
+    table = pq.read_table(whole / "subset.parquet")
+    for name in ("prompt", "even", "at", "raw", "price"):
+        assert table[name].to_pylist() == [row.get(name) for row in in_order]
+        assert table[name].type == pa.array([row.get(name) for row in in_order]).type
+    assert table["source_source_id"].to_pylist() == [row.get("id") for row in in_order]
+    assert table["source_id"].to_pylist() == [row.get("source_id") for row in in_order]
+    assert [json.loads(text) for text in table["mixed"].to_pylist()] == [row.get("mixed") for row in in_order]
+
+
+def test_a_value_that_does_not_fit_its_column_after_all(tmp_path, monkeypatch):
+    """Should Arrow ever infer a type that a later value does not have, the column becomes JSON, and nothing is lost."""
+    monkeypatch.setattr(subset, "PART_ROWS", 1)
+    monkeypatch.setattr("p2d_cli.artifacts.columns._infer", lambda samples: pa.int64())
+    save_rows(tmp_path, [{"x": 1, "y": 1}, {"x": "one", "y": 2}])
+    assert load_subset_rows(tmp_path) == [
+        {"id": "r0", "x": "1", "y": 1, "score": 1.0, "rank": 0},
+        {"id": "r1", "x": '"one"', "y": 2, "score": 0.5, "rank": 1},
+    ]
 
 
 @pytest.mark.parametrize("values", [[2**70, 1], ["\ud800", "b"], [3, {"\ud800": "\ud800"}], [{}, {}], [[{}], []]])

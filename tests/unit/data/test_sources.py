@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2d_cli.data import sources
 from p2d_cli.data.sources import BadRow, locate, read_rows, scan_rows
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError
 
@@ -126,9 +127,34 @@ def test_json_is_an_array_or_json_lines(tmp_path, rows, indent):
         ('[{"a": 1}, 2]', r"a\.json#1: expected a JSON object, found a number"),
     ],
 )
-def test_json_that_is_no_table(tmp_path, content, message):
+@pytest.mark.parametrize("block", [3, 2**20])
+def test_json_that_is_no_table(tmp_path, content, message, block, monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCK", block)
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "a.json", content))
+
+
+@SAME_FOLDER
+@given(rows=ROWS, indent=st.sampled_from([None, 1]), block=st.integers(4, 40), blanks=st.sampled_from(["", "\n \n"]))
+def test_an_array_may_be_cut_anywhere_while_it_is_read(tmp_path, rows, indent, block, blanks):
+    text = blanks + json.dumps(rows, indent=indent, ensure_ascii=False) + blanks
+    path = write(tmp_path / "a.json", "\ufeff" + text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_BLOCK", block)
+        assert fields(path) == rows
+        write(path, text + "x")
+        last_line = text.count("\n") + 1
+        with pytest.raises(DataError, match=rf"a\.json:{last_line}: not valid JSON: Extra data"):
+            read(path)
+
+
+@pytest.mark.parametrize("number", ["1.25", "-1e+5", "12"])
+def test_a_number_in_an_array_may_be_cut_anywhere(tmp_path, number, monkeypatch):
+    path = write(tmp_path / "a.json", f'[{{"a": {number}}}, {number}, {{"a": 2}}]')
+    for block in range(1, 30):
+        monkeypatch.setattr(sources, "_BLOCK", block)
+        found = list(scan_rows(locate(str(path))))
+        assert [type(row).__name__ for row in found] == ["RawRow", "BadRow", "RawRow"]
 
 
 def test_a_damaged_gzip_file(tmp_path):
@@ -265,13 +291,15 @@ def test_a_table_without_rows(tmp_path):
         read(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
 def test_rows_are_read_one_after_the_other(tmp_path, name):
     """A file of 20 MB takes a small part of that in memory, and its first row is there at once."""
     rows = [{"prompt": f"{number:01000}", "completion": "x"} for number in range(20_000)]
     path = tmp_path / name
     if name == "a.jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
     elif name == "a.csv":
         path.write_text("prompt,completion\n" + "".join(",".join(row.values()) + "\n" for row in rows))
     elif name == "a.parquet":

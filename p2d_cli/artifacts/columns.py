@@ -1,0 +1,155 @@
+"""The Arrow types of columns whose values come one after the other and are not held.
+
+`pyarrow` infers a type from all values at once. What it looks at is the kinds of values at each place of their
+structure, so that a few values of every column are enough to ask it: one of each kind. They are kept in the order of
+the rows' ranks, which is the order of columns and of the fields of structs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import count
+from typing import Any
+
+import pyarrow as pa
+
+# Where integers stop to be exact in float64, and to fit into 64 bits.
+_LIMITS = (-(2**63), -(2**53), 2**53 + 1, 2**63)
+Place = tuple[int, int]
+"""Rank of a row, and a number that grows with its values."""
+
+
+@dataclass
+class _Kinds:
+    """One value of each kind that stands at some place of a column's values, with the first place where it does."""
+
+    plain: dict[Any, tuple[Place, Any]] = field(default_factory=dict)
+    items: tuple[Place, _Kinds] | None = None
+    """Of lists."""
+    fields: dict[str, tuple[Place, _Kinds]] = field(default_factory=dict)
+    """Of objects."""
+    empty_object: Place | None = None
+
+    def add(self, value: Any, rank: int, numbers: Iterator[int]) -> None:
+        """Look at a value."""
+        place = (rank, next(numbers))
+        if isinstance(value, dict):
+            if not value:
+                self.empty_object = min(place, self.empty_object or place)
+            _add_fields(self.fields, value, rank, numbers)
+        elif isinstance(value, list | tuple):
+            first, kinds = self.items or (place, _Kinds())
+            self.items = (min(first, place), kinds)
+            for child in value:
+                kinds.add(child, rank, numbers)
+        else:
+            kind = _kind(value)
+            if kind not in self.plain or place < self.plain[kind][0]:
+                self.plain[kind] = (place, value)
+
+    def has_surrogates(self) -> bool:
+        """Return whether a text or the name of a field holds half of a surrogate pair."""
+        return (
+            (str, False) in self.plain
+            or (self.items is not None and self.items[1].has_surrogates())
+            or any(not _is_unicode(name) or kinds.has_surrogates() for name, (_, kinds) in self.fields.items())
+        )
+
+    def samples(self) -> list[Any]:
+        """Return values that Arrow infers the same type from as from all that were added."""
+        found: list[tuple[Place, Any]] = list(self.plain.values())
+        if self.items is not None:
+            found.append((self.items[0], self.items[1].samples()))
+        if self.empty_object is not None:
+            found.append((self.empty_object, {}))
+        for name, (first, kinds) in self.fields.items():
+            found += [(first, {name: sample}) for sample in kinds.samples()]
+        return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
+
+
+def _add_fields(
+    fields: dict[str, tuple[Place, _Kinds]], values: Mapping[str, Any], rank: int, numbers: Iterator[int]
+) -> None:
+    for name, value in values.items():
+        place = (rank, next(numbers))
+        first, kinds = fields.get(name) or (place, _Kinds())
+        fields[name] = (min(first, place), kinds)
+        kinds.add(value, rank, numbers)
+
+
+def _kind(value: Any) -> Any:
+    """Return what Arrow tells values apart by, as far as it bears on the type."""
+    if isinstance(value, str):
+        return str, _is_unicode(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int, sum(value >= limit for limit in _LIMITS)
+    if isinstance(value, Decimal):
+        _, digits, exponent = value.as_tuple()
+        return Decimal, len(digits), exponent
+    return type(value), str(getattr(value, "tzinfo", None))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is written."""
+
+    type: pa.DataType | None
+    """None: as JSON text, one a row. So are values of mixed types, integers beyond 64 bits, halves of surrogate pairs,
+    and objects without keys."""
+    ascii_only: bool
+    """Whether JSON text escapes what is not ASCII, as it must where there are halves of surrogate pairs."""
+
+    def array(self, values: list[Any]) -> pa.Array:
+        """Return values as Arrow.
+
+        Raises:
+            pa.ArrowException: a value does not fit the type after all.
+        """
+        if self.type is not None:
+            return pa.array(values, type=self.type)
+        texts = [json.dumps(value, ensure_ascii=self.ascii_only, default=str) for value in values]
+        return pa.array(texts, pa.string())
+
+
+class Columns:
+    """Finds the columns of rows."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[Place, _Kinds]] = {}
+        self._numbers = count()
+
+    def add(self, row: Mapping[str, Any], rank: int) -> None:
+        """Look at a row."""
+        _add_fields(self._kinds, row, rank, self._numbers)
+
+    def found(self) -> dict[str, Column]:
+        """Return the columns, in the order in which they first stand in the rows by rank."""
+        in_order = sorted(self._kinds.items(), key=lambda item: item[1][0])
+        return {
+            name: Column(_infer([*kinds.samples(), None]), ascii_only=kinds.has_surrogates())
+            for name, (_, kinds) in in_order
+        }
+
+
+def _infer(samples: list[Any]) -> pa.DataType | None:
+    try:
+        kind = pa.array(samples).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        return None
+    return None if _has_empty_struct(kind) else kind
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not children) or any(map(_has_empty_struct, children))
