@@ -32,6 +32,7 @@ INPUT_FIELDS = frozenset(
     {
         "model",
         "task_model",
+        "scorer_model",
         "target",
         "pool",
         "data",
@@ -184,8 +185,20 @@ class ScoreHeadsConfig(RowOptions):
 class MineDataConfig(RowOptions):
     """Settings of `p2d mine-data`."""
 
-    model: PathSpec = setting(REQUIRED, "Model that reads the rows: folder or hub id.", panel="Input and output")
-    heads: PathSpec | None = setting(None, "heads artifact (for p2d).", panel="Input and output")
+    model: PathSpec = setting(
+        REQUIRED, "Model that the rows are for, and that reads them: folder or hub id.", panel="Input and output"
+    )
+    heads: PathSpec | None = setting(
+        None, "heads artifact (for p2d), of the model that reads the rows.", panel="Input and output"
+    )
+    scorer_model: PathSpec | None = setting(
+        None,
+        "A smaller model that reads the rows in the place of --model, which they are meant for (weak to strong).",
+        panel="Input and output",
+    )
+    allow_other_tokenizer: bool = setting(
+        False, "Let a --scorer-model read the rows with another tokenizer than --model's.", identity=False, panel="Run"
+    )
     pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
     target: PathSpec | None = setting(
         None, "Rows of the target task; without them two halves of the pool query each other.", panel="Input and output"

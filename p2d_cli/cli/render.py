@@ -186,6 +186,8 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
 
 def _subset_lines(summary: dict[str, Any]) -> list[Any]:
     lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {summary['method']}"]
+    if (scorer := summary.get("scorer_model")) is not None:
+        lines.append(f"read by {scorer['source']} ({scorer['model_type']}), a stand-in for the model they are for")
     if "episodes" in summary:
         lines.append(f"{summary['episodes']:,} episodes, {summary['heads_read']} heads read")
     if summary.get("affinity") == "readout":
@@ -243,12 +245,15 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
     if summary["reference"]["extrapolated"]:
         lines.append("the reference's time is extrapolated from measured steps")
     lines.append("* control, = reference, ! other hardware, precision or epochs")
+    if any(row.get("scorer_model") for row in summary["rows"]):
+        lines.append("^ a smaller model chose the rows; its seconds are charged")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return lines
 
 
 def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:
     marks = "=" * row["is_reference"] + "*" * row["is_control"] + "!" * bool(row["mixed"])
+    marks += "^" * (row.get("scorer_model") is not None)
     score = row["metrics"].get(metric)
     speedup = row["speedup"]
     share = row.get("trainable_share")

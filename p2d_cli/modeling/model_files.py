@@ -47,6 +47,25 @@ class ModelFiles:
         return str(self.config.get("model_type", "unknown"))
 
 
+def vocabulary(files: ModelFiles) -> dict[str, int] | None:
+    """Return which id each token of a model's fast tokenizer has, added tokens included; None without tokenizer.json.
+
+    Raises:
+        DataError: the file is not what the tokenizers library writes.
+    """
+    path = files.folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        described = json.loads(path.read_bytes())
+        listed = described["model"]["vocab"]
+        # A Unigram model lists pairs of token and score, in the order of their ids.
+        known = listed if isinstance(listed, dict) else {token: index for index, (token, _) in enumerate(listed)}
+        return known | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
+    except (ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{path} is not a valid tokenizer: {problem!r}", hint="copy or download it again") from None
+
+
 def locate_model(spec: str) -> ModelFiles:
     """Find a model's folder; a hub id is taken from the cache or downloaded.
 

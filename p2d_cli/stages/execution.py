@@ -100,6 +100,8 @@ class StageRun(Generic[ConfigT]):
         self.manifests: dict[str, Manifest] = {}
         """Manifests of the inputs that are artifacts, by the input's name."""
         self.model_identity: ModelIdentity | None = None
+        self.scorer: ModelIdentity | None = None
+        """The model that does this stage's work, where it is not the one that the work is for."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
@@ -269,6 +271,7 @@ class StageRun(Generic[ConfigT]):
         hardware = describe_hardware(outcome.device)
         peak = peak_memory_gib(outcome.device)
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
+        worker = self.scorer or self.model_identity
         cost = StageCost(
             stage=self.stage.name,
             artifact=key,
@@ -279,10 +282,10 @@ class StageRun(Generic[ConfigT]):
             epochs=outcome.epochs,
             steps_done=outcome.steps_done,
             steps_planned=outcome.steps_planned,
-            model=self.model_identity.digest if self.model_identity else "",
+            model=worker.digest if worker else "",
             tokens=outcome.tokens,
             peak_gib=peak.get("device", peak["host"]),
-            settings=outcome.settings,
+            settings=outcome.settings | ({"scorer_model": self.scorer.source} if self.scorer else {}),
         )
         ledger = list(self._ledger.values()) + ([cost.to_dict()] if outcome.charged else [])
         return Manifest(
@@ -341,8 +344,14 @@ def identify_model(files: ModelFiles) -> ModelIdentity:
     )
 
 
-def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str) -> None:
+def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str, flag: str = "--model") -> None:
     """Refuse an artifact that was made with another model or tokenizer.
+
+    Args:
+        manifest: the artifact's.
+        model: what it should have been made with.
+        spec: where the artifact lies.
+        flag: the flag that named the model.
 
     Raises:
         ArtifactError: naming both.
@@ -354,8 +363,8 @@ def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str) -> No
     if made_with.digest != model.digest or len(tokenizers) > 1:
         raise ArtifactError(
             f"{spec} was made with another model\n  it was made with: {made_with.describe()}\n"
-            f"  --model is:       {model.describe()}",
-            hint=f"give --model {made_with.source}, or make it again with this model",
+            f"  {flag + ' is:':<17} {model.describe()}",
+            hint=f"give {flag} {made_with.source}, or make it again with this model",
         )
 
 

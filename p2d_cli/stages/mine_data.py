@@ -21,6 +21,7 @@ from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageErr
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import MiningInputs, PoolTask
+from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
 
 PICTURE_NAME = "scores.png"
 
@@ -40,10 +41,10 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     config = job.config
     if config.method == "p2d" and config.heads is None:
         raise UsageError("--method p2d needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads")
-    model = job.model(config.model)
+    model = open_reader(job)
     heads_LH = None
     if config.method == "p2d" and config.heads is not None:
-        job.artifact("heads", config.heads, "heads", same_model=True)
+        ensure_own_heads(job, config.heads)
         heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
     uses_target = config.method in {"p2d", "data-whisperer", "embedding", "lexical"}
     return MiningInputs(

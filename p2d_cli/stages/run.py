@@ -1,7 +1,8 @@
 """run: a recipe from end to end, every point of its grid, one report.
 
 The heads that mine are those of `[score-heads]`, the same at every point of the grid, so that the grid varies which
-heads are trained and which rows they are trained on independently of each other.
+heads are trained and which rows they are trained on independently of each other. Where a smaller model
+mines (`scorer-model`), they are its own.
 """
 
 from __future__ import annotations
@@ -136,10 +137,20 @@ class RecipeRun:
         chosen: dict[str, Any] = {"method": "uniform", "ratio": 1.0} if method == "all" else {"method": method}
         return self._stage("score-heads", self._out / "heads" / f"{method}-s{seed}", seed=seed, **chosen)
 
+    def _mining_heads(self, seed: int) -> Path:
+        """Return the heads that mine: those of the model that reads the rows."""
+        method = self._recipe.score_heads.get("method", "auto")
+        reader = self._recipe.table("mine-data").get("scorer_model")
+        if reader is None:
+            return self._heads(method, seed)
+        # A task model of [score-heads] is one of the trained model's size.
+        settings = {"model": reader, "method": method, "task_model": None, "seed": seed}
+        return self._stage("score-heads", self._out / "heads" / f"{method}-scorer-s{seed}", **settings)
+
     def _subset(self, point: Point) -> Path:
         inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
         if point.data == "p2d":
-            inputs["heads"] = str(self._heads(self._recipe.score_heads.get("method", "auto"), point.seed))
+            inputs["heads"] = str(self._mining_heads(point.seed))
         return self._stage("mine-data", self._out / "subset" / f"{point.data}-s{point.seed}", **inputs)
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
