@@ -129,6 +129,22 @@ class RowOptions(StageConfig):
         8192, "Tokens of one forward batch, padding included.", identity=False, panel="Run"
     )
 
+    device_map: Literal["auto"] | None = setting(
+        None,
+        "auto: divide a model that is too large for one device over all there are, then main memory, then the disk "
+        "(for stages that read; train has FSDP for that).",
+        identity=False,
+        panel="Run",
+    )
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> RowOptions:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"--device-map auto chooses the devices itself and excludes --device {self.device}: give one of them"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_template(self) -> RowOptions:
         if self.template == "plain" and self.chat_template is not None:
@@ -326,6 +342,12 @@ class TrainConfig(RowOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if self.device_map is not None:
+            raise ValueError(
+                "--device-map divides a model for reading, one part waiting for the other, and keeps no gradients of "
+                "parts that are put aside: train a model that is too large for one device with FSDP, under torchrun or "
+                "accelerate launch"
+            )
         if self.scope == "heads" and self.heads is None:
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
         if self.batch_size % self.accumulation:

@@ -102,6 +102,8 @@ class StageRun(Generic[ConfigT]):
         self.model_identity: ModelIdentity | None = None
         self.scorer: ModelIdentity | None = None
         """The model that does this stage's work, where it is not the one that the work is for."""
+        self.devices: dict[str, int] = {}
+        """The devices of a divided model, each with its number of modules; empty for a model on one device."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
@@ -268,7 +270,8 @@ class StageRun(Generic[ConfigT]):
         self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
 
     def _manifest(self, key: str, identity: dict[str, Any], outcome: Outcome, outputs: dict[str, Any]) -> Manifest:
-        hardware = describe_hardware(outcome.device)
+        accelerators = sum(name.startswith("cuda") for name in self.devices)
+        hardware = describe_hardware(outcome.device, accelerators=max(accelerators, 1))
         peak = peak_memory_gib(outcome.device)
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
         worker = self.scorer or self.model_identity
