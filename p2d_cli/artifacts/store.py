@@ -86,6 +86,11 @@ def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
     return manifest
 
 
+def unfinished_folder(target: Path, key: str) -> Path:
+    """Return where work for an artifact of this key is kept until it is finished."""
+    return target.with_name(f".{target.name}.unfinished-{key[:16]}")
+
+
 @contextmanager
 def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) -> Iterator[Draft]:
     """Open a draft of `target`; whatever is not committed is removed when the block ends.
@@ -102,7 +107,7 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         StorageError: the disk is full or failed.
     """
     folder = target.with_name(f".{target.name}.draft-{uuid.uuid4().hex[:8]}")
-    unfinished = target.with_name(f".{target.name}.unfinished-{key[:16]}")
+    unfinished = unfinished_folder(target, key)
     with _lock(target):
         for leftover in target.parent.glob(f".{target.name}.draft-*"):
             shutil.rmtree(leftover, ignore_errors=True)

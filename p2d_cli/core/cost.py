@@ -106,7 +106,7 @@ class BatchShape:
     length: int
     """Of the longest row, in tokens."""
     logits: int
-    """Positions whose logits are computed."""
+    """Positions whose logits are computed; where answers are generated, the steps of the longest one."""
 
     @property
     def tokens(self) -> int:

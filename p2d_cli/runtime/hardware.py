@@ -98,3 +98,19 @@ def _peak_host_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def likely_dtype(asked: str, device: str) -> str:
+    """Return the precision that `--dtype` stands for, without torch: bfloat16 where the hardware is fast at it.
+
+    An accelerator is taken to be one of Ampere or later.
+    """
+    if asked != "auto":
+        return asked
+    if device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists()):
+        return "bfloat16"
+    try:
+        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "amx_bf16" in features or "avx512_bf16" in features else "float32"

@@ -24,10 +24,11 @@ from p2d_cli.artifacts.manifest import (
     is_artifact,
     read_manifest,
 )
-from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
+from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact, unfinished_folder
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
@@ -49,6 +50,8 @@ class RunOptions:
     """Replace an artifact whose inputs or settings changed; a recipe owns its folder and does so."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
+    timed: bool = False
+    """In a dry run: load the model, and time some batches of what would be done."""
     progress: Progress = field(default_factory=SilentProgress)
 
 
@@ -64,6 +67,8 @@ class StageResult:
     manifest: Manifest | None
     """None only for a dry run of work that is still to do."""
     wall_seconds: float
+    plan: StagePlan | None = None
+    """What it would take; only for a dry run of work that is still to do."""
 
 
 @dataclass(frozen=True)
@@ -230,11 +235,14 @@ class StageRun(Generic[ConfigT]):
             raise RuntimeError("a stage keeps unfinished work while it computes, not before")
         return self._unfinished
 
-    def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
+    def complete(
+        self, compute: Callable[[Path], Outcome], plan: Callable[[Path], StagePlan] | None = None
+    ) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
         Args:
             compute: writes the payload into the folder it is given.
+            plan: tells what that would take; it is given the folder with what an interrupted run has finished.
         """
         identity = self._identity()
         key = artifact_key(identity)
@@ -243,7 +251,8 @@ class StageRun(Generic[ConfigT]):
             return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
         self._ensure_room(identity)
         if self.options.dry_run:
-            return self._result("would-run", key, None)
+            unfinished = unfinished_folder(self.config.out, key)
+            return self._result("would-run", key, None, plan(unfinished) if plan is not None else None)
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
             self._unfinished = place.unfinished
             outcome = compute(place.folder)
@@ -314,7 +323,11 @@ class StageRun(Generic[ConfigT]):
         )
 
     def _result(
-        self, status: Literal["done", "up-to-date", "would-run", "would-skip"], key: str, manifest: Manifest | None
+        self,
+        status: Literal["done", "up-to-date", "would-run", "would-skip"],
+        key: str,
+        manifest: Manifest | None,
+        plan: StagePlan | None = None,
     ) -> StageResult:
         return StageResult(
             stage=self.stage.name,
@@ -324,6 +337,7 @@ class StageRun(Generic[ConfigT]):
             inputs=dict(self.inputs),
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
+            plan=plan,
         )
 
 

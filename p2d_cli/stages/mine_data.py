@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.subset import PoolScores, save_subset
 from p2d_cli.config import MineDataConfig, Resolved
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.subset_selection import rank_rows, resolve_count, select_rows
 from p2d_cli.data.records import Record
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
@@ -34,7 +35,15 @@ def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -
     """
     job = StageRun("mine-data", resolved, options or RunOptions())
     inputs = _open_inputs(job)
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+
+
+def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_mine_data
+
+    target = read_sample(job, inputs.target) if inputs.target is not None else None
+    return plan_mine_data(job, inputs.model, read_sample(job, inputs.pool), target, inputs.heads_LH, unfinished)
 
 
 def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:

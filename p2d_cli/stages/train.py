@@ -18,6 +18,7 @@ from p2d_cli.artifacts.adapter import TRAINING_LOG_NAME, save_model_card, save_t
 from p2d_cli.artifacts.checkpoints import Checkpoint, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError, UnavailableError
@@ -69,7 +70,17 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
         eval_data=job.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
         heads_LH=heads_LH,
     )
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(
+        lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan_ahead(job, inputs, unfinished)
+    )
+
+
+def _plan_ahead(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_train
+
+    held_out = read_sample(job, inputs.eval_data) if inputs.eval_data is not None else None
+    return plan_train(job, inputs.model, read_sample(job, inputs.data), held_out, inputs.heads_LH, unfinished)
 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
@@ -243,7 +254,7 @@ def _encode(
     from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
     from p2d_cli.modeling.training import TrainingRow
-    from p2d_cli.stages.workbench import context_length
+    from p2d_cli.stages.templates import context_length
 
     config = job.config
     max_length = context_length(config.max_length, inputs.model.config)

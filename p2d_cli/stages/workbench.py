@@ -37,9 +37,7 @@ from p2d_cli.modeling.loading import (
 )
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
-from p2d_cli.stages.templates import template_for
-
-LONGEST_DEFAULT = 2048
+from p2d_cli.stages.templates import context_length, template_for
 
 
 @dataclass
@@ -229,10 +227,3 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         max_length=context_length(config.max_length, files.config),
         token_budget=config.token_budget,
     )
-
-
-def context_length(asked: int | None, model_config: dict[str, Any]) -> int:
-    """Return the longest sequence to build: as asked, else the model's context, at most 2048."""
-    text_config = model_config.get("text_config", model_config)
-    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or LONGEST_DEFAULT
-    return asked or min(int(context), LONGEST_DEFAULT)
