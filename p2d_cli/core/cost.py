@@ -135,6 +135,8 @@ class Work:
     typical_flops: float = 0.0
     seconds: float | None = None
     """Estimated from a short timing, where one was asked for."""
+    counted: bool = True
+    """Whether the manifest counts the tokens; it does not for looks at held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ class StagePlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all passes."""
-        return sum(work.tokens for work in self.works)
+        """Tokens that the manifest will count."""
+        return sum(work.tokens for work in self.works if work.counted)
 
     @property
     def seconds(self) -> float | None:

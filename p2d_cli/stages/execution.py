@@ -52,6 +52,8 @@ class RunOptions:
     """Say what would be done, and do nothing."""
     timed: bool = False
     """In a dry run: load the model, and time some batches of what would be done."""
+    rates: dict[tuple[Any, ...], tuple[float, float | None]] = field(default_factory=dict)
+    """What such timings found, so that the stages of a recipe share them."""
     progress: Progress = field(default_factory=SilentProgress)
 
 

@@ -39,17 +39,19 @@ class Sample:
     """Number of rows that there are."""
     stored_bytes: int = 0
     """Size of the files."""
+    is_stand_in: bool = False
+    """Whether it will be other rows of the same kind."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether no row is missing."""
-        return len(self.records) == self.total
+        """Whether these are all the rows, and the very ones."""
+        return len(self.records) == self.total and not self.is_stand_in
 
     def reduced_to(self, count: int) -> Sample:
         """Return what stands for `count` of the rows, whichever they will be."""
         share = count / max(self.total, 1)
         kept = evenly(self.records, count)
-        return Sample(tuple(kept), count, round(self.stored_bytes * share))
+        return Sample(tuple(kept), count, round(self.stored_bytes * share), self.is_stand_in or count != self.total)
 
 
 def read_sample(job: StageRun[Any], source: RowSource, *, limit: int | None = None) -> Sample:

@@ -8,7 +8,8 @@ Legend: L layers, H query heads a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.checkpoints import newest_checkpoint
-from p2d_cli.config import EvalConfig, MineDataConfig, RowOptions, ScoreHeadsConfig, TrainConfig
+from p2d_cli.artifacts.head_scores import load_head_scores
+from p2d_cli.config import EvalConfig, MineDataConfig, Resolved, RowOptions, ScoreHeadsConfig, StageConfig, TrainConfig
 from p2d_cli.core.cost import (
     FLOAT32,
     BatchShape,
@@ -40,11 +42,11 @@ from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.data.episodes import duplicate_groups, plan_contrast, plan_mining, plan_self_mining
 from p2d_cli.data.records import Record
-from p2d_cli.modeling.model_files import ModelFiles, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
 from p2d_cli.runtime.hardware import likely_dtype
 from p2d_cli.runtime.seeding import derive_seed, generator
-from p2d_cli.stages.execution import StageRun
-from p2d_cli.stages.planned_rows import RowCounter, Sample, stretch
+from p2d_cli.stages.execution import RunOptions, StageRun
+from p2d_cli.stages.planned_rows import RowCounter, Sample, read_sample, stretch
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHECKPOINTS_AT_ONCE = 3
@@ -77,6 +79,7 @@ class Planner:
         self.memory: dict[str, int] = {"weights": self.size.parameters * self.itemsize}
         self.disk: dict[str, int] = {}
         self.notes: list[str] = []
+        self.other_seconds: dict[str, float] = {}
         self._unfinished = unfinished
 
     @cached_property
@@ -129,10 +132,12 @@ class Planner:
         for part, size in memory.items():
             self.memory[part] = max(self.memory.get(part, 0), size)
 
-    def plan(self) -> StagePlan:
-        """Return what was gathered."""
+    def plan(self, heads_LH: NDArray[np.bool_] | None = None) -> StagePlan:
+        """Return what was gathered, timed if that was asked for, with these heads trained or read."""
         known = "counter" in vars(self)
-        if self.config.dtype == "auto":
+        if self.job.options.timed:
+            self._time(heads_LH)
+        if self.config.dtype == "auto" and self.memory:
             self.notes.append(f"precision taken as {self.precision}, as --dtype auto would choose here")
         return StagePlan(
             rows=self.rows,
@@ -140,9 +145,23 @@ class Planner:
             works=tuple(self.works),
             memory={part: size for part, size in self.memory.items() if size},
             disk={part: size for part, size in self.disk.items() if size},
+            other_seconds=self.other_seconds,
             resume=tuple(_unfinished_work(self._unfinished, self.works)),
             notes=tuple(self.notes),
         )
+
+    def _time(self, heads_LH: NDArray[np.bool_] | None) -> None:
+        from p2d_cli.stages.plan_timing import PlanTimer
+
+        timer = PlanTimer(self.job, self.files, self.size, heads_LH)
+        timed = []
+        for work in self.works:
+            timed.append(replace(work, seconds=timer.rate(work) * work.flops))
+            if timer.start_seconds is not None:
+                self.other_seconds["start"] = timer.start_seconds
+        self.works = timed
+        if "counter" in vars(self):
+            self.other_seconds["tokenize"] = self.counter.seconds
 
 
 def _largest(shapes: Iterable[BatchShape]) -> BatchShape:
@@ -157,12 +176,11 @@ def _sizes(examples: Iterable[Any], *, logits: bool) -> list[tuple[int, int]]:
 
 
 def assumed_heads(size: ModelSize, ratio: float) -> NDArray[np.bool_]:
-    """Return heads that stand for a selection that is still to be made, spread over all layers."""
+    """Return heads that stand for a selection that is still to be made: spread evenly, down from the very last."""
     total = size.layers * size.heads
     count = share_count(ratio, total)
     heads_LH = np.zeros(total, dtype=np.bool_)
-    heads_LH[[index * total // count for index in range(count)]] = True
-    heads_LH[-1] = True  # the last layer is read
+    heads_LH[[(index + 1) * total // count - 1 for index in range(count)]] = True
     return heads_LH.reshape(size.layers, size.heads)
 
 
@@ -457,9 +475,9 @@ def plan_train(
     planner.counter.is_exact = data.is_whole
     sizes = _learnt(planner, data)
     shapes = _micro_batches(planner, sizes)
-    updates = -(-len(sizes) // config.batch_size) * config.epochs
-    done = min(float(np.ceil(updates)), config.max_steps or np.inf)
-    times = done * config.accumulation / max(len(shapes), 1)
+    each_epoch = -(-len(sizes) // config.batch_size)
+    done = min(float(np.ceil(each_epoch * config.epochs)), config.max_steps or np.inf)
+    times = done / max(each_epoch, 1)
     whole = scope in {"attention", "full"}
     flops = [
         forward_flops(size, shape) * (2 if config.checkpointing else 1)
@@ -484,7 +502,7 @@ def plan_train(
     planner.memory["weights"], adapter = _weight_bytes(planner, config, trained)
     planner.need({"adapter": adapter})
     _training_disk(planner, config, trained, adapter)
-    return planner.plan()
+    return planner.plan(heads_LH)
 
 
 def _trained(config: TrainConfig, size: ModelSize, heads_LH: NDArray[np.bool_] | None) -> Trained:
@@ -544,6 +562,7 @@ def _look_at(planner: Planner, held_out: Sample, updates: float) -> None:
     ]
     flops = [forward_flops(planner.size, shape) for shape in shapes]
     planner.add("look at held-out rows", "read", shapes, flops, rows=len(sizes) * looks, times=looks)
+    planner.works[-1] = replace(planner.works[-1], counted=False)
 
 
 def _weight_bytes(planner: Planner, config: TrainConfig, trained: Trained) -> tuple[int, int]:
@@ -662,3 +681,80 @@ def _choose(planner: Planner, data: Sample, choices: Sequence[str]) -> None:
             sizes.append((example.prompt_length + read, answer))
         previous = prompt
     planner.read("weigh choices", sizes)
+
+
+# --- stages whose inputs are still to be made
+
+
+def plan_ahead(
+    stage: str, resolved: Resolved[Any], options: RunOptions, planned: Mapping[str, StageConfig]
+) -> StagePlan:
+    """Plan a stage some of whose inputs are artifacts that are planned themselves.
+
+    Heads stand for themselves by their number, spread over all layers; rows to be mined by others of their pool; a
+    model or an adapter to be trained by the base model.
+
+    Args:
+        stage: its name: mine-data, train or eval.
+        resolved: its settings.
+        options: how to run.
+        planned: the settings of the stages that are planned, by their output folder.
+    """
+    job: StageRun[Any] = StageRun(stage, resolved, options)
+    config = job.config
+    if stage == "mine-data":
+        reader = config.scorer_model or config.model
+        files = locate_model(reader)
+        uses_target = config.method in METHODS_WITH_TARGET and config.target is not None
+        target = _sample(job, "target", config.target, planned) if uses_target else None
+        pool = _sample(job, "pool", config.pool, planned)
+        return _marked(plan_mine_data(job, files, pool, target, _heads_ahead(config.heads, files, planned)))
+    if stage == "train":
+        files = locate_model(config.model)
+        held_out = _sample(job, "eval_data", config.eval_data, planned) if config.eval_data is not None else None
+        data = _sample(job, "data", config.data, planned)
+        heads_LH = _heads_ahead(config.heads, files, planned) if config.resolved_scope == "heads" else None
+        return _marked(plan_train(job, files, data, held_out, heads_LH))
+    trained = planned.get(config.model)
+    files = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
+    asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
+    return _marked(plan_eval(job, files, asked, choices_in(config.choices), None))
+
+
+METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
+
+
+def _marked(plan: StagePlan) -> StagePlan:
+    return replace(plan, notes=(*plan.notes, "inputs that are still to be made are stood for by others like them"))
+
+
+def _sample(
+    job: StageRun[Any], name: str, spec: str, planned: Mapping[str, StageConfig], *, limit: int | None = None
+) -> Sample:
+    """Read rows; those that are still to be mined are stood for by as many of their pool."""
+    mined = planned.get(spec)
+    if not isinstance(mined, MineDataConfig):
+        return read_sample(job, job.rows(name, spec), limit=limit)
+    pool = read_sample(job, job.rows(name, mined.pool))
+    count = pool.total if mined.method == "full" else resolve_count(pool.total, mined.ratio, mined.count)
+    return pool.reduced_to(count)
+
+
+def _heads_ahead(spec: str | None, files: ModelFiles, planned: Mapping[str, StageConfig]) -> NDArray[np.bool_] | None:
+    if spec is None:
+        return None
+    scored = planned.get(spec)
+    if not isinstance(scored, ScoreHeadsConfig):
+        return load_head_scores(Path(spec).expanduser()).selected_LH
+    return assumed_heads(model_size(files.config, tensor_shapes(files)), scored.ratio)
+
+
+def choices_in(spec: str | None) -> Sequence[str]:
+    """Return the choices in a file, for rows that bring none; none if it cannot be read."""
+    if spec is None:
+        return ()
+    try:
+        found = json.loads(Path(spec).expanduser().read_bytes())
+    except (OSError, ValueError):
+        return ()
+    return [choice for choice in found if isinstance(choice, str)] if isinstance(found, list) else ()

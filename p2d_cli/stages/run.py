@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,8 @@ class RecipeRun:
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
         self._done: dict[Path, StageResult] = {}
+        self._planned: dict[str, StageConfig] = {}
+        """Settings of the stages that this dry run has only planned, by their folder."""
 
     def run(self) -> RunResult:
         """Do every stage of every point that is not up to date, then the report."""
@@ -163,18 +166,33 @@ class RecipeRun:
         given = self._recipe.table(name) if table is None else table
         resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=given)
         resolved = _owned_by_recipe(resolved, settings)
-        self._done[out] = (
-            self._plan(name, out) if self._is_waiting(settings) else _function(name)(resolved, self._options)
-        )
+        if self._is_waiting(settings):
+            self._done[out] = self._plan(name, out, resolved)
+        else:
+            self._done[out] = _function(name)(resolved, self._options)
+        if self._done[out].manifest is None:
+            self._planned[str(out)] = resolved.config
         return out
 
     def _is_waiting(self, settings: dict[str, Any]) -> bool:
         """Say whether an input is an artifact that this dry run has only planned."""
-        planned = {str(out) for out, result in self._done.items() if result.manifest is None}
-        return not planned.isdisjoint(value for value in settings.values() if isinstance(value, str))
+        return not self._planned.keys().isdisjoint(value for value in settings.values() if isinstance(value, str))
 
-    def _plan(self, name: str, out: Path) -> StageResult:
-        return StageResult(stage=name, out=out, status="would-run", key="", inputs={}, manifest=None, wall_seconds=0.0)
+    def _plan(self, name: str, out: Path, resolved: Resolved[Any]) -> StageResult:
+        from p2d_cli.stages.planning import plan_ahead
+
+        started = time.perf_counter()
+        plan = plan_ahead(name, resolved, self._options, self._planned)
+        return StageResult(
+            stage=name,
+            out=out,
+            status="would-run",
+            key="",
+            inputs={},
+            manifest=None,
+            wall_seconds=time.perf_counter() - started,
+            plan=plan,
+        )
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:
