@@ -32,6 +32,7 @@ INPUT_FIELDS = frozenset(
     {
         "model",
         "task_model",
+        "scorer_model",
         "target",
         "pool",
         "data",
@@ -128,6 +129,22 @@ class RowOptions(StageConfig):
         8192, "Tokens of one forward batch, padding included.", identity=False, panel="Run"
     )
 
+    device_map: Literal["auto"] | None = setting(
+        None,
+        "auto: divide a model that is too large for one device over all there are, then main memory, then the disk "
+        "(for stages that read; train has FSDP for that).",
+        identity=False,
+        panel="Run",
+    )
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> RowOptions:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"--device-map auto chooses the devices itself and excludes --device {self.device}: give one of them"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_template(self) -> RowOptions:
         if self.template == "plain" and self.chat_template is not None:
@@ -184,8 +201,20 @@ class ScoreHeadsConfig(RowOptions):
 class MineDataConfig(RowOptions):
     """Settings of `p2d mine-data`."""
 
-    model: PathSpec = setting(REQUIRED, "Model that reads the rows: folder or hub id.", panel="Input and output")
-    heads: PathSpec | None = setting(None, "heads artifact (for p2d).", panel="Input and output")
+    model: PathSpec = setting(
+        REQUIRED, "Model that the rows are for, and that reads them: folder or hub id.", panel="Input and output"
+    )
+    heads: PathSpec | None = setting(
+        None, "heads artifact (for p2d), of the model that reads the rows.", panel="Input and output"
+    )
+    scorer_model: PathSpec | None = setting(
+        None,
+        "A smaller model that reads the rows in the place of --model, which they are meant for (weak to strong).",
+        panel="Input and output",
+    )
+    allow_other_tokenizer: bool = setting(
+        False, "Let a --scorer-model read the rows with another tokenizer than --model's.", identity=False, panel="Run"
+    )
     pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
     target: PathSpec | None = setting(
         None, "Rows of the target task; without them two halves of the pool query each other.", panel="Input and output"
@@ -313,6 +342,12 @@ class TrainConfig(RowOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if self.device_map is not None:
+            raise ValueError(
+                "--device-map divides a model for reading, one part waiting for the other, and keeps no gradients of "
+                "parts that are put aside: train a model that is too large for one device with FSDP, under torchrun or "
+                "accelerate launch"
+            )
         if self.scope == "heads" and self.heads is None:
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
         if self.batch_size % self.accumulation:

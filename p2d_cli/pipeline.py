@@ -41,7 +41,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="mine-data",
-        reads=("model", "heads?", "pool", "target?"),
+        reads=("model", "heads?", "pool", "target?", "scorer_model?"),
         writes="subset",
         module="p2d_cli.stages.mine_data",
         purpose="Score pool rows by how those heads respond to them, and keep the best share.",

@@ -104,6 +104,11 @@ def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
     return manifest
 
 
+def unfinished_folder(target: Path, key: str) -> Path:
+    """Return where work for an artifact of this key is kept until it is finished."""
+    return _unfinished(_resolved(target), key)
+
+
 @contextmanager
 def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) -> Iterator[Draft]:
     """Open a draft of `target`; whatever is not committed is removed when the block ends.

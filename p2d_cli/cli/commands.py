@@ -99,7 +99,10 @@ def _run_options(invocation: Invocation) -> Any:
     from p2d_cli.cli.render import progress_for
     from p2d_cli.stages.execution import RunOptions
 
-    return RunOptions(force=invocation.force, dry_run=invocation.dry_run, progress=progress_for(quiet=invocation.quiet))
+    if invocation.time and not invocation.dry_run:
+        raise UsageError("--time belongs to --dry-run: a run that is no dry one takes its time", hint="add --dry-run")
+    progress = progress_for(quiet=invocation.quiet)
+    return RunOptions(force=invocation.force, dry_run=invocation.dry_run, timed=invocation.time, progress=progress)
 
 
 def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
@@ -115,7 +118,7 @@ def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
 
 def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     """Do a whole recipe."""
-    from p2d_cli.cli.render import print_json, print_result, result_document
+    from p2d_cli.cli.render import plan_totals, print_json, print_plan_totals, print_result, result_document
     from p2d_cli.stages.run import run
 
     overrides = dict(settings)
@@ -126,11 +129,14 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     options = _run_options(invocation)
     outcome = run(recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"))
     if invocation.json:
-        print_json({"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]})
+        document = {"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]}
+        print_json(document | ({"total": plan_totals(outcome.stages)} if invocation.dry_run else {}))
         return
     for result in outcome.stages if invocation.verbose or invocation.dry_run else outcome.stages[-1:]:
         print_result(result)
-    skipped = sum(result.status == "up-to-date" for result in outcome.stages)
+    if invocation.dry_run:
+        print_plan_totals(outcome.stages)
+    skipped = sum(result.status in {"up-to-date", "would-skip"} for result in outcome.stages)
     sys.stdout.write(f"{len(outcome.stages)} stages, {skipped} of them up to date, in {outcome.out}\n")
 
 

@@ -26,6 +26,7 @@ class Invocation:
 
     json: bool
     dry_run: bool
+    time: bool
     print_config: bool
     force: bool
     config: Path | None
@@ -36,7 +37,20 @@ class Invocation:
 _INVOCATION_FLAGS: dict[str, Any] = {
     "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="Run")],
     "dry_run": Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.", rich_help_panel="Run")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be done, and what it would take: passes, tokens, memory, disk.",
+            rich_help_panel="Run",
+        ),
+    ],
+    "time": Annotated[
+        bool,
+        typer.Option(
+            "--time",
+            help="With --dry-run: load the model, time a few batches, and estimate the seconds.",
+            rich_help_panel="Run",
+        ),
     ],
     "print_config": Annotated[
         bool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.errors import P2DError
 from p2d_cli.runtime.distributed import is_main_process
 from p2d_cli.runtime.progress import Advance, SilentProgress
@@ -132,6 +133,8 @@ def result_document(result: StageResult) -> dict[str, Any]:
     }
     if result.manifest is not None:
         document |= {"seconds": result.manifest.seconds, "summary": result.manifest.summary}
+    if result.plan is not None:
+        document["plan"] = result.plan.to_dict()
     return document
 
 
@@ -145,8 +148,87 @@ def print_result(result: StageResult) -> None:
     if result.manifest is None:
         for name, entry in result.inputs.items():
             out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
+        if result.plan is not None:
+            print_plan(result.plan)
         return
     print_summary(result.manifest)
+
+
+# --- plans of dry runs
+
+
+def print_plan(plan: StagePlan) -> None:
+    """Write what a stage would take: rows, passes and tokens, memory and disk by part, unfinished work, seconds."""
+    counted = "all read" if plan.exact else "estimated from a sample"
+    out.print("  rows: " + ", ".join(f"{name} {count:,}" for name, count in plan.rows.items()) + f" ({counted})")
+    if plan.works:
+        out.print(_works_table(plan))
+    for title, parts in (("memory", plan.memory), ("disk", plan.disk)):
+        if parts:
+            listed = ", ".join(f"{part} {bytes_text(size)}" for part, size in parts.items())
+            out.print(f"  {title}: {bytes_text(sum(parts.values()))} ({listed})", soft_wrap=True)
+    if plan.seconds is not None:
+        beside = "".join(f", {name} {seconds_text(value)}" for name, value in plan.other_seconds.items())
+        out.print(f"  time: about {seconds_text(plan.seconds)}{beside and f' (of it{beside[1:]})'}, loading left out")
+    for line in plan.resume:
+        out.print(f"  would resume {escape(line)}", soft_wrap=True)
+    for line in plan.notes:
+        out.print(f"  {escape(line)}", style="dim", soft_wrap=True)
+
+
+def _works_table(plan: StagePlan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    headings = ("  work", "rows", "forward", "backward", "tokens", "TFLOP", "time")
+    for heading in headings[: 7 if plan.seconds is not None else 6]:
+        table.add_column(heading, justify="left" if heading == "  work" else "right", no_wrap=True)
+    for work in plan.works:
+        cells = [work.rows, work.passes, work.backward_passes, work.tokens]
+        time_cell = [] if plan.seconds is None else [seconds_text(work.seconds)]
+        table.add_row(f"  {work.name}", *(f"{cell:,}" for cell in cells), f"{work.flops / 1e12:,.3g}", *time_cell)
+    return table
+
+
+def print_plan_totals(results: Sequence[StageResult]) -> None:
+    """Write what all stages of a recipe would take together."""
+    total = plan_totals(results)
+    tokens, passes = total["tokens"], total["forward_passes"]
+    out.print(
+        f"in all: {passes:,} forward and {total['backward_passes']:,} backward passes, {tokens:,} tokens, memory up to"
+        f" {bytes_text(total['peak_memory_bytes'])}, disk {bytes_text(total['disk_bytes'])}"
+        + ("" if total["seconds"] is None else f", about {seconds_text(total['seconds'])}"),
+        soft_wrap=True,
+    )
+
+
+def plan_totals(results: Sequence[StageResult]) -> dict[str, Any]:
+    """Return the sums over all planned stages; the memory is that of the largest."""
+    plans = [result.plan.to_dict() for result in results if result.plan is not None]
+    summed = ("forward_passes", "backward_passes", "tokens", "flops", "disk_bytes")
+    seconds = [plan["seconds"] for plan in plans if plan["seconds"] is not None]
+    return {
+        **{name: sum(plan[name] for plan in plans) for name in summed},
+        "peak_memory_bytes": max((plan["memory_bytes"] for plan in plans), default=0),
+        "seconds": sum(seconds) if seconds else None,
+        "exact": all(plan["exact"] for plan in plans),
+    }
+
+
+def bytes_text(size: float) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Return a duration in the unit that suits it."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def print_summary(manifest: Manifest) -> None:
@@ -192,6 +274,8 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
 
 def _subset_lines(summary: dict[str, Any]) -> list[Any]:
     lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {summary['method']}"]
+    if (scorer := summary.get("scorer_model")) is not None:
+        lines.append(f"read by {scorer['source']} ({scorer['model_type']}), a stand-in for the model they are for")
     if "episodes" in summary:
         lines.append(f"{summary['episodes']:,} episodes, {summary['heads_read']} heads read")
     if summary.get("affinity") == "readout":
@@ -249,12 +333,15 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
     if summary["reference"]["extrapolated"]:
         lines.append("the reference's time is extrapolated from measured steps")
     lines.append("* control, = reference, ! other hardware, precision or epochs")
+    if any(row.get("scorer_model") for row in summary["rows"]):
+        lines.append("^ a smaller model chose the rows; its seconds are charged")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return lines
 
 
 def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:
     marks = "=" * row["is_reference"] + "*" * row["is_control"] + "!" * bool(row["mixed"])
+    marks += "^" * (row.get("scorer_model") is not None)
     score = row["metrics"].get(metric)
     speedup = row["speedup"]
     share = row.get("trainable_share")

@@ -45,7 +45,7 @@ class StageCost:
     steps_planned: int | None = None
     """Optimizer updates that all epochs would have taken (train)."""
     model: str = ""
-    """Identity of the base model."""
+    """Identity of the model that did the work: the base model, or the smaller one that mined rows for it."""
     tokens: int | None = None
     peak_gib: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -174,6 +174,8 @@ class AerRow:
     is_reference: bool
     mixed: tuple[str, ...]
     """Fields in which the run differs from the reference: hardware, precision, epochs, model."""
+    scorer_model: str | None = None
+    """The smaller model that chose the rows (weak to strong); its seconds are among the run's."""
 
 
 @dataclass(frozen=True)
@@ -292,9 +294,13 @@ def _differences(run: RunCost, reference: RunCost) -> dict[str, str]:
     if run.path == reference.path:
         return {}
     expected = reference.stages_of("train")[0]
+    # A smaller model that mined the rows, and was scored for its heads, is another one by intent.
+    scorers = {cost.model for cost in run.stages_of("mine-data") if "scorer_model" in cost.settings}
     found: dict[str, str] = {}
     for cost in (cost for stage in CHARGED_STAGES for cost in run.stages_of(stage)):
         for name in ("hardware", "precision", "epochs", "model"):
+            if name == "model" and cost.stage != "train" and cost.model in scorers:
+                continue
             ours, theirs = getattr(cost, name), getattr(expected, name)
             if name not in found and not _is_same(ours, theirs):
                 found[name] = f"run '{run.name}', {cost.stage}: {name} is {ours}, the reference's is {theirs}"
@@ -330,6 +336,7 @@ def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
         is_control=_is_control(run),
         is_reference=False,
         mixed=mixed,
+        scorer_model=next((cost.settings["scorer_model"] for cost in charged if "scorer_model" in cost.settings), None),
     )
 
 

@@ -6,10 +6,12 @@ Legend: B rows of a batch, T tokens of its longest row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from p2d_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def token_batches(lengths: Sequence[int], *, token_budget: int, max_rows: int | None = None) -> list[list[int]]:
@@ -59,6 +61,8 @@ def pad_mask(rows: Sequence[Sequence[int]] | Sequence[Sequence[bool]], fill: int
 
     The tensor is bool where `fill` is, otherwise int64.
     """
+    import torch
+
     width = max((len(row) for row in rows), default=0)
     padded = [[*row, *[fill] * (width - len(row))] for row in rows]
     dtype = torch.bool if isinstance(fill, bool) else torch.long

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from p2d_cli.errors import UsageError
-from p2d_cli.modeling.answers import answer_logits_only, log_normalizer
+from p2d_cli.modeling.answers import answer_logits_only, input_device, log_normalizer
 from p2d_cli.modeling.layouts import model_layout
 
 _PADDING, _PROMPT = -1, 0
@@ -100,7 +100,7 @@ def score_pack_batch(model: Any, packs: Sequence[Pack], pad_id: int) -> list[flo
     Returns:
         The log-likelihood of each answer of each pack in turn, in nats; 0 for an empty answer.
     """
-    batch = _lay_out(packs, pad_id).to(model.device)
+    batch = _lay_out(packs, pad_id).to(input_device(model))
     with answer_logits_only(model, batch.keep_BT):
         logits_nV = model(
             input_ids=batch.input_ids_BT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from p2d_cli.modeling.answers import completion_log_likelihood, forward_inputs, output_embedding
+from p2d_cli.modeling.answers import completion_log_likelihood, forward_inputs, input_device, output_embedding
 
 # A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
 _TOKENS_PER_CHARACTER = 4
@@ -48,11 +48,11 @@ def generate_greedy(
     stop = tuple(string for string in stop if string)
     config = _greedy_config(plain, tokenizer, max_new_tokens)
     input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
-    stopper = _StopStrings(tokenizer, stop, *input_ids_BT.shape)
+    stopper, device = _StopStrings(tokenizer, stop, *input_ids_BT.shape), input_device(plain)
     with torch.no_grad(), _neutral_defaults(plain):
         output_BT = plain.generate(
-            input_ids_BT.to(plain.device),
-            attention_mask=attention_mask_BT.to(plain.device),
+            input_ids_BT.to(device),
+            attention_mask=attention_mask_BT.to(device),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
         )
@@ -77,9 +77,10 @@ def score_completions(
     Raises:
         UsageError: The model has no output embedding.
     """
-    input_ids_BT, attention_mask_BT = _padded_right([ids for ids, _ in examples], pad_id, model.device)
-    prompt_length_B = torch.tensor([prompt_length for _, prompt_length in examples], device=model.device)
-    answer_mask_BT = torch.arange(input_ids_BT.shape[1], device=model.device) >= prompt_length_B[:, None]
+    device = input_device(model)
+    input_ids_BT, attention_mask_BT = _padded_right([ids for ids, _ in examples], pad_id, device)
+    prompt_length_B = torch.tensor([prompt_length for _, prompt_length in examples], device=device)
+    answer_mask_BT = torch.arange(input_ids_BT.shape[1], device=device) >= prompt_length_B[:, None]
     sums_B, counts_B = completion_log_likelihood(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
     return sums_B.tolist(), counts_B.tolist()
 
@@ -98,9 +99,9 @@ def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) ->
     Raises:
         UsageError: The model has no output embedding.
     """
-    input_ids_BT, attention_mask_BT = _padded_right(ids, pad_id, model.device)
+    input_ids_BT, attention_mask_BT = _padded_right(ids, pad_id, input_device(model))
     hidden_BTD = _last_hidden_states(model, forward_inputs(input_ids_BT, attention_mask_BT)).float()
-    weight_BT = attention_mask_BT.to(hidden_BTD) / attention_mask_BT.sum(dim=1, keepdim=True)
+    weight_BT = (attention_mask_BT / attention_mask_BT.sum(dim=1, keepdim=True)).to(hidden_BTD)
     return torch.einsum("BTD,BT->BD", hidden_BTD, weight_BT).cpu()
 
 

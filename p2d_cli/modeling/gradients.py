@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from p2d_cli.errors import NonFiniteError
-from p2d_cli.modeling.answers import answer_token_logprobs
+from p2d_cli.modeling.answers import answer_token_logprobs, input_device
 
 IGNORED_LABEL = -100
 
@@ -31,7 +31,7 @@ def example_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
     Returns:
         Sum over each completion's tokens `[B]`, float32 and differentiable, and their number `[B]`, int64.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     input_ids_BT, labels_BT = batch["input_ids"].to(device), batch["labels"].to(device)
     attention_mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(device)
     logprob_BT, scored_BT = answer_token_logprobs(model, input_ids_BT, attention_mask_BT, labels_BT != IGNORED_LABEL)

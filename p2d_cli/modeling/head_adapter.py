@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
 
 ADAPTER_NAME = "default"
@@ -222,7 +223,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     """Put a saved adapter on its base model, for inference.
 
     Args:
-        model: the plain base model; its modules are replaced in place.
+        model: the plain base model; its modules are replaced in place. It may be divided over devices.
         path: a PEFT folder.
 
     Raises:
@@ -235,17 +236,41 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} is not an adapter: it has no {name}", hint="give the folder p2d train wrote")
+    # PEFT would place a divided model anew; the adapter is small and follows the modules that it belongs to instead.
+    places = vars(model).pop("hf_device_map", None)
     try:
         with _known_warnings_silenced():
             # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER_NAME, is_trainable=False)
+            adapted = PeftModel.from_pretrained(
+                model,
+                str(folder),
+                adapter_name=ADAPTER_NAME,
+                is_trainable=False,
+                low_cpu_mem_usage=places is not None,
+            )
     except (RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as problem:
         raise ArtifactError(
             f"the adapter in {folder} does not fit this model: {problem}",
             hint="load it on the base model that it was trained on",
         ) from problem
+    if places is not None:
+        model.hf_device_map = places
+        _fill_divided(adapted.get_base_model(), folder)
     return adapted.eval()
+
+
+def _fill_divided(base: Any, folder: Path) -> None:
+    """Put each factor where the module that it changes computes; PEFT leaves it, empty, where that module waits."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / WEIGHTS_FILE)
+    for name, module in _lora_modules(base):
+        device = working_device(module.base_layer)
+        for letter, factors in (("A", module.lora_A), ("B", module.lora_B)):
+            factor = factors[ADAPTER_NAME]
+            weight = stored[f"base_model.model.{name}.lora_{letter}.weight"].to(device, factor.weight.dtype)
+            factor.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def merge(model: Any) -> Any:

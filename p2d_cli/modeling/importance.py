@@ -38,10 +38,10 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
             require_finite(loss, f"taylor scores, batch {number}")
             gradients = torch.autograd.grad(loss, contexts)
         scores = [
-            removal_effect(_by_head(context, layer), _by_head(gradient, layer))
+            removal_effect(_by_head(context, layer), _by_head(gradient, layer)).double().cpu()
             for layer, context, gradient in zip(layout, contexts, gradients, strict=True)
         ]
-        yield torch.stack(scores, dim=1).double().cpu()
+        yield torch.stack(scores, dim=1)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging as std_logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def load_model(
     device: torch.device | str,
     attn_implementation: str = "sdpa",
     four_bit: bool = False,
+    device_map: str | Mapping[str, str] | None = None,
 ) -> Any:
     """Load a causal language model in eval mode.
 
@@ -78,6 +80,8 @@ def load_model(
             soft-capping) gets its own eager attention instead.
         four_bit: quantise the linear layers to 4 bits (NF4 with quantised constants, as QLoRA, arXiv:2305.14314, does);
             they are multiplied in `dtype`.
+        device_map: `auto` divides the model over all devices, then main memory, then the disk; or a device (`disk` is
+            one) for each module. Inputs then belong on `input_device`; accelerate moves what goes from part to part.
 
     Returns:
         The model. Its `name_or_path` is the hub id, or empty for a folder: adapters saved from it repeat that name,
@@ -97,6 +101,7 @@ def load_model(
     _refuse_quantised(config, files)
     device = torch.device(device)
     quantization = _four_bits(dtype) if four_bit else None
+    whole = None if device.type == "cpu" and not four_bit else {"": device}
     try:
         with quiet_transformers():
             model, report = auto_model.from_pretrained(
@@ -104,7 +109,7 @@ def load_model(
                 config=config,
                 dtype=dtype,
                 attn_implementation=_usable_attention(config, attn_implementation),
-                device_map=None if device.type == "cpu" and not four_bit else {"": device},
+                device_map=device_map or whole,
                 quantization_config=quantization,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -120,6 +125,16 @@ def load_model(
     _refuse_incomplete(report, files)
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
     return model.eval()
+
+
+def placed_on(model: Any) -> dict[str, int]:
+    """Return on which devices a divided model lies (`disk` is one), each with its number of modules; empty if whole."""
+    placed: dict[Any, Any] = getattr(model, "hf_device_map", None) or {}
+    return dict(sorted(Counter(_device_name(device) for device in placed.values()).items()))
+
+
+def _device_name(device: Any) -> str:
+    return str(device) if device == "disk" else str(torch.device(device))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -49,6 +49,44 @@ class ModelFiles:
         return str(self.config.get("model_type", "unknown"))
 
 
+def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored tensor, by name, from the headers of the weight files alone.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files.weights:
+        try:
+            with path.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as problem:
+            raise DataError(
+                f"{path} is not a readable safetensors file: {problem!r}", hint="copy or download it again"
+            ) from None
+    return shapes
+
+
+def vocabulary(files: ModelFiles) -> dict[str, int] | None:
+    """Return which id each token of a model's fast tokenizer has, added tokens included; None without tokenizer.json.
+
+    Raises:
+        DataError: the file is not what the tokenizers library writes.
+    """
+    path = files.folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        described = json.loads(path.read_bytes())
+        listed = described["model"]["vocab"]
+        # A Unigram model lists pairs of token and score, in the order of their ids.
+        known = listed if isinstance(listed, dict) else {token: index for index, (token, _) in enumerate(listed)}
+        return known | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
+    except (ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{path} is not a valid tokenizer: {problem!r}", hint="copy or download it again") from None
+
+
 def locate_model(spec: str) -> ModelFiles:
     """Find a model's folder; a hub id is taken from the cache or downloaded.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.errors import UsageError
 from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
 
@@ -32,6 +33,9 @@ class AttentionProxy:
         lr: AdamW's learning rate, constant, without weight decay, which would move every head alike.
         projections: what is trained, of q, k, v, o; in fused modules too, only their rows.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+
+    Raises:
+        UsageError: some of these weights wait on the disk or in main memory for their turn (`--device-map`).
     """
 
     def __init__(
@@ -49,6 +53,12 @@ class AttentionProxy:
         parts = [layer.projection(name) for layer in layout for name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
+        if any(weight.is_meta for weight in self._live.values()):
+            raise UsageError(
+                "--method pad tunes the model's attention, and --device-map has put some of it aside, on disk or in"
+                " main memory",
+                hint="use --method readout, contrast or taylor, which only read; or pad with --task-model",
+            )
         self._base = {name: weight.detach().clone() for name, weight in self._live.items()}
         self._masters = {name: torch.nn.Parameter(_master(weight)) for name, weight in self._base.items()}
         self._frozen_rows = _frozen_rows(self._layout, projections, self._base)

@@ -19,7 +19,7 @@ from p2d_cli.reporting.table import (
     score_text,
 )
 
-SIGNS: dict[Mark, str] = {"reference": "§", "extrapolated": "¶", "control": "†", "mixed": "‡"}
+SIGNS: dict[Mark, str] = {"reference": "§", "extrapolated": "¶", "control": "†", "scorer": "#", "mixed": "‡"}
 # An underscore between letters is no emphasis in this dialect; leaving it bare keeps `exact_match` readable.
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 

@@ -16,11 +16,12 @@ DEFINITION = (
     " Loading, compilation and evaluation are not charged."
 )
 
-Mark = Literal["reference", "extrapolated", "control", "mixed"]
+Mark = Literal["reference", "extrapolated", "control", "scorer", "mixed"]
 MARK_MEANINGS: dict[Mark, str] = {
     "reference": "the full fine-tuning that the others are measured against",
     "extrapolated": "its time is scaled up from a training that was cut short, and its score is unfinished",
     "control": "heads or rows chosen at random, evenly or not at all: what a method has to beat",
+    "scorer": "its rows were chosen by a smaller model, whose seconds are charged with the run's",
     "mixed": "made under other conditions than the reference: not strictly comparable",
 }
 
@@ -78,6 +79,7 @@ def marks_of(row: AerRow, report: AerReport) -> tuple[Mark, ...]:
         "reference": row.is_reference,
         "extrapolated": row.is_reference and report.reference.extrapolated,
         "control": row.is_control and not row.is_reference,
+        "scorer": row.scorer_model is not None,
         "mixed": bool(row.mixed),
     }
     return tuple(mark for mark, applies in found.items() if applies)

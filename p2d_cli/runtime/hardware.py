@@ -26,11 +26,12 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def describe_hardware(device: str) -> dict[str, Any]:
+def describe_hardware(device: str, *, accelerators: int = 1) -> dict[str, Any]:
     """Return the machine's description.
 
     Args:
         device: the device that did the work, as torch writes it (`cpu`, `cuda:0`).
+        accelerators: how many of its kind did.
 
     Returns:
         `label` (short and comparable between runs), `device`, `processor`, `cores`, `system`, and for CUDA
@@ -49,8 +50,8 @@ def describe_hardware(device: str) -> dict[str, Any]:
         import torch
 
         properties = torch.cuda.get_device_properties(torch.device(device))
-        described |= {"accelerators": 1, "accelerator_gib": round(properties.total_memory / GIB, 2)}
-        described["label"] = f"1 x {properties.name}"
+        described |= {"accelerators": accelerators, "accelerator_gib": round(properties.total_memory / GIB, 2)}
+        described["label"] = f"{accelerators} x {properties.name}"
     elif device != "cpu":
         described["label"] = f"{device}, {processor}"
     return described
@@ -76,12 +77,12 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def peak_memory_gib(device: str) -> dict[str, float]:
-    """Return the peak resident memory of this process so far, and of `device` if it has its own, in GiB."""
+    """Return the peak resident memory of this process so far, and of the fullest accelerator if it uses any, in GiB."""
     peaks = {"host": _peak_host_bytes() / GIB}
     if device.startswith("cuda"):
         import torch
 
-        peaks["device"] = torch.cuda.max_memory_allocated(torch.device(device)) / GIB
+        peaks["device"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / GIB
     return {name: round(value, 4) for name, value in peaks.items()}
 
 
@@ -97,3 +98,19 @@ def _peak_host_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def likely_dtype(asked: str, device: str) -> str:
+    """Return the precision that `--dtype` stands for, without torch: bfloat16 where the hardware is fast at it.
+
+    An accelerator is taken to be one of Ampere or later.
+    """
+    if asked != "auto":
+        return asked
+    if device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists()):
+        return "bfloat16"
+    try:
+        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "amx_bf16" in features or "avx512_bf16" in features else "float32"

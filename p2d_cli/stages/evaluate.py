@@ -17,6 +17,7 @@ from p2d_cli.artifacts.evaluation import metric_entries, save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.metrics import (
     bootstrap_interval,
     corpus_perplexity,
@@ -89,7 +90,15 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         data=job.rows("data", config.data) if config.data is not None else None,
         choices=_open_choices(job, config.choices) if config.choices is not None else None,
     )
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+
+
+def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_eval
+
+    data = read_sample(job, inputs.data, limit=job.config.limit) if inputs.data is not None else None
+    return plan_eval(job, inputs.model, data, inputs.choices, inputs.adapter, unfinished)
 
 
 def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:

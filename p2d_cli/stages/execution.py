@@ -31,10 +31,12 @@ from p2d_cli.artifacts.store import (
     find_current,
     open_artifact,
     recover,
+    unfinished_folder,
 )
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
 from p2d_cli.core.aer import StageCost
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
@@ -57,6 +59,10 @@ class RunOptions:
     """Replace an artifact whose inputs or settings changed; a recipe owns its folder and does so."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
+    timed: bool = False
+    """In a dry run: load the model, and time some batches of what would be done."""
+    rates: dict[tuple[Any, ...], tuple[float, float | None]] = field(default_factory=dict)
+    """What such timings found, so that the stages of a recipe share them."""
     progress: Progress = field(default_factory=SilentProgress)
 
 
@@ -72,6 +78,8 @@ class StageResult:
     manifest: Manifest | None
     """None only for a dry run of work that is still to do."""
     wall_seconds: float
+    plan: StagePlan | None = None
+    """What it would take; only for a dry run of work that is still to do."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,10 @@ class StageRun(Generic[ConfigT]):
         self.manifests: dict[str, Manifest] = {}
         """Manifests of the inputs that are artifacts, by the input's name."""
         self.model_identity: ModelIdentity | None = None
+        self.scorer: ModelIdentity | None = None
+        """The model that does this stage's work, where it is not the one that the work is for."""
+        self.devices: dict[str, int] = {}
+        """The devices of a divided model, each with its number of modules; empty for a model on one device."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
         self._names: dict[RowSource, str] = {}
@@ -278,11 +290,14 @@ class StageRun(Generic[ConfigT]):
             raise RuntimeError("a stage keeps unfinished work while it computes, not before")
         return self._unfinished
 
-    def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
+    def complete(
+        self, compute: Callable[[Path], Outcome], plan: Callable[[Path], StagePlan] | None = None
+    ) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
         Args:
             compute: writes the payload into the folder it is given.
+            plan: tells what that would take; it is given the folder with what an interrupted run has finished.
         """
         identity = self._identity()
         self._key = key = artifact_key(identity)
@@ -294,7 +309,8 @@ class StageRun(Generic[ConfigT]):
             return self._result("up-to-date", key, current)
         self._ensure_room(identity)
         if self.options.dry_run:
-            return self._result("would-run", key, None)
+            unfinished = unfinished_folder(self.config.out, key)
+            return self._result("would-run", key, None, plan(unfinished) if plan is not None else None)
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
             # Another process may have put an artifact there while this one waited for its turn.
             if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
@@ -325,9 +341,11 @@ class StageRun(Generic[ConfigT]):
         self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
 
     def _manifest(self, key: str, identity: dict[str, Any], outcome: Outcome, outputs: dict[str, Any]) -> Manifest:
-        hardware = describe_hardware(outcome.device)
+        accelerators = sum(name.startswith("cuda") for name in self.devices)
+        hardware = describe_hardware(outcome.device, accelerators=max(accelerators, 1))
         peak = peak_memory_gib(outcome.device)
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
+        worker = self.scorer or self.model_identity
         cost = StageCost(
             stage=self.stage.name,
             artifact=key,
@@ -338,10 +356,10 @@ class StageRun(Generic[ConfigT]):
             epochs=outcome.epochs,
             steps_done=outcome.steps_done,
             steps_planned=outcome.steps_planned,
-            model=self.model_identity.digest if self.model_identity else "",
+            model=worker.digest if worker else "",
             tokens=outcome.tokens,
             peak_gib=peak.get("device", peak["host"]),
-            settings=outcome.settings,
+            settings=outcome.settings | ({"scorer_model": self.scorer.source} if self.scorer else {}),
         )
         ledger = list(self._ledger.values()) + ([cost.to_dict()] if outcome.charged else [])
         return Manifest(
@@ -367,7 +385,11 @@ class StageRun(Generic[ConfigT]):
         )
 
     def _result(
-        self, status: Literal["done", "up-to-date", "would-run", "would-skip"], key: str, manifest: Manifest | None
+        self,
+        status: Literal["done", "up-to-date", "would-run", "would-skip"],
+        key: str,
+        manifest: Manifest | None,
+        plan: StagePlan | None = None,
     ) -> StageResult:
         return StageResult(
             stage=self.stage.name,
@@ -377,6 +399,7 @@ class StageRun(Generic[ConfigT]):
             inputs=dict(self.inputs),
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
+            plan=plan,
         )
 
 
@@ -406,8 +429,14 @@ def identify_model(files: ModelFiles) -> ModelIdentity:
     )
 
 
-def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str) -> None:
+def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str, flag: str = "--model") -> None:
     """Refuse an artifact that was made with another model or tokenizer.
+
+    Args:
+        manifest: the artifact's.
+        model: what it should have been made with.
+        spec: where the artifact lies.
+        flag: the flag that named the model.
 
     Raises:
         ArtifactError: naming both.
@@ -419,8 +448,8 @@ def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str) -> No
     if made_with.digest != model.digest or len(tokenizers) > 1:
         raise ArtifactError(
             f"{spec} was made with another model\n  it was made with: {made_with.describe()}\n"
-            f"  --model is:       {model.describe()}",
-            hint=f"give --model {made_with.source}, or make it again with this model",
+            f"  {flag + ' is:':<17} {model.describe()}",
+            hint=f"give {flag} {made_with.source}, or make it again with this model",
         )
 
 

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.subset import PoolScores, save_subset
 from p2d_cli.config import MineDataConfig, Resolved
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import MiningInputs, PoolTask
+from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
 
 PICTURE_NAME = "scores.png"
 ROWS_BETWEEN_REPORTS = 1024
@@ -39,17 +41,25 @@ def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -
     """
     job = StageRun("mine-data", resolved, options or RunOptions())
     inputs = _open_inputs(job)
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+
+
+def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_mine_data
+
+    target = read_sample(job, inputs.target) if inputs.target is not None else None
+    return plan_mine_data(job, inputs.model, read_sample(job, inputs.pool), target, inputs.heads_LH, unfinished)
 
 
 def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     config = job.config
     if config.method == "p2d" and config.heads is None:
         raise UsageError("--method p2d needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads")
-    model = job.model(config.model)
+    model = open_reader(job)
     heads_LH = None
     if config.method == "p2d" and config.heads is not None:
-        job.artifact("heads", config.heads, "heads", same_model=True)
+        ensure_own_heads(job, config.heads)
         heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
     uses_target = config.method in {"p2d", "data-whisperer", "embedding", "lexical"}
     return MiningInputs(

@@ -28,6 +28,7 @@ class MiningInputs:
     """The inputs of mine-data, located."""
 
     model: ModelFiles
+    """The model that reads the rows."""
     pool: RowSource
     target: RowSource | None
     heads_LH: NDArray[np.bool_] | None

@@ -1,13 +1,15 @@
 """run: a recipe from end to end, every point of its grid, one report.
 
 The heads that mine are those of `[score-heads]`, the same at every point of the grid, so that the grid varies which
-heads are trained and which rows they are trained on independently of each other.
+heads are trained and which rows they are trained on independently of each other. Where a smaller model
+mines (`scorer-model`), they are its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +76,8 @@ class RecipeRun:
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
         self._done: dict[Path, StageResult] = {}
+        self._planned: dict[str, StageConfig] = {}
+        """Settings of the stages that this dry run has only planned, by their folder."""
 
     def run(self) -> RunResult:
         """Do every stage of every point that is not up to date, then the report."""
@@ -136,10 +140,20 @@ class RecipeRun:
         chosen: dict[str, Any] = {"method": "uniform", "ratio": 1.0} if method == "all" else {"method": method}
         return self._stage("score-heads", self._out / "heads" / f"{method}-s{seed}", seed=seed, **chosen)
 
+    def _mining_heads(self, seed: int) -> Path:
+        """Return the heads that mine: those of the model that reads the rows."""
+        method = self._recipe.score_heads.get("method", "auto")
+        reader = self._recipe.table("mine-data").get("scorer_model")
+        if reader is None:
+            return self._heads(method, seed)
+        # A task model of [score-heads] is one of the trained model's size.
+        settings = {"model": reader, "method": method, "task_model": None, "seed": seed}
+        return self._stage("score-heads", self._out / "heads" / f"{method}-scorer-s{seed}", **settings)
+
     def _subset(self, point: Point) -> Path:
         inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
         if point.data == "p2d":
-            inputs["heads"] = str(self._heads(self._recipe.score_heads.get("method", "auto"), point.seed))
+            inputs["heads"] = str(self._mining_heads(point.seed))
         return self._stage("mine-data", self._out / "subset" / f"{point.data}-s{point.seed}", **inputs)
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
@@ -152,18 +166,33 @@ class RecipeRun:
         given = self._recipe.table(name) if table is None else table
         resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=given)
         resolved = _owned_by_recipe(resolved, settings)
-        self._done[out] = (
-            self._plan(name, out) if self._is_waiting(settings) else _function(name)(resolved, self._options)
-        )
+        if self._is_waiting(settings):
+            self._done[out] = self._plan(name, out, resolved)
+        else:
+            self._done[out] = _function(name)(resolved, self._options)
+        if self._done[out].manifest is None:
+            self._planned[str(out)] = resolved.config
         return out
 
     def _is_waiting(self, settings: dict[str, Any]) -> bool:
         """Say whether an input is an artifact that this dry run has only planned."""
-        planned = {str(out) for out, result in self._done.items() if result.manifest is None}
-        return not planned.isdisjoint(value for value in settings.values() if isinstance(value, str))
+        return not self._planned.keys().isdisjoint(value for value in settings.values() if isinstance(value, str))
 
-    def _plan(self, name: str, out: Path) -> StageResult:
-        return StageResult(stage=name, out=out, status="would-run", key="", inputs={}, manifest=None, wall_seconds=0.0)
+    def _plan(self, name: str, out: Path, resolved: Resolved[Any]) -> StageResult:
+        from p2d_cli.stages.planning import plan_ahead
+
+        started = time.perf_counter()
+        plan = plan_ahead(name, resolved, self._options, self._planned)
+        return StageResult(
+            stage=name,
+            out=out,
+            status="would-run",
+            key="",
+            inputs={},
+            manifest=None,
+            wall_seconds=time.perf_counter() - started,
+            plan=plan,
+        )
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:

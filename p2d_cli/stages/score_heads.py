@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
 from p2d_cli.config import Resolved, ScoreHeadsConfig
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.errors import NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.head_scoring import HeadsScored, ScoringInputs, score_heads
@@ -29,7 +30,16 @@ def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None)
     """
     job = StageRun("score-heads", resolved, options or RunOptions())
     inputs = _open_inputs(job)
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+
+
+def _plan(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_score_heads
+
+    target = read_sample(job, inputs.target) if inputs.target is not None else None
+    pool = read_sample(job, inputs.pool) if inputs.pool is not None else None
+    return plan_score_heads(job, inputs.method, inputs.model, target, pool, unfinished)
 
 
 def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:

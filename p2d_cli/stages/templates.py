@@ -11,6 +11,8 @@ from p2d_cli.data.prompts import PromptTemplate, resolve_template
 from p2d_cli.errors import ArtifactError
 from p2d_cli.stages.execution import StageRun, trained_prompt
 
+LONGEST_DEFAULT = 2048
+
 
 def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> PromptTemplate:
     """Choose the stage's template, and put it on record in the manifest's summary.
@@ -85,3 +87,10 @@ def _tell_differences(job: StageRun[Any], shown: dict[str, Any]) -> None:
         if made is not None and _what_differs(made, shown):
             told = f"--{name} was made with {describe_prompt(made)}; this stage shows {describe_prompt(shown)}"
             job.progress.note(told)
+
+
+def context_length(asked: int | None, model_config: dict[str, Any]) -> int:
+    """Return the longest sequence to build: as asked, else the model's context, at most 2048."""
+    text_config = model_config.get("text_config", model_config)
+    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or LONGEST_DEFAULT
+    return asked or min(int(context), LONGEST_DEFAULT)

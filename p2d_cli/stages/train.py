@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from p2d_cli.artifacts.adapter import (
 from p2d_cli.artifacts.checkpoints import Checkpoint, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
+from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError, UnavailableError
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
 """The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models."""
+TIMED_UPDATES = 4
 PICTURE_NAME = "loss.png"
 
 
@@ -73,7 +77,17 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
         eval_data=job.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
         heads_LH=heads_LH,
     )
-    return job.complete(lambda folder: _compute(job, inputs, folder))
+    return job.complete(
+        lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan_ahead(job, inputs, unfinished)
+    )
+
+
+def _plan_ahead(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.planned_rows import read_sample
+    from p2d_cli.stages.planning import plan_train
+
+    held_out = read_sample(job, inputs.eval_data) if inputs.eval_data is not None else None
+    return plan_train(job, inputs.model, read_sample(job, inputs.data), held_out, inputs.heads_LH, unfinished)
 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
@@ -84,7 +98,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     with job.timer.phase("prepare"):
         records = job.read(inputs.data).records
         held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
-    device, dtype, model, tokenizer = _load(job, inputs)
+    device, dtype, model, tokenizer = _load(job, inputs.model)
     with job.timer.phase("prepare"):
         template = template_for(job, tokenizer, config)
         rows, truncated = _encode(job, inputs, template, tokenizer, records)
@@ -135,7 +149,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     )
 
 
-def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype, Any, Any]:
+def _load(job: StageRun[TrainConfig], files: ModelFiles) -> tuple[str, torch.dtype, Any, Any]:
     """Return device, precision, model and tokenizer."""
     from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 
@@ -144,10 +158,10 @@ def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype
         job.use_device(device)
         dtype = resolve_dtype(job.config.dtype, device)
         seed_everything(derive_seed(job.config.seed, "train"))
-        tokenizer = load_tokenizer(inputs.model.folder)
+        tokenizer = load_tokenizer(files.folder)
         ensure_pad_token(tokenizer)
         four_bit = job.config.base_quantization == "4bit"
-        model = load_model(inputs.model.folder, dtype=dtype, device=device, four_bit=four_bit)
+        model = load_model(files.folder, dtype=dtype, device=device, four_bit=four_bit)
     return device, dtype, model, tokenizer
 
 
@@ -247,7 +261,7 @@ def _encode(
     from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
     from p2d_cli.modeling.training import TrainingRow
-    from p2d_cli.stages.workbench import context_length
+    from p2d_cli.stages.templates import context_length
 
     config = job.config
     max_length = context_length(config.max_length, inputs.model.config)
@@ -265,6 +279,58 @@ def _encode(
     for note in encoding_notes(examples, max_length):
         job.progress.note(note)
     return rows, sum(example.truncated > 0 for example in examples)
+
+
+def time_update(
+    job: StageRun[TrainConfig],
+    files: ModelFiles,
+    heads_LH: NDArray[np.bool_] | None,
+    *,
+    rows: int,
+    length: int,
+    labels: int,
+) -> tuple[float, float]:
+    """Return the seconds until the first update and of each update, from a few on made-up rows; nothing is kept.
+
+    Args:
+        job: a training that is planned.
+        files: its model.
+        heads_LH: the heads that it trains (scope heads only).
+        rows: of a micro-batch.
+        length: tokens of each row.
+        labels: tokens of a micro-batch that are learnt.
+    """
+    from p2d_cli.modeling.gradients import IGNORED_LABEL
+    from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
+
+    device, dtype, model, tokenizer = _load(job, files)
+    learnt = max(1, min(length - 1, round(labels / rows)))
+    ids = tuple(5 + place % 50 for place in range(length))
+    row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (length - learnt) + ids[length - learnt :])
+    ends: list[float] = []
+    settings = _plan(job.config, str(dtype).removeprefix("torch."), device)
+    plan = replace(
+        settings,
+        batch_size=rows * settings.accumulation,
+        epochs=1.0,
+        max_steps=TIMED_UPDATES,
+        trackers=(),
+        eval_steps=None,
+        patience=None,
+        checkpoint_minutes=math.inf,
+    )
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        train(
+            _make_trainable(model, job.config, heads_LH),
+            [row] * (plan.batch_size * TIMED_UPDATES),
+            plan,
+            pad_id=tokenizer.pad_token_id,
+            scratch=Path(scratch),
+            hooks=TrainingHooks(on_step=lambda _: ends.append(time.perf_counter())),
+        )
+    update = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return max(ends[0] - started - update, 0.0), update
 
 
 def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_] | None) -> Any:

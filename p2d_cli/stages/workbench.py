@@ -5,6 +5,7 @@ Legend: B batch, T tokens, K selected heads in (layer, head) order, S demos.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +21,23 @@ from p2d_cli.data.batching import pad_mask, pad_right, token_batches
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 from p2d_cli.data.records import Record
+from p2d_cli.errors import UsageError
+from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.attention_capture import run_captured
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import LayerLayout, model_layout
-from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+from p2d_cli.modeling.loading import (
+    ensure_pad_token,
+    load_model,
+    load_tokenizer,
+    placed_on,
+    resolve_device,
+    resolve_dtype,
+)
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
-from p2d_cli.stages.templates import template_for
-
-LONGEST_DEFAULT = 2048
+from p2d_cli.stages.templates import context_length, template_for
 
 
 @dataclass
@@ -187,7 +195,16 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         job: the running stage; loading is charged to its `load` phase.
         files: the model.
         config: precision, device, template and limits.
+
+    Raises:
+        UsageError: the model is to be divided by `--device-map` in each of several processes.
     """
+    if config.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"--device-map {config.device_map} divides one model over all devices, and there are"
+            f" {os.environ['WORLD_SIZE']} processes that each want one",
+            hint="start a single process, or leave out --device-map where a model fits on one device",
+        )
     with job.timer.phase("load"):
         device = str(resolve_device(config.device))
         job.use_device(device)
@@ -195,7 +212,12 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         tokenizer = load_tokenizer(files.folder)
         ensure_pad_token(tokenizer)
         template = template_for(job, tokenizer, config)
-        model = load_model(files.folder, dtype=dtype, device=device)
+        model = load_model(files.folder, dtype=dtype, device=device, device_map=config.device_map)
+        if config.device_map is not None:
+            device = str(input_device(model))
+            job.use_device(device)
+            job.devices = placed_on(model)
+            job.facts["device_map"] = job.devices
     return Workbench(
         model=model,
         tokenizer=tokenizer,
@@ -205,10 +227,3 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         max_length=context_length(config.max_length, files.config),
         token_budget=config.token_budget,
     )
-
-
-def context_length(asked: int | None, model_config: dict[str, Any]) -> int:
-    """Return the longest sequence to build: as asked, else the model's context, at most 2048."""
-    text_config = model_config.get("text_config", model_config)
-    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or LONGEST_DEFAULT
-    return asked or min(int(context), LONGEST_DEFAULT)
