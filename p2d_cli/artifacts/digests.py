@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 REMEMBERED_BYTES = 16 * 2**20
@@ -31,10 +32,10 @@ def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes.
 
     A file of 16 MiB or more is read only if its size, time or inode changed since its digest was remembered. A file in
-    a hub cache is a link to a blob that is named by its own SHA-256, which is taken as it stands.
+    a hub cache is a link to one in the folder `blobs` that is named by its own SHA-256, which is taken as it stands.
     """
-    if path.is_symlink() and _SHA256.fullmatch(name := path.readlink().name):
-        return name
+    if path.is_symlink() and (blob := path.readlink()).parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
     status = path.stat()
     if status.st_size < REMEMBERED_BYTES:
         return read_digest(path)
@@ -74,10 +75,11 @@ def _recall(memory: Path) -> dict[str, str]:
 def _remember(memory: Path, remembered: dict[str, str]) -> None:
     """Write the digests aside and rename; a home that cannot be written only costs the time saved."""
     newest = dict(list(remembered.items())[-1000:])
+    aside = memory.with_name(f"{memory.name}.{uuid.uuid4().hex[:8]}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as stream:
-            json.dump(newest, stream)
-        Path(stream.name).replace(memory)
+        aside.write_text(json.dumps(newest), encoding="utf-8")
+        aside.replace(memory)
     except OSError:
-        return
+        with suppress(OSError):
+            aside.unlink()

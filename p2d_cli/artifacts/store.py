@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from p2d_cli.artifacts.digests import digest_file
-from p2d_cli.artifacts.flushing import flush_directory, flush_tree
+from p2d_cli.artifacts.flushing import flush_directory, flush_file, flush_tree
 from p2d_cli.artifacts.locking import lock_path, write_lock
 from p2d_cli.artifacts.manifest import (
     MANIFEST_NAME,
@@ -41,6 +41,7 @@ from p2d_cli.pipeline import ArtifactKind
 _CANNOT_CREATE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 _LONGEST_SWAP_SECONDS = 10.0
 """How long a reader waits for a writer that is between its two renames."""
+_PROBE_BYTES = 4096
 _STORAGE_WORDS = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|No space left on device")
 """How safetensors and torch, whose exceptions are not the system's, tell that the system would not write."""
 
@@ -132,6 +133,7 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
             _put_back(place)
             _sweep(place, {_unfinished(place, "")}, keep=unfinished if resume else None)
             folder.mkdir()
+            _try_writing(folder)
             yield Draft(folder, place, unfinished)
         except P2DError:
             raise
@@ -144,6 +146,14 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
             ) from problem
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_writing(folder: Path) -> None:
+    """Fail on a full disk now, not after hours of work."""
+    probe = folder / "probe"
+    probe.write_bytes(bytes(_PROBE_BYTES))
+    flush_file(probe)
+    probe.unlink()
 
 
 def clear_leftovers(target: Path, key: str) -> None:

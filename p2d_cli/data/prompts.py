@@ -22,6 +22,8 @@ Span = tuple[int, int]
 # Templates of the Llama 3 family print today's date unless they are given one, and tokens must not depend on the
 # day; this is the date that those templates fall back to themselves.
 _TEMPLATE_DATE = "26 Jul 2024"
+_TEMPLATE_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What the expressions of a template may raise, such as `1 / 0`."""
 _PLAIN_HINT = "use --template plain"
 
 
@@ -267,7 +269,7 @@ class PromptTemplate:
                 add_generation_prompt=answer,
                 date_string=_TEMPLATE_DATE,
             )
-        except jinja2.TemplateError as problem:
+        except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT) from None
         return text

@@ -316,10 +316,17 @@ def test_a_memory_that_cannot_be_read_or_written_costs_only_time(tmp_path, monke
 
 
 def test_a_link_into_a_hub_cache_is_known_by_its_blob(tmp_path):
-    blob = tmp_path / ("a" * 64)
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / ("a" * 64)
     blob.write_text("weights")
     (tmp_path / "model.safetensors").symlink_to(blob)
     assert digest_file(tmp_path / "model.safetensors") == "a" * 64
+
+
+def test_any_other_link_is_read_whatever_its_name(tmp_path):
+    (tmp_path / ("a" * 64)).write_text("weights")
+    (tmp_path / "link").symlink_to(tmp_path / ("a" * 64))
+    assert digest_file(tmp_path / "link") == digest_file(tmp_path / ("a" * 64)) != "a" * 64
 
 
 def test_digests_see_content_and_names_and_no_order(tmp_path):
