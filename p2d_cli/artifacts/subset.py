@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,38 +158,56 @@ class _ChosenRows:
         columns = self._columns.found()
         if self._own_ids:
             columns.pop("id", None)
-        while (misfit := self._write(path, columns)) is not None:
-            columns[misfit] = replace(columns[misfit], type=None)
+        while True:
+            try:
+                self._write(path, columns)
+            except _MisfitError as misfit:
+                columns[misfit.column] = replace(columns[misfit.column], type=None)
+            else:
+                return
 
-    def _write(self, path: Path, columns: Mapping[str, Column]) -> str | None:
-        """Write the rows; return the column that has a value that does not fit its type, if there is one."""
-        names = _free_names(columns)
+    def _write(self, path: Path, columns: Mapping[str, Column]) -> None:
         with ExitStack() as opened:
             writer: pq.ParquetWriter | None = None
             for part in range(MOST_PARTS):
                 if not self._path(part).exists():
-                    break
-                rows = self._read(part)
-                arrays = {"id": pa.array([name for _, name, _, _ in rows], pa.string())}
-                for name, column in columns.items():
-                    try:
-                        arrays[names[name]] = column.array([fields.get(name) for _, _, _, fields in rows])
-                    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-                        if column.type is None:
-                            raise
-                        return name
-                arrays["score"] = pa.array([score for _, _, score, _ in rows], pa.float64())
-                arrays["rank"] = pa.array([rank for rank, _, _, _ in rows], pa.int64())
-                table = pa.table(arrays)
+                    return
+                table = _table(self._read(part), columns)
                 if writer is None:
                     writer = opened.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
                 writer.write_table(table)
-        return None
 
     def _read(self, part: int) -> list[_Spilled]:
         with self._path(part).open(encoding="ascii") as stream:
             rows: list[_Spilled] = [json.loads(line, object_hook=_arrow_value) for line in stream]
         return sorted(rows, key=lambda row: row[0])
+
+
+class _MisfitError(Exception):
+    """A value that does not fit the type of its column."""
+
+    def __init__(self, column: str) -> None:
+        super().__init__(column)
+        self.column = column
+
+
+def _table(rows: Sequence[_Spilled], columns: Mapping[str, Column]) -> pa.Table:
+    """Return rows as they stand in the file.
+
+    Raises:
+        _MisfitError: a value does not fit its column; as JSON, every value does.
+    """
+    arrays = {"id": pa.array([name for _, name, _, _ in rows], pa.string())}
+    for column, name in _free_names(columns).items():
+        try:
+            arrays[name] = columns[column].array([fields.get(column) for _, _, _, fields in rows])
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+            if columns[column].type is None:
+                raise
+            raise _MisfitError(column) from None
+    arrays["score"] = pa.array([score for _, _, score, _ in rows], pa.float64())
+    arrays["rank"] = pa.array([rank for rank, _, _, _ in rows], pa.int64())
+    return pa.table(arrays)
 
 
 def _free_names(columns: Iterable[str]) -> dict[str, str]:
@@ -252,4 +270,35 @@ def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
+    return rows
+
+
+def load_extreme_rows(folder: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the best of the chosen rows and the last ones, `count` of each, best first, without holding the others.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or holds more rows than the pool.
+    """
+    path = folder / SUBSET_NAME
+    try:
+        with pq.ParquetFile(path) as file, pq.ParquetFile(folder / POOL_SCORES_NAME) as pool:
+            if file.metadata.num_rows > pool.metadata.num_rows:
+                raise ArtifactError(f"{folder} holds more rows than its pool", hint="rerun p2d mine-data")
+            groups = range(file.metadata.num_row_groups)
+            best = _rows_of_groups(file, groups, count)[:count]
+            last = _rows_of_groups(file, reversed(groups), count)[-count:]
+    except (OSError, pa.ArrowException) as problem:
+        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
+    return best, last
+
+
+def _rows_of_groups(file: pq.ParquetFile, groups: Iterable[int], count: int) -> list[dict[str, Any]]:
+    """Return the rows of the first of these row groups that hold so many, in the file's order."""
+    chosen: list[int] = []
+    found = 0
+    for group in groups:
+        if found < count:
+            chosen.append(group)
+            found += file.metadata.row_group(group).num_rows
+    rows: list[dict[str, Any]] = file.read_row_groups(sorted(chosen)).to_pylist()
     return rows

@@ -241,11 +241,18 @@ def print_summary(manifest: Manifest) -> None:
         "report": _report_lines,
         "model": lambda summary: [f"{summary['parameters']:,} parameters, {summary['dtype']}, base {summary['base']}"],
     }
-    for line in describe[manifest.kind](manifest.summary):
+    for line in [*describe[manifest.kind](manifest.summary), *_bad_row_lines(manifest.summary)]:
         if isinstance(line, str):
             out.print("  " + escape(line), soft_wrap=True)
         else:
             out.print(line)
+
+
+def _bad_row_lines(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"{bad['count']} bad rows of --{name} were left out, the first: {bad['first'][0]}"
+        for name, bad in summary.get("bad_rows", {}).items()
+    ]
 
 
 def _heads_lines(summary: dict[str, Any]) -> list[Any]:

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
 from p2d_cli.artifacts.manifest import Manifest, is_artifact, read_manifest, verify_outputs
 from p2d_cli.artifacts.store import recover
-from p2d_cli.artifacts.subset import load_pool_scores, load_subset_rows
+from p2d_cli.artifacts.subset import load_extreme_rows
 from p2d_cli.errors import ArtifactError
 
 EXTREMES = 5
@@ -76,11 +74,12 @@ def _ranking_warnings(manifest: Manifest) -> tuple[str, ...]:
 def _extreme_rows(
     folder: Path,
 ) -> tuple[tuple[tuple[str, float, str], ...], tuple[tuple[str, float, str], ...]]:
-    rows = [(str(row["id"]), float(row["score"]), _text_of(row)) for row in load_subset_rows(folder)]
-    if len(load_pool_scores(folder).ids) < len(rows):
-        raise ArtifactError(f"{folder} holds more rows than its pool", hint="rerun p2d mine-data")
-    distinct = len(np.unique([score for _, score, _ in rows]))
-    return (tuple(rows[:EXTREMES]), tuple(rows[-EXTREMES:]) if distinct > 1 else ())
+    best, last = (
+        tuple((str(row["id"]), float(row["score"]), _text_of(row)) for row in rows)
+        for rows in load_extreme_rows(folder, EXTREMES)
+    )
+    differ = best[:1] and best[0][1] != last[-1][1]  # scores fall from the first row to the last
+    return best, last if differ else ()
 
 
 def _text_of(row: dict[str, object]) -> str:
