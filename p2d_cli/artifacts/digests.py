@@ -59,8 +59,12 @@ def read_digest(path: Path) -> str:
 
 
 def _memory_file() -> Path:
-    base = os.environ.get("P2D_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d"
-    return Path(base) / "digests.json"
+    if base := os.environ.get("P2D_CACHE_DIR"):
+        return Path(base) / "digests.json"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d" / "digests.json"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull)
 
 
 def _recall(memory: Path) -> dict[str, str]:
@@ -75,6 +79,8 @@ def _remember(memory: Path, remembered: dict[str, str]) -> None:
     """Write the digests aside and rename; a home that cannot be written only costs the time saved."""
     newest = dict(list(remembered.items())[-1000:])
     try:
+        if memory == Path(os.devnull):
+            return
         memory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as stream:
             json.dump(newest, stream)

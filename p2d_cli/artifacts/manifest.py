@@ -21,7 +21,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSIONS: dict[ArtifactKind, int] = dict.fromkeys(get_args(ArtifactKind), 1)
 """The version that this p2d writes of each kind, and the newest that it reads."""
 
-_SCHEMA = re.compile(r"p2d\.(\w+)/(\d+)")
+_SCHEMA = re.compile(r"p2d\.(\w+)/(\d{1,9})", re.ASCII)
 
 
 class OutputFile(BaseModel):
@@ -68,7 +68,9 @@ class ModelIdentity(BaseModel):
 class Manifest(BaseModel):
     """Everything known about an artifact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     schema_: str = Field(alias="schema")
     key: str

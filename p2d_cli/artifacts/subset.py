@@ -104,14 +104,14 @@ def load_pool_scores(folder: Path) -> PoolScores:
     path = folder / POOL_SCORES_NAME
     try:
         table = pq.read_table(path, columns=["id", "score", "rank", "draws"])
-    except (OSError, pa.ArrowException, KeyError) as problem:
+        return PoolScores(
+            ids=tuple(map(str, table["id"].to_pylist())),
+            scores_N=table["score"].to_numpy().astype(np.float64),
+            ranks_N=table["rank"].to_numpy().astype(np.int64),
+            draws_N=table["draws"].to_numpy().astype(np.int64),
+        )
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
-    return PoolScores(
-        ids=tuple(table["id"].to_pylist()),
-        scores_N=table["score"].to_numpy().astype(np.float64),
-        ranks_N=table["rank"].to_numpy().astype(np.int64),
-        draws_N=table["draws"].to_numpy().astype(np.int64),
-    )
 
 
 def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
@@ -123,6 +123,9 @@ def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / SUBSET_NAME
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
+    if not all(isinstance(row.get("id"), str) and isinstance(row.get("score"), float) for row in rows):
+        hint = "rerun p2d mine-data"
+        raise ArtifactError(f"{path} does not name and score every row in the columns 'id' and 'score'", hint=hint)
     return rows

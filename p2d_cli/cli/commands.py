@@ -14,8 +14,9 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from p2d_cli.cli.options import Invocation
+from p2d_cli.cli.streams import abandon_stdout, abandon_unwritable_stdout
 from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
-from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError, UsageError
+from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError, UsageError, without_secrets
 from p2d_cli.pipeline import stage_named
 
 Parameters = ParamSpec("Parameters")
@@ -31,15 +32,17 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
     def boundary(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
         except P2DError as problem:
             _fail(problem)
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted; what was finished is kept, run the same command again to go on\n")
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
         except BrokenPipeError:
-            sys.stderr.close()
+            abandon_stdout()
             raise typer.Exit(0) from None
         except OSError as problem:
+            abandon_unwritable_stdout()
             _fail(StorageError(f"{problem}"))
         except typer.Exit:
             raise
@@ -52,7 +55,7 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def _fail_internally(problem: Exception) -> None:
     """Report a defect of p2d itself: one line, and the traceback only for those who ask."""
     if DEBUG_VARIABLE in os.environ:
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     described = f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
     _fail(P2DError(f"internal error: {described}", hint=f"set {DEBUG_VARIABLE}=1 for the traceback, and report it"))
 

@@ -101,8 +101,10 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         raise DataError(f"{spec} is not a model folder: it has no config.json", hint=hint)
     try:
         config = json.loads(config_path.read_bytes())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{config_path} is not valid JSON: {problem}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{config_path} is not the config of a model: it holds no JSON object")
     return ModelFiles(
         spec=spec,
         folder=folder,
@@ -118,8 +120,10 @@ def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as problem:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as problem:
             raise DataError(f"{index} is not a valid index: {problem}") from None
+        if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise DataError(f"{index} is not a valid index: {wrong[0]!r:.80} is no file name")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise DataError(f"{spec} is incomplete: {missing[0]} is missing", hint="copy or download it again")
         return tuple(folder / name for name in names)

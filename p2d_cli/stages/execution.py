@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import (
@@ -31,7 +32,7 @@ from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError
+from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
@@ -125,6 +126,7 @@ class StageRun(Generic[ConfigT]):
         files = locate_model(spec)
         if is_artifact(files.folder):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
+            check_content(files.folder, self.manifests[name])
             self._inherit(self.manifests[name])
         identity = identify_model(files)
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
@@ -156,6 +158,8 @@ class StageRun(Generic[ConfigT]):
 
     def _open_chat_template(self, spec: str) -> None:
         path = Path(spec).expanduser()
+        if path.exists() and not path.is_file():
+            raise DataError(f"--chat-template {spec} is no file")
         read_chat_template(path)
         self.inputs["chat_template"] = InputEntry(kind="template", digest=digest_file(path), source=spec)
 
@@ -172,6 +176,7 @@ class StageRun(Generic[ConfigT]):
             ArtifactError: not such an artifact, or made with another model.
         """
         manifest = open_artifact(Path(spec).expanduser(), kind)
+        check_content(Path(spec), manifest)
         if same_model and self.model_identity is not None:
             ensure_same_model(manifest, self.model_identity, spec)
         self._inherit(manifest)
@@ -234,7 +239,7 @@ class StageRun(Generic[ConfigT]):
         """
         identity = self._identity()
         key = artifact_key(identity)
-        current = None if self.options.force else find_current(self.config.out, self.kind, key)
+        current = None if self.options.force else self._current(key)
         if current is not None:
             return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
         self._ensure_room(identity)
@@ -246,6 +251,15 @@ class StageRun(Generic[ConfigT]):
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
             place.commit(manifest)
         return self._result("done", key, manifest)
+
+    def _current(self, key: str) -> Manifest | None:
+        manifest = find_current(self.config.out, self.kind, key)
+        try:
+            if manifest is not None:
+                check_content(self.config.out, manifest)
+        except ArtifactError:
+            return None
+        return manifest
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -377,7 +391,9 @@ def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> lis
 def _changes(out: Path, identity: dict[str, Any]) -> str:
     """Say in what the artifact at `out` differs from the one that would be made."""
     try:
-        differences = identity_differences(identity, read_manifest(out).identity)
+        manifest = read_manifest(out)
+        check_content(out, manifest)
+        differences = identity_differences(identity, manifest.identity)
     except ArtifactError:
         return "it is damaged"
     return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"

@@ -11,9 +11,22 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from p2d_cli.config import STAGE_CONFIGS, Recipe, Resolved, Scope, StageConfig, resolve
+from pydantic import TypeAdapter, ValidationError
+
+from p2d_cli.config import (
+    SCOPES,
+    STAGE_CONFIGS,
+    DataMethod,
+    HeadMethod,
+    Recipe,
+    Resolved,
+    Scope,
+    Seed,
+    StageConfig,
+    resolve,
+)
 from p2d_cli.errors import UsageError
 from p2d_cli.pipeline import stage_named
 from p2d_cli.stages.execution import RunOptions, StageResult
@@ -45,6 +58,7 @@ class RunResult:
     """In the order in which they were done; the last is the report."""
 
 
+Word = TypeVar("Word", bound=str)
 StageFunction = Callable[[Resolved[Any], RunOptions], StageResult]
 
 
@@ -94,10 +108,10 @@ class RecipeRun:
     def points(self) -> list[Point]:
         """Return the grid's runs; scopes without selected heads appear once, whatever the heads."""
         grid, recipe = self._recipe.grid, self._recipe
-        heads = grid.heads or (recipe.score_heads.get("method", "auto"),)
-        data = grid.data or (recipe.mine_data.get("method", "p2d"),)
+        heads = grid.heads or (self._head_method(),)
+        data = grid.data or (_one_of("mine-data", recipe.mine_data, "method", "p2d", get_args(DataMethod)),)
         seeds = (self._overrides["seed"],) if "seed" in self._overrides else grid.seed or (self._seed(),)
-        scopes = grid.scope or (recipe.train.get("scope", "heads"),)
+        scopes = grid.scope or (_one_of("train", recipe.train, "scope", "heads", SCOPES),)
         combined = itertools.product(seeds, scopes, heads, data)
         points = [
             Point(heads=head if scope == "heads" else None, data=rows, scope=scope, seed=seed)
@@ -112,10 +126,18 @@ class RecipeRun:
 
     def _reference_point(self) -> Point:
         seed = self.points()[0].seed
-        return Point(heads=None, data="full", scope=self._recipe.reference.get("scope", "full"), seed=seed)
+        scope = _one_of("reference", self._recipe.reference, "scope", "full", SCOPES)
+        return Point(heads=None, data="full", scope=scope, seed=seed)
 
     def _seed(self) -> int:
-        return int(self._recipe.defaults.get("seed", 0))
+        given = self._recipe.defaults.get("seed", 0)
+        try:
+            return TypeAdapter(Seed).validate_python(given)
+        except ValidationError as problems:
+            raise UsageError(f"the recipe's [defaults] seed: {problems.errors()[0]['msg']}") from None
+
+    def _head_method(self) -> HeadMethod:
+        return _one_of("score-heads", self._recipe.score_heads, "method", "auto", get_args(HeadMethod))
 
     def _evaluation(self, point: Point, extra: dict[str, Any] | None = None) -> Path:
         """Do all stages of one point and return the folder of its evaluation."""
@@ -139,7 +161,7 @@ class RecipeRun:
     def _subset(self, point: Point) -> Path:
         inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
         if point.data == "p2d":
-            inputs["heads"] = str(self._heads(self._recipe.score_heads.get("method", "auto"), point.seed))
+            inputs["heads"] = str(self._heads(self._head_method(), point.seed))
         return self._stage("mine-data", self._out / "subset" / f"{point.data}-s{point.seed}", **inputs)
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
@@ -164,6 +186,15 @@ class RecipeRun:
 
     def _plan(self, name: str, out: Path) -> StageResult:
         return StageResult(stage=name, out=out, status="would-run", key="", inputs={}, manifest=None, wall_seconds=0.0)
+
+
+def _one_of(table: str, settings: dict[str, Any], key: str, default: Word, known: tuple[Word, ...]) -> Word:
+    """Return a setting that folders are named after; it has to be a word that the stage knows."""
+    value = settings.get(key, default)
+    if value not in known:
+        raise UsageError(f"the recipe's [{table}] {key} must be one of {', '.join(known)}; found {value!r:.80}")
+    found: Word = value
+    return found
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:
