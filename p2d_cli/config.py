@@ -90,8 +90,13 @@ def _check_text(text: str) -> None:
         raise ValueError("this is no valid UTF-8") from None
 
 
-def _checked_path(text: str) -> str:
-    """Return the path as it was given, but for `~`, which a shell leaves in `--out=~/runs` and in a recipe."""
+def checked_path(text: str) -> str:
+    """Return the path as it was given, but for `~`, which a shell leaves in `--out=~/runs` and in a recipe.
+
+    Raises:
+        ValueError: it is empty, cannot be a path, or is in a home folder that is not known.
+    """
+    _check_text(text)
     if not text.strip():
         raise ValueError("the path is empty; is a variable of the shell not set?")
     try:
@@ -133,7 +138,7 @@ class StageConfig(BaseModel):
         if isinstance(value, str | Path):
             _check_text(str(value))
             if info.field_name == "out" or info.field_name in INPUT_FIELDS:
-                return type(value)(_checked_path(str(value)))
+                return type(value)(checked_path(str(value)))
         return value
 
     def identity(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -14,9 +15,17 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from p2d_cli.cli.options import Invocation
-from p2d_cli.cli.streams import abandon_stdout, abandon_unwritable_stdout
+from p2d_cli.cli.streams import abandon_unwritable_streams
 from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
-from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError, UsageError, without_secrets
+from p2d_cli.errors import (
+    EXIT_CODES,
+    INTERRUPTED_EXIT_CODE,
+    ArtifactError,
+    P2DError,
+    StorageError,
+    UsageError,
+    without_secrets,
+)
 from p2d_cli.pipeline import stage_named
 
 Parameters = ParamSpec("Parameters")
@@ -39,10 +48,9 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             sys.stderr.write("\ninterrupted; what was finished is kept, run the same command again to go on\n")
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
         except BrokenPipeError:
-            abandon_stdout()
+            abandon_unwritable_streams()
             raise typer.Exit(0) from None
         except OSError as problem:
-            abandon_unwritable_stdout()
             _fail(StorageError(f"{problem}"))
         except typer.Exit:
             raise
@@ -63,17 +71,22 @@ def _fail_internally(problem: Exception) -> None:
 def _fail(problem: P2DError) -> None:
     from p2d_cli.cli.render import print_error, print_json
 
-    if "--json" in sys.argv:
-        print_json(
-            {
-                "status": "error",
-                "exit_code": problem.exit_code,
-                "meaning": EXIT_CODES[problem.exit_code],
-                "message": problem.message,
-                "hint": problem.hint,
-            }
-        )
-    print_error(problem)
+    # The exit code tells it all the same, where nobody listens.
+    with suppress(OSError):
+        if "--json" in sys.argv:
+            print_json(
+                {
+                    "status": "error",
+                    "exit_code": problem.exit_code,
+                    "meaning": EXIT_CODES[problem.exit_code],
+                    "message": problem.message,
+                    "hint": problem.hint,
+                }
+            )
+        sys.stdout.flush()
+    with suppress(OSError):
+        print_error(problem)
+    abandon_unwritable_streams()
     raise typer.Exit(problem.exit_code)
 
 
@@ -137,6 +150,13 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     sys.stdout.write(f"{len(outcome.stages)} stages, {skipped} of them up to date, in {outcome.out}\n")
 
 
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ArtifactError(f"there is nothing at {folder}: that home folder is not known") from None
+
+
 def inspect_command(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.", metavar="ARTIFACT")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON document.")] = False,
@@ -145,6 +165,7 @@ def inspect_command(
     from p2d_cli.cli.render import err, print_extremes, print_heat_map, print_json, print_manifest
     from p2d_cli.stages.inspection import inspect
 
+    artifact = _expanded(artifact)
     found = inspect(artifact)
     if json:
         print_json({"folder": str(artifact), "verified": True, **found.manifest.model_dump(mode="json", by_alias=True)})
@@ -177,7 +198,7 @@ def compare_command(
 
     if not 0.0 < confidence < 1.0:
         raise UsageError(f"--confidence {confidence} is not between 0 and 1")
-    found = compare(first, second, confidence=confidence, seed=seed)
+    found = compare(_expanded(first), _expanded(second), confidence=confidence, seed=seed)
     if json:
         print_json(comparison_document(found, rows))
     else:

@@ -41,6 +41,10 @@ class PlainConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command's boundary, where rich would exit with a code of its own."""
+        raise BrokenPipeError
+
 
 out = PlainConsole(highlight=False)
 err = PlainConsole(stderr=True, highlight=False)

@@ -25,20 +25,16 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def abandon_stdout() -> None:
-    """Drop what is still to be written to stdout, which nobody reads or nothing can hold."""
-    with suppress(OSError, ValueError):
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, sys.stdout.fileno())
-        os.close(sink)
-
-
-def abandon_unwritable_stdout() -> None:
-    """Drop what stdout still holds if it cannot be written, so that the process does not fail over it once more."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        abandon_stdout()
+def abandon_unwritable_streams() -> None:
+    """Drop what a stream still holds that nobody reads or nothing can hold, so that the process can end in order."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                sink = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(sink, stream.fileno())
+                os.close(sink)
 
 
 def visible(text: str) -> str:

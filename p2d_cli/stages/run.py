@@ -25,6 +25,7 @@ from p2d_cli.config import (
     Scope,
     Seed,
     StageConfig,
+    checked_path,
     resolve,
 )
 from p2d_cli.errors import UsageError
@@ -81,10 +82,13 @@ class RecipeRun:
     ) -> None:
         self._recipe = recipe
         self._overrides = {key: value for key, value in overrides.items() if key != "out"}
-        out = overrides.get("out") or recipe.out
+        out = overrides.get("out", recipe.out)
         if out is None:
             raise UsageError("the recipe names no output folder", hint='add out = "..." to it, or give --out')
-        self._out = Path(out)
+        try:
+            self._out = Path(checked_path(str(out)))
+        except ValueError as problem:
+            raise UsageError(f"--out: {problem}") from None
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
         self._done: dict[Path, StageResult] = {}
