@@ -133,7 +133,7 @@ def test_numbers_beyond_all_bounds(random_heads, p2d, tiny_folder, tmp_path):
     (tmp_path / "r.toml").write_text("[defaults]\nseed = 0x" + "f" * 5000 + '\n[train]\nsystem = "a\\u0000b"\n')
     done = p2d("train", "--config", tmp_path / "r.toml", "--model", "m", "--data", "d", "--out", "o")
     assert done.code == 2, done.said
-    assert "a int too large to show" in done.said
+    assert "got int that is too large to show" in done.said
     assert "--system: a NUL character" in done.said
 
 
