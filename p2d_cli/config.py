@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticUndefined
 
 from p2d_cli.errors import DataError, UsageError
@@ -24,6 +34,8 @@ HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "
 DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "full"]
 Scope = Literal["heads", "attention", "lora", "full"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
 MetricName = Literal["exact_match", "token_f1", "number_match", "rougeL", "accuracy", "perplexity"]
 PathSpec = str
 """A file, a folder, an artifact, or a hub id `owner/name[@revision]`."""
@@ -60,13 +72,38 @@ def _split_commas(value: Any) -> Any:
 
 CommaList = BeforeValidator(_split_commas)
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 def setting(default: Any, description: str, *, identity: bool = True, panel: str = "Method") -> Any:
     """Declare one setting: its default, its help text, and whether a change of it changes the result."""
     extra: dict[str, JsonValue] = {"identity": identity, "panel": panel}
     return Field(default, description=description, json_schema_extra=extra)
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("a NUL character has no place here")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("this is no valid UTF-8") from None
+
+
+def checked_path(text: str) -> str:
+    """Return the path as it was given, but for `~`, which a shell leaves in `--out=~/runs` and in a recipe.
+
+    Raises:
+        ValueError: it is empty, cannot be a path, or is in a home folder that is not known.
+    """
+    _check_text(text)
+    if not text.strip():
+        raise ValueError("the path is empty; is a variable of the shell not set?")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise ValueError(f"the home folder of {text.split('/')[0]} is not known") from None
 
 
 REQUIRED: Any = PydanticUndefined
@@ -83,10 +120,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 class StageConfig(BaseModel):
     """What every stage has in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     out: Path = setting(REQUIRED, "Folder to write the artifact to.", identity=False, panel="Input and output")
-    seed: int = setting(0, "The one seed; each stage derives its own from it.", panel="Run")
+    seed: Seed = setting(0, "The one seed; each stage derives its own from it.", panel="Run")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", identity=False, panel="Run")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision; auto is bfloat16 where the hardware is fast at it.", panel="Run"
@@ -94,6 +131,16 @@ class StageConfig(BaseModel):
     max_length: Positive | None = setting(
         None, "Longest sequence in tokens; by default the model's context, at most 2048.", panel="Run"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse texts that no file name or manifest can hold, and take `~` in a path for what it stands for."""
+        if isinstance(value, str | Path):
+            _check_text(str(value))
+            if info.field_name == "out" or info.field_name in INPUT_FIELDS:
+                return type(value)(checked_path(str(value)))
+        return value
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, without the inputs, which count by their digests."""
@@ -458,7 +505,7 @@ class Grid(BaseModel):
         (), description="Head methods, or `all` for every head; by default the method of [score-heads]."
     )
     data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
-    seed: tuple[int, ...] = Field((), description="Seeds; by default the recipe's own.")
+    seed: tuple[Seed, ...] = Field((), description="Seeds; by default the recipe's own.")
     scope: tuple[Scope, ...] = Field((), description="Scopes; by default `heads`.")
 
 
@@ -494,7 +541,7 @@ class Recipe(BaseModel):
         shared = {key: value for key, value in self.defaults.items() if key.replace("-", "_") in fields}
         own: dict[str, Any] = getattr(self, stage.replace("-", "_"), {})
         settings = shared | {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
-        if stage == "train" and (chosen := scope or settings.get("scope")):
+        if stage == "train" and (chosen := scope or settings.get("scope")) in SCOPES:
             settings |= own.get(chosen, {})
         return {key.replace("-", "_"): value for key, value in settings.items()}
 
@@ -588,6 +635,15 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} that is too large to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
     lines = []
     for problem in problems.errors():
@@ -599,7 +655,7 @@ def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
             lines.append(text)
         else:
             origin = origins.get(field, "flag")
-            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {problem['input']!r} ({origin})")
+            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {_shown(problem['input'])} ({origin})")
     if len(lines) == 1:
         return lines[0]
     return "several settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)
@@ -613,20 +669,23 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: it has keys that p2d does not know.
     """
     try:
+        path = path.expanduser()
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no recipe at {path}", hint="give the path of a .toml file") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{path} is not valid TOML: {problem}") from None
+    except RuntimeError:
+        raise DataError(f"no recipe at {path}: that home folder is not known") from None
     _check_recipe_keys(table)
     _anchor_paths(table, path.parent)
     try:
         return Recipe.model_validate(table)
     except ValidationError as problems:
         lines = [
-            f"[{'.'.join(str(part) for part in problem['loc'])}] {problem['msg']}; got {problem['input']!r}"
+            f"[{'.'.join(str(part) for part in problem['loc'])}] {problem['msg']}; got {_shown(problem['input'])}"
             for problem in problems.errors()
         ]
         raise UsageError(f"the recipe {path} is wrong:\n" + "\n".join(f"  {line}" for line in lines)) from None
@@ -643,6 +702,8 @@ def _check_recipe_keys(table: Mapping[str, Any]) -> None:
         own = {name: setting for name, setting in value.items() if name not in by_scope}
         _known_keys(own, STAGE_CONFIGS[key].model_fields, where=f"recipe's [{key}]")
         for name, table in by_scope.items():
+            if not isinstance(table, dict):
+                raise UsageError(f"the recipe's [train.{name}] must be a table; found {_shown(table)}")
             _known_keys(table, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
     if isinstance(reference := table.get("reference"), dict):
         _known_keys(reference, TrainConfig.model_fields, where="recipe's [reference]")
@@ -663,5 +724,9 @@ def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
 
 
 def _anchored(spec: str, folder: Path) -> str:
-    candidate = folder / Path(spec).expanduser()
-    return str(candidate) if candidate.exists() else spec
+    """Return what lies there, seen from the recipe; what cannot be a path is refused with the other settings."""
+    try:
+        candidate = folder / Path(spec).expanduser()
+        return str(candidate) if spec and candidate.exists() else spec
+    except (OSError, RuntimeError, ValueError):
+        return spec

@@ -6,6 +6,8 @@ Anything else that escapes a stage is a defect of p2d and exits with 70.
 
 from __future__ import annotations
 
+import os
+import re
 from typing import ClassVar
 
 
@@ -15,9 +17,9 @@ class P2DError(Exception):
     exit_code: ClassVar[int] = 70
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = without_secrets(message)
+        self.hint = None if hint is None else without_secrets(hint)
+        super().__init__(self.message)
 
 
 class UsageError(P2DError):
@@ -81,6 +83,20 @@ EXIT_CODES: dict[int, str] = {
     75: "stopped early: run the same command again to resume",
     INTERRUPTED_EXIT_CODE: "interrupted with Ctrl-C",
 }
+
+
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+"""Secrets are taken from these variables alone, and by the libraries that use them."""
+_SHORTEST_SECRET = 6
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@'\"]+@")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the values of variables that hold secrets, and without the credentials of URLs."""
+    for variable in SECRET_VARIABLES:
+        if len(secret := os.environ.get(variable, "")) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return _CREDENTIALS.sub("***@", text)
 
 
 def first_line(problem: BaseException) -> str:

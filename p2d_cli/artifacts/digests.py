@@ -60,8 +60,12 @@ def read_digest(path: Path) -> str:
 
 
 def _memory_file() -> Path:
-    base = os.environ.get("P2D_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d"
-    return Path(base) / "digests.json"
+    if base := os.environ.get("P2D_CACHE_DIR"):
+        return Path(base) / "digests.json"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d" / "digests.json"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull)
 
 
 def _recall(memory: Path) -> dict[str, str]:
@@ -77,6 +81,8 @@ def _remember(memory: Path, remembered: dict[str, str]) -> None:
     newest = dict(list(remembered.items())[-1000:])
     aside = memory.with_name(f"{memory.name}.{uuid.uuid4().hex[:8]}")
     try:
+        if memory == Path(os.devnull):
+            return
         memory.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(newest), encoding="utf-8")
         aside.replace(memory)

@@ -10,12 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.errors import ArtifactError
+from p2d_cli.errors import ArtifactError, first_line
 
 METRICS_NAME = "metrics.json"
 PREDICTIONS_NAME = "predictions.parquet"
+_TEXTS = ("id", "prompt", "reference")
+_TEXTS_OR_NULL = ("prediction", "choice")
+_METRIC = TypeAdapter(MetricValue)
 
 
 def save_evaluation(folder: Path, metrics: Mapping[str, MetricValue], predictions: Sequence[Mapping[str, Any]]) -> None:
@@ -41,10 +45,19 @@ def load_metrics(folder: Path) -> dict[str, MetricValue]:
     """
     path = folder / METRICS_NAME
     try:
-        values = json.loads(path.read_bytes())
-        return {name: MetricValue(**_with_nan(metric)) for name, metric in values.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as problem:
-        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d eval") from None
+        return metric_values(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
+        raise ArtifactError(f"{path} cannot be read: {first_line(problem)}", hint="rerun p2d eval") from None
+
+
+def metric_values(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricValue]:
+    """Return metrics from what `metric_entries` made of them.
+
+    Raises:
+        ValueError: a figure is missing, or is no number.
+        AttributeError: it is no table of metrics.
+    """
+    return {name: _METRIC.validate_python(_with_nan(metric)) for name, metric in entries.items()}
 
 
 def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +72,12 @@ def load_predictions(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / PREDICTIONS_NAME
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as problem:
+        table = pq.read_table(path)
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d eval") from None
+    for name in (*_TEXTS, *(name for name in _TEXTS_OR_NULL if name in table.column_names)):
+        optional = name in _TEXTS_OR_NULL
+        if not all(isinstance(row.get(name), str) or (optional and row[name] is None) for row in rows):
+            raise ArtifactError(f"{path}: column '{name}' does not hold texts alone", hint="rerun p2d eval")
     return rows

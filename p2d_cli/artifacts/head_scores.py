@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +61,28 @@ def load_head_scores(folder: Path) -> HeadScores:
             described = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in ("scores", "selected", "repeats")}
         geometry = HeadGeometry(**described["geometry"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
+        method = str(described["method"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
-    shape = (geometry.num_layers, geometry.num_heads)
-    if tensors["scores"].shape != shape or tensors["selected"].shape != shape:
-        found = tensors["scores"].shape, tensors["selected"].shape
-        raise ArtifactError(f"{path}: expected scores and selected of shape {shape}, found {found}")
+    _check_tensors(path, tensors, (geometry.num_layers, geometry.num_heads))
     return HeadScores(
         scores_LH=tensors["scores"],
         selected_LH=tensors["selected"].astype(np.bool_),
         repeats_RLH=tensors["repeats"],
-        method=described["method"],
+        method=method,
         geometry=geometry,
     )
+
+
+def _check_tensors(path: Path, tensors: dict[str, NDArray[Any]], shape: tuple[int, int]) -> None:
+    if tensors["scores"].shape != shape or tensors["selected"].shape != shape:
+        found = tensors["scores"].shape, tensors["selected"].shape
+        raise ArtifactError(f"{path}: expected scores and selected of shape {shape}, found {found}")
+    if tensors["repeats"].shape[1:] != shape:
+        raise ArtifactError(f"{path}: expected repeats of shape [R, {shape[0]}, {shape[1]}]")
+    if tensors["selected"].dtype != np.bool_ or not tensors["selected"].any():
+        raise ArtifactError(f"{path} selects no heads", hint="rerun p2d score-heads")
+    if not all(np.issubdtype(tensors[name].dtype, np.floating) for name in ("scores", "repeats")):
+        raise ArtifactError(f"{path}: the scores are no floating-point numbers", hint="rerun p2d score-heads")
+    if not np.isfinite(tensors["scores"]).all():
+        raise ArtifactError(f"{path} holds scores that are not finite numbers", hint="rerun p2d score-heads")

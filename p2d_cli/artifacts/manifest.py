@@ -24,7 +24,7 @@ SCHEMA_VERSIONS: dict[ArtifactKind, int] = dict.fromkeys(get_args(ArtifactKind),
 SELF_DIGEST = "digest"
 """The key under which a manifest's file carries the digest of all its other keys."""
 
-_SCHEMA = re.compile(r"p2d\.(\w+)/(\d+)")
+_SCHEMA = re.compile(r"p2d\.(\w+)/(\d{1,9})", re.ASCII)
 _RERUN = "rerun the stage that wrote it, with --force"
 
 
@@ -73,7 +73,9 @@ class ModelIdentity(BaseModel):
 class Manifest(BaseModel):
     """Everything known about an artifact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     schema_: str = Field(alias="schema")
     key: str

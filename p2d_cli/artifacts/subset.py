@@ -249,14 +249,14 @@ def load_pool_scores(folder: Path) -> NamedPoolScores:
     path = folder / POOL_SCORES_NAME
     try:
         table = pq.read_table(path, columns=["id", "score", "rank", "draws"])
-    except (OSError, pa.ArrowException, KeyError) as problem:
+        return NamedPoolScores(
+            ids=tuple(map(str, table["id"].to_pylist())),
+            scores_N=table["score"].to_numpy().astype(np.float64),
+            ranks_N=table["rank"].to_numpy().astype(np.int64),
+            draws_N=table["draws"].to_numpy().astype(np.int64),
+        )
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
-    return NamedPoolScores(
-        ids=tuple(table["id"].to_pylist()),
-        scores_N=table["score"].to_numpy().astype(np.float64),
-        ranks_N=table["rank"].to_numpy().astype(np.int64),
-        draws_N=table["draws"].to_numpy().astype(np.int64),
-    )
 
 
 def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
@@ -268,9 +268,16 @@ def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / SUBSET_NAME
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
+    _require_named(path, rows)
     return rows
+
+
+def _require_named(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not all(isinstance(row.get("id"), str) and isinstance(row.get("score"), float) for row in rows):
+        hint = "rerun p2d mine-data"
+        raise ArtifactError(f"{path} does not name and score every row in the columns 'id' and 'score'", hint=hint)
 
 
 def load_extreme_rows(folder: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -287,8 +294,9 @@ def load_extreme_rows(folder: Path, count: int) -> tuple[list[dict[str, Any]], l
             groups = range(file.metadata.num_row_groups)
             best = _rows_of_groups(file, groups, count)[:count]
             last = _rows_of_groups(file, reversed(groups), count)[-count:]
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
+    _require_named(path, [*best, *last])
     return best, last
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from p2d_cli import __version__
 from p2d_cli.cli.commands import compare_command, guarded, inspect_command, run_body, stage_body
 from p2d_cli.cli.options import command_for
+from p2d_cli.cli.streams import prepare_streams
 from p2d_cli.config import REQUIRED, STAGE_CONFIGS, StageConfig, setting
 from p2d_cli.errors import EXIT_CODES
 from p2d_cli.pipeline import EXPORT, STAGES
@@ -49,8 +50,9 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Hold what all commands share; without a docstring of its own in the help."""
+    """Do what all commands begin with; without a docstring of its own in the help."""
     del version
+    prepare_streams()
 
 
 root.__doc__ = None

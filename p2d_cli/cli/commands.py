@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -14,8 +15,17 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from p2d_cli.cli.options import Invocation
+from p2d_cli.cli.streams import abandon_unwritable_streams
 from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
-from p2d_cli.errors import EXIT_CODES, INTERRUPTED_EXIT_CODE, P2DError, StorageError, UsageError
+from p2d_cli.errors import (
+    EXIT_CODES,
+    INTERRUPTED_EXIT_CODE,
+    ArtifactError,
+    P2DError,
+    StorageError,
+    UsageError,
+    without_secrets,
+)
 from p2d_cli.pipeline import stage_named
 
 Parameters = ParamSpec("Parameters")
@@ -31,13 +41,14 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
     def boundary(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
         except P2DError as problem:
             _fail(problem)
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted; what was finished is kept, run the same command again to go on\n")
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
         except BrokenPipeError:
-            sys.stderr.close()
+            abandon_unwritable_streams()
             raise typer.Exit(0) from None
         except OSError as problem:
             _fail(StorageError(f"{problem}"))
@@ -52,7 +63,7 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def _fail_internally(problem: Exception) -> None:
     """Report a defect of p2d itself: one line, and the traceback only for those who ask."""
     if DEBUG_VARIABLE in os.environ:
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     described = f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
     _fail(P2DError(f"internal error: {described}", hint=f"set {DEBUG_VARIABLE}=1 for the traceback, and report it"))
 
@@ -60,17 +71,22 @@ def _fail_internally(problem: Exception) -> None:
 def _fail(problem: P2DError) -> None:
     from p2d_cli.cli.render import print_error, print_json
 
-    if "--json" in sys.argv:
-        print_json(
-            {
-                "status": "error",
-                "exit_code": problem.exit_code,
-                "meaning": EXIT_CODES[problem.exit_code],
-                "message": problem.message,
-                "hint": problem.hint,
-            }
-        )
-    print_error(problem)
+    # The exit code tells it all the same, where nobody listens.
+    with suppress(OSError):
+        if "--json" in sys.argv:
+            print_json(
+                {
+                    "status": "error",
+                    "exit_code": problem.exit_code,
+                    "meaning": EXIT_CODES[problem.exit_code],
+                    "message": problem.message,
+                    "hint": problem.hint,
+                }
+            )
+        sys.stdout.flush()
+    with suppress(OSError):
+        print_error(problem)
+    abandon_unwritable_streams()
     raise typer.Exit(problem.exit_code)
 
 
@@ -140,6 +156,13 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     sys.stdout.write(f"{len(outcome.stages)} stages, {skipped} of them up to date, in {outcome.out}\n")
 
 
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ArtifactError(f"there is nothing at {folder}: that home folder is not known") from None
+
+
 def inspect_command(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.", metavar="ARTIFACT")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON document.")] = False,
@@ -148,6 +171,7 @@ def inspect_command(
     from p2d_cli.cli.render import err, print_extremes, print_heat_map, print_json, print_manifest
     from p2d_cli.stages.inspection import inspect
 
+    artifact = _expanded(artifact)
     found = inspect(artifact)
     if json:
         print_json({"folder": str(artifact), "verified": True, **found.manifest.model_dump(mode="json", by_alias=True)})
@@ -180,7 +204,7 @@ def compare_command(
 
     if not 0.0 < confidence < 1.0:
         raise UsageError(f"--confidence {confidence} is not between 0 and 1")
-    found = compare(first, second, confidence=confidence, seed=seed)
+    found = compare(_expanded(first), _expanded(second), confidence=confidence, seed=seed)
     if json:
         print_json(comparison_document(found, rows))
     else:

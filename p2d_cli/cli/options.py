@@ -132,7 +132,7 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
         *_declarations(name, field.annotation),
         help=f"{field.description}{_default_text(field.default)}",
         show_default=False,
-        metavar="VALUE" if name in REPEATABLE else None,
+        metavar="VALUE" if name in REPEATABLE else "PATH" if field.annotation is Path else None,
         rich_help_panel=str(panel),
     )
     return inspect.Parameter(name, kind, annotation=Annotated[annotation, option], default=None)
@@ -155,7 +155,8 @@ def _flag_type(name: str, annotation: Any) -> Any:
         return list[str] if name in REPEATABLE else str
     if get_origin(annotation) is Literal:
         return annotation
-    return annotation if annotation in (str, int, float, bool, Path) else str
+    # A path stays a text: as `Path`, an empty one would be the current folder.
+    return annotation if annotation in (str, int, float, bool) else str
 
 
 def _default_text(default: Any) -> str:

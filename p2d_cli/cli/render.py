@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
+from p2d_cli.cli.streams import visible
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.errors import P2DError
 from p2d_cli.runtime.distributed import is_main_process
@@ -31,8 +33,22 @@ SECONDS_BETWEEN_LINES = 10.0
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class PlainConsole(Console):
+    """A console whose texts cannot steer the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with the control characters of the texts written out."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command's boundary, where rich would exit with a code of its own."""
+        raise BrokenPipeError
+
+
+out = PlainConsole(highlight=False)
+err = PlainConsole(stderr=True, highlight=False)
 
 
 class BarProgress:
@@ -81,7 +97,7 @@ class LineProgress:
 
     def note(self, message: str) -> None:
         """Write one line."""
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{visible(message)}\n")
         sys.stderr.flush()
 
 
@@ -100,8 +116,11 @@ def progress_for(*, quiet: bool) -> ProgressProtocol:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Write one JSON document to stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write one JSON document to stdout, in ASCII where the locale is not of Unicode."""
+    is_unicode = (sys.stdout.encoding or "utf").lower().startswith("utf")
+    text = json.dumps(document, indent=2, ensure_ascii=not is_unicode, default=str)
+    # Halves of surrogate pairs, which no encoding takes, end as the escapes that JSON has for them.
+    sys.stdout.write(text.translate(_JSON_CONTROLS) + "\n")
 
 
 def print_error(problem: P2DError) -> None:
@@ -112,6 +131,9 @@ def print_error(problem: P2DError) -> None:
 
 
 # --- results of stages
+
+_JSON_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+"""The control characters that JSON allows in a text, which a terminal might obey."""
 
 STATUS_WORDS = {
     "done": "done",

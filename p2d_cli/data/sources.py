@@ -118,6 +118,9 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
     if path.is_dir():
         return _locate_folder(spec, path, split)
     if path.exists():
+        if not path.is_file():
+            hint = "rows are read more than once: write them to a file, such as rows.jsonl"
+            raise DataError(f"{spec} is no file but a pipe or a device", hint=hint)
         return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "/", "~")) or _format_of(path) is not None:

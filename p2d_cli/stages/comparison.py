@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.evaluation import load_metrics, load_predictions
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.core.aer import LOWER_IS_BETTER
@@ -69,10 +71,14 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
         ArtifactError: one is not an evaluation or is damaged, or they are of other rows.
     """
     manifests = [open_artifact(folder.expanduser(), "evaluation") for folder in (first, second)]
+    for folder, manifest in zip((first, second), manifests, strict=True):
+        check_content(folder, manifest)
     tables = [load_predictions(folder.expanduser()) for folder in (first, second)]
     named = [load_metrics(folder.expanduser()) for folder in (first, second)]
     _ensure_same_rows((first, second), tables)
     common = [name for name in named[0] if name in named[1] and _is_known_by_row(name, tables)]
+    for folder, table in zip((first, second), tables, strict=True):
+        _ensure_numbers(folder, table, common)
     metrics = {
         name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
         for name in common
@@ -105,6 +111,14 @@ def _ensure_same_rows(folders: tuple[Path, Path], tables: Sequence[Sequence[Row]
                 f" the first is row {differing[0] + 1}: {found}",
                 hint=hint,
             )
+
+
+def _ensure_numbers(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> None:
+    for name in metrics:
+        columns, kinds = (PERPLEXITY_COLUMNS, (int, float)) if name == PERPLEXITY else ((name,), (int, float, NoneType))
+        for column in columns:
+            if not all(isinstance(row[column], kinds) for row in table):
+                raise ArtifactError(f"{folder}: column '{column}' of the predictions does not hold numbers alone")
 
 
 def _is_known_by_row(name: str, tables: Sequence[Sequence[Row]]) -> bool:

@@ -103,9 +103,11 @@ def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> Stage
 
 def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
     path = Path(spec).expanduser()
+    if path.exists() and not path.is_file():
+        raise DataError(f"--choices {spec} is no file", hint="give a file with a JSON list")
     try:
         choices = json.loads(path.read_bytes())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise DataError(f"--choices {spec} cannot be read as JSON: {problem}") from None
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"--choices {spec}: expected a JSON list of at least two strings")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import (
@@ -41,7 +42,7 @@ from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError
+from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
@@ -149,6 +150,7 @@ class StageRun(Generic[ConfigT]):
         files = locate_model(spec)
         if is_artifact(files.folder):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
+            check_content(files.folder, self.manifests[name])
             self._inherit(self.manifests[name])
         identity = identify_model(files)
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
@@ -177,6 +179,8 @@ class StageRun(Generic[ConfigT]):
 
     def _open_chat_template(self, spec: str) -> None:
         path = Path(spec).expanduser()
+        if path.exists() and not path.is_file():
+            raise DataError(f"--chat-template {spec} is no file")
         read_chat_template(path)
         self.inputs["chat_template"] = InputEntry(kind="template", digest=digest_file(path), source=spec)
 
@@ -193,6 +197,7 @@ class StageRun(Generic[ConfigT]):
             ArtifactError: not such an artifact, or made with another model.
         """
         manifest = open_artifact(Path(spec).expanduser(), kind)
+        check_content(Path(spec), manifest)
         if same_model and self.model_identity is not None:
             ensure_same_model(manifest, self.model_identity, spec)
         self._inherit(manifest)
@@ -301,7 +306,7 @@ class StageRun(Generic[ConfigT]):
         """
         identity = self._identity()
         self._key = key = artifact_key(identity)
-        current = None if self.options.force else find_current(self.config.out, self.kind, key)
+        current = None if self.options.force else self._current(key)
         if current is not None and self.options.dry_run:
             return self._result("would-skip", key, current)
         if current is not None:
@@ -313,7 +318,7 @@ class StageRun(Generic[ConfigT]):
             return self._result("would-run", key, None, plan(unfinished) if plan is not None else None)
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
             # Another process may have put an artifact there while this one waited for its turn.
-            if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
+            if not self.options.force and (current := self._current(key)) is not None:
                 return self._result("up-to-date", key, current)
             self._ensure_room(identity)
             self._unfinished = place.unfinished
@@ -321,6 +326,15 @@ class StageRun(Generic[ConfigT]):
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
             place.commit(manifest)
         return self._result("done", key, manifest)
+
+    def _current(self, key: str) -> Manifest | None:
+        manifest = find_current(self.config.out, self.kind, key)
+        try:
+            if manifest is not None:
+                check_content(self.config.out, manifest)
+        except ArtifactError:
+            return None
+        return manifest
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -471,7 +485,9 @@ def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> lis
 def _changes(out: Path, identity: dict[str, Any]) -> str:
     """Say in what the artifact at `out` differs from the one that would be made."""
     try:
-        differences = identity_differences(identity, read_manifest(out).identity)
+        manifest = read_manifest(out)
+        check_content(out, manifest)
+        differences = identity_differences(identity, manifest.identity)
     except ArtifactError:
         return "it is damaged"
     return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"

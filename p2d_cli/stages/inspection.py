@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
 from p2d_cli.artifacts.manifest import Manifest, is_artifact, read_manifest, verify_outputs
 from p2d_cli.artifacts.store import recover
@@ -44,6 +45,7 @@ def inspect(folder: Path) -> Inspection:
         )
     manifest = read_manifest(folder)
     verify_outputs(folder, manifest)
+    check_content(folder, manifest)
     if manifest.kind == "heads":
         heads = load_head_scores(folder)
         return Inspection(folder, manifest, heads=heads, warnings=_ranking_warnings(manifest))

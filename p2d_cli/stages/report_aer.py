@@ -6,15 +6,19 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_json
+from p2d_cli.artifacts.evaluation import metric_values
 from p2d_cli.artifacts.manifest import InputEntry, Manifest
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import AerReport, MetricValue, RunCost, StageCost, compare
-from p2d_cli.errors import UnavailableError
+from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare
+from p2d_cli.errors import ArtifactError, UnavailableError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 
@@ -36,6 +40,7 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
     manifest = open_artifact(Path(spec).expanduser(), "evaluation")
+    check_content(Path(spec), manifest)
     # Costs are what a report says, so here the whole manifest counts, seconds included.
     job.inputs[name] = InputEntry(
         kind="evaluation", digest=digest_json(manifest.model_dump(mode="json", exclude={"inputs"})), source=spec
@@ -45,9 +50,50 @@ def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
 
 def run_cost(manifest: Manifest, path: str) -> RunCost:
     """Return the costs and scores that an evaluation's manifest records."""
+    try:
+        for entry in manifest.ledger:
+            _Entry.model_validate(entry, strict=True)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"the costs in the manifest of {path} cannot be read: {where}: {first['msg']}",
+            hint="redo the stages that led to it",
+        ) from None
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
-    metrics = {name: MetricValue(**value) for name, value in manifest.summary["metrics"].items()}
-    return RunCost(name=_describe(stages), stages=stages, metrics=metrics, path=path)
+    return RunCost(name=_describe(stages), stages=stages, metrics=metric_values(manifest.summary["metrics"]), path=path)
+
+
+class _Settings(BaseModel):
+    """What a report takes from the settings of a training."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    scope: str | None = None
+    heads_method: str | None = None
+    head_share: float | None = None
+    data_method: str | None = None
+    row_share: float | None = None
+    trainable_share: float | None = None
+
+
+class _Entry(BaseModel):
+    """The types of a cost entry, whose keys `StageCost.from_dict` checks."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    stage: str
+    artifact: str
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
+    hardware: str
+    precision: str
+    epochs: float | None = None
+    steps_done: Annotated[int, Field(ge=0)] | None = None
+    steps_planned: Annotated[int, Field(ge=0)] | None = None
+    model: str = ""
+    tokens: int | None = None
+    peak_gib: float | None = None
+    settings: _Settings = _Settings()
 
 
 def _describe(stages: tuple[StageCost, ...]) -> str:
@@ -55,10 +101,10 @@ def _describe(stages: tuple[StageCost, ...]) -> str:
     trained = next((cost.settings for cost in stages if cost.stage == "train"), None)
     if trained is None:
         return "base model"
-    scope = trained["scope"]
+    scope = trained.get("scope")
     if scope == "heads":
-        scope = "all heads" if trained["head_share"] == 1 else f"{trained['heads_method']} heads"
-    data = trained["data_method"]
+        scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
+    data = trained.get("data_method")
     return f"{scope}, {'all' if data in {None, 'full'} else data} rows"
 
 

@@ -13,9 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from p2d_cli.config import STAGE_CONFIGS, Recipe, Resolved, Scope, StageConfig, resolve
+from pydantic import TypeAdapter, ValidationError
+
+from p2d_cli.config import (
+    SCOPES,
+    STAGE_CONFIGS,
+    DataMethod,
+    HeadMethod,
+    Recipe,
+    Resolved,
+    Scope,
+    Seed,
+    StageConfig,
+    checked_path,
+    resolve,
+)
 from p2d_cli.errors import UsageError
 from p2d_cli.pipeline import stage_named
 from p2d_cli.stages.execution import RunOptions, StageResult
@@ -47,6 +61,7 @@ class RunResult:
     """In the order in which they were done; the last is the report."""
 
 
+Word = TypeVar("Word", bound=str)
 StageFunction = Callable[[Resolved[Any], RunOptions], StageResult]
 
 
@@ -69,10 +84,13 @@ class RecipeRun:
     ) -> None:
         self._recipe = recipe
         self._overrides = {key: value for key, value in overrides.items() if key != "out"}
-        out = overrides.get("out") or recipe.out
+        out = overrides.get("out", recipe.out)
         if out is None:
             raise UsageError("the recipe names no output folder", hint='add out = "..." to it, or give --out')
-        self._out = Path(out)
+        try:
+            self._out = Path(checked_path(str(out)))
+        except ValueError as problem:
+            raise UsageError(f"--out: {problem}") from None
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
         self._done: dict[Path, StageResult] = {}
@@ -98,10 +116,10 @@ class RecipeRun:
     def points(self) -> list[Point]:
         """Return the grid's runs; scopes without selected heads appear once, whatever the heads."""
         grid, recipe = self._recipe.grid, self._recipe
-        heads = grid.heads or (recipe.score_heads.get("method", "auto"),)
-        data = grid.data or (recipe.mine_data.get("method", "p2d"),)
+        heads = grid.heads or (self._head_method(),)
+        data = grid.data or (_one_of("mine-data", recipe.mine_data, "method", "p2d", get_args(DataMethod)),)
         seeds = (self._overrides["seed"],) if "seed" in self._overrides else grid.seed or (self._seed(),)
-        scopes = grid.scope or (recipe.train.get("scope", "heads"),)
+        scopes = grid.scope or (_one_of("train", recipe.train, "scope", "heads", SCOPES),)
         combined = itertools.product(seeds, scopes, heads, data)
         points = [
             Point(heads=head if scope == "heads" else None, data=rows, scope=scope, seed=seed)
@@ -116,10 +134,18 @@ class RecipeRun:
 
     def _reference_point(self) -> Point:
         seed = self.points()[0].seed
-        return Point(heads=None, data="full", scope=self._recipe.reference.get("scope", "full"), seed=seed)
+        scope = _one_of("reference", self._recipe.reference, "scope", "full", SCOPES)
+        return Point(heads=None, data="full", scope=scope, seed=seed)
 
     def _seed(self) -> int:
-        return int(self._recipe.defaults.get("seed", 0))
+        given = self._recipe.defaults.get("seed", 0)
+        try:
+            return TypeAdapter(Seed).validate_python(given)
+        except ValidationError as problems:
+            raise UsageError(f"the recipe's [defaults] seed: {problems.errors()[0]['msg']}") from None
+
+    def _head_method(self) -> HeadMethod:
+        return _one_of("score-heads", self._recipe.score_heads, "method", "auto", get_args(HeadMethod))
 
     def _evaluation(self, point: Point, extra: dict[str, Any] | None = None) -> Path:
         """Do all stages of one point and return the folder of its evaluation."""
@@ -193,6 +219,15 @@ class RecipeRun:
             wall_seconds=time.perf_counter() - started,
             plan=plan,
         )
+
+
+def _one_of(table: str, settings: dict[str, Any], key: str, default: Word, known: tuple[Word, ...]) -> Word:
+    """Return a setting that folders are named after; it has to be a word that the stage knows."""
+    value = settings.get(key, default)
+    if value not in known:
+        raise UsageError(f"the recipe's [{table}] {key} must be one of {', '.join(known)}; found {value!r:.80}")
+    found: Word = value
+    return found
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:
