@@ -5,16 +5,18 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.digests import digest_json
+from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.manifest import InputEntry, Manifest
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import AerReport, MetricValue, RunCost, StageCost, compare
-from p2d_cli.errors import UnavailableError
+from p2d_cli.core.aer import AerReport, MetricValue, RunCost, StageCost, compare, seed_of
+from p2d_cli.core.report_views import with_views
+from p2d_cli.errors import DataError, UnavailableError, first_line
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 
@@ -30,8 +32,22 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
     # The reference is compared with itself too, so that its row stands in the table.
     specs = list(dict.fromkeys([*config.evaluations, config.reference]))
     runs = [_open_run(job, f"evaluation {number}", spec) for number, spec in enumerate(specs, start=1)]
-    report = compare(_distinct_names(runs), _named_like(reference, runs), allow_mixed=config.allow_mixed)
+    runs = _distinct_names(runs)
+    report = compare(runs, _named_like(reference, runs), allow_mixed=config.allow_mixed)
+    report = with_views(report, runs)
+    if config.recipe is not None:
+        _read_recipe(config.recipe)
+        job.inputs["recipe"] = InputEntry(
+            kind="recipe", digest=digest_file(Path(config.recipe).expanduser()), source=config.recipe
+        )
     return job.complete(lambda folder: _compute(job, report, folder))
+
+
+def _read_recipe(spec: str) -> str:
+    try:
+        return Path(spec).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"cannot read the recipe {spec}: {first_line(problem)}") from None
 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
@@ -47,7 +63,8 @@ def run_cost(manifest: Manifest, path: str) -> RunCost:
     """Return the costs and scores that an evaluation's manifest records."""
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
     metrics = {name: MetricValue(**value) for name, value in manifest.summary["metrics"].items()}
-    return RunCost(name=_describe(stages), stages=stages, metrics=metrics, path=path)
+    name = _describe(stages)
+    return RunCost(name=name, stages=stages, metrics=metrics, path=path, label=name)
 
 
 def _describe(stages: tuple[StageCost, ...]) -> str:
@@ -63,19 +80,18 @@ def _describe(stages: tuple[StageCost, ...]) -> str:
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
-    """Add the artifact's folder name where several runs would be called the same."""
-    from dataclasses import replace
-
+    """Tell apart runs that would be called the same: by their seeds, else by the names of their folders."""
+    seeded = [f"{run.name}, seed {seed}" if (seed := seed_of(run)) is not None else run.name for run in runs]
+    named = [f"{run.name} ({Path(run.path).name})" for run in runs]
     names = [run.name for run in runs]
     return [
-        replace(run, name=f"{run.name} ({Path(run.path).name})") if names.count(run.name) > 1 else run for run in runs
+        replace(run, name=seed if seeded.count(seed) == 1 else folder) if names.count(run.name) > 1 else run
+        for run, seed, folder in zip(runs, seeded, named, strict=True)
     ]
 
 
 def _named_like(reference: RunCost, runs: list[RunCost]) -> RunCost:
-    from dataclasses import replace
-
-    same = next(run for run in _distinct_names(runs) if run.path == reference.path)
+    same = next(run for run in runs if run.path == reference.path)
     return replace(reference, name=same.name)
 
 
@@ -85,7 +101,8 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
 
     with job.timer.phase("save"):
         document = {"schema": "p2d.aer/1", **report.to_dict()}
-        save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report))
+        recipe = None if job.config.recipe is None else _read_recipe(job.config.recipe)
+        save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report, recipe=recipe))
         _draw(job, report, folder)
     return Outcome(
         summary=report.to_dict(),

@@ -56,6 +56,7 @@ class RecipeRun:
         overrides: settings from flags, which hold for every stage that has them.
         options: how to run.
         on_stage: told the stage and its folder before each one.
+        source: the recipe's file, which the report shows.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RecipeRun:
         overrides: dict[str, Any],
         options: RunOptions,
         on_stage: Callable[[str, Path], None],
+        source: Path | None = None,
     ) -> None:
         self._recipe = recipe
         self._overrides = {key: value for key, value in overrides.items() if key != "out"}
@@ -73,6 +75,7 @@ class RecipeRun:
         self._out = Path(out)
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
+        self._source = source
         self._done: dict[Path, StageResult] = {}
 
     def run(self) -> RunResult:
@@ -88,6 +91,7 @@ class RecipeRun:
                 self._out / "report",
                 evaluations=tuple(str(folder) for folder in evaluations),
                 reference=str(full),
+                recipe=None if self._source is None else str(self._source),
             )
         return RunResult(self._out, tuple(self._done.values()))
 
@@ -181,10 +185,12 @@ def run(
     overrides: dict[str, Any],
     options: RunOptions,
     on_stage: Callable[[str, Path], None] = lambda *_: None,
+    *,
+    source: Path | None = None,
 ) -> RunResult:
     """Execute a recipe; whatever was finished when an error ends it stays, and is skipped the next time.
 
     Raises:
         P2DError: from the stage that failed.
     """
-    return RecipeRun(recipe, overrides, options, on_stage).run()
+    return RecipeRun(recipe, overrides, options, on_stage, source).run()
