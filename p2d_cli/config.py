@@ -56,6 +56,7 @@ INPUT_FIELDS = frozenset(
         "choices",
         "chat_template",
         "lm_eval_tasks",
+        "recipe",
     }
 )
 """Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
@@ -474,6 +475,7 @@ class ReportAerConfig(StageConfig):
 
     evaluations: tuple[PathSpec, ...] = setting(REQUIRED, "evaluation artifacts to compare.", panel="Input and output")
     reference: PathSpec = setting(REQUIRED, "evaluation artifact of the full fine-tuning.", panel="Input and output")
+    recipe: PathSpec | None = setting(None, "Recipe that made the runs, to be shown.", panel="Input and output")
     allow_mixed: bool = setting(False, "Compare runs of other hardware, precision or epochs too, flagged.")
 
 

@@ -138,12 +138,15 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     from p2d_cli.stages.run import run
 
     overrides = dict(settings)
-    recipe = read_recipe(Path(overrides.pop("recipe")))
+    source = Path(overrides.pop("recipe"))
+    recipe = read_recipe(source)
     if invocation.print_config:
         print_json(recipe.model_dump(mode="json", by_alias=True))
         return
     options = _run_options(invocation)
-    outcome = run(recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"))
+    outcome = run(
+        recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"), source=source
+    )
     if invocation.json:
         document = {"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]}
         print_json(document | ({"total": plan_totals(outcome.stages)} if invocation.dry_run else {}))

@@ -359,6 +359,8 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
     for row in summary["rows"]:
         table.add_row(*_report_cells(row, metric), style="bold" if row["is_reference"] else None)
     lines: list[Any] = [table]
+    if summary.get("groups"):
+        lines = [_seeds_table(summary["groups"], metric), "", table]
     if summary["reference"]["extrapolated"]:
         lines.append("the reference's time is extrapolated from measured steps")
     lines.append("* control, = reference, ! other hardware, precision or epochs")
@@ -366,6 +368,25 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
         lines.append("^ a smaller model chose the rows; its seconds are charged")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return lines
+
+
+def _seeds_table(groups: list[dict[str, Any]], metric: str | None) -> Table:
+    """Return the runs that differ in nothing but their seed, as one each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in ("over seeds", metric or "score", "lowest - highest", "AER", "speed-up", "runs"):
+        table.add_column(heading, justify="left" if heading == "over seeds" else "right", no_wrap=heading == "AER")
+    for group in groups:
+        score, ends = group["metrics"].get(metric), group["ranges"].get(metric)
+        table.add_row(
+            f"{group['name']}{' =' if group['is_reference'] else ' *' if group['is_control'] else ''}",
+            "" if score is None else _with_margin(score),
+            "" if ends is None else f"{ends[0]:.3f} - {ends[1]:.3f}",
+            f"{group['aer']:.3f}",
+            "" if group["speedup"] is None else f"{group['speedup']:.1f}x",
+            str(len(group["members"])),
+            style="bold" if group["is_reference"] else None,
+        )
+    return table
 
 
 def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:

@@ -109,6 +109,8 @@ class RunCost:
     metrics: dict[str, MetricValue]
     """The first one is the run's main metric."""
     path: str
+    label: str = ""
+    """What was trained on what, the same for runs that differ in their seed alone; the name if empty."""
 
     def stages_of(self, stage: str) -> tuple[StageCost, ...]:
         """Return the entries of one stage, each artifact once, the first entry of it."""
@@ -176,6 +178,48 @@ class AerRow:
     """Fields in which the run differs from the reference: hardware, precision, epochs, model."""
     scorer_model: str | None = None
     """The smaller model that chose the rows (weak to strong); its seconds are among the run's."""
+    precision: float | None = None
+    """Share of the chosen rows that are of the target's task, where mine-data was told which are."""
+    seed: int | None = None
+    label: str = ""
+    """See `RunCost.label`."""
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Runs that differ in nothing but their seed, as one."""
+
+    name: str
+    members: tuple[int, ...]
+    """Their places in the report's rows, from 0."""
+    seeds: tuple[int, ...]
+    aer: float
+    """Mean of the runs' ratios."""
+    speedup: float | None
+    str_ratio: float
+    metrics: dict[str, MetricValue]
+    """Mean of the runs' values, and of the ends of their intervals: seeds share the test rows, so that their mean is
+    about as uncertain as one of them."""
+    ranges: dict[str, tuple[float, float]]
+    """Lowest and highest value among the seeds, by metric."""
+    is_control: bool
+    is_reference: bool
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Which heads a score-heads artifact selected, and how it ranked them."""
+
+    method: str
+    artifact: str
+    num_layers: int
+    num_heads: int
+    selected: tuple[int, ...]
+    """`layer * num_heads + head` of each selected head."""
+    levels: str
+    """A digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest."""
+    used_by: tuple[str, ...]
+    """Names of the runs that it led to."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +233,9 @@ class AerReport:
     """What makes figures in it not strictly comparable: mixed runs, an extrapolated reference."""
     warnings: tuple[str, ...]
     """What a reader must know before believing a ranking, such as a control that does as well."""
+    groups: tuple[SeedGroup, ...] = ()
+    """Runs of several seeds as one, by AER; empty where no run was repeated with another seed."""
+    head_maps: tuple[HeadMap, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report in plain JSON types; a number that JSON cannot hold (nan, infinity) becomes None."""
@@ -261,7 +308,7 @@ def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = 
         for run, found in zip(runs, differences, strict=True)
     ]
     rows.sort(key=lambda row: (row.aer, row.name, row.path))
-    warnings = [*_reference_warnings(reference), *_unfinished_warnings(runs, reference), *_control_warnings(rows)]
+    warnings = [*_reference_warnings(reference), *_unfinished_warnings(runs, reference), *control_warnings(rows)]
     return AerReport(denominator, tuple(rows), tuple(flags), tuple(warnings))
 
 
@@ -337,12 +384,26 @@ def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
         is_reference=False,
         mixed=mixed,
         scorer_model=next((cost.settings["scorer_model"] for cost in charged if "scorer_model" in cost.settings), None),
+        precision=_precision(run),
+        seed=seed_of(run),
+        label=run.label,
     )
+
+
+def seed_of(run: RunCost) -> int | None:
+    """Return the seed of a run's training, where it says one."""
+    seed: int | None = _trained(run, "seed")
+    return seed
+
+
+def _precision(run: RunCost) -> float | None:
+    found = [cost.settings.get("precision") for cost in run.stages_of("mine-data")]
+    return found[-1] if found else None
 
 
 def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
     """Return the reference's own row: its training alone, at AER 1 by definition."""
-    training_only = RunCost(run.name, run.stages_of("train"), run.metrics, run.path)
+    training_only = replace(run, stages=run.stages_of("train"))
     return replace(
         _row(training_only, denominator.seconds, ()),
         train_seconds=denominator.seconds,
@@ -388,7 +449,7 @@ def _unfinished_warnings(runs: Sequence[RunCost], reference: RunCost) -> list[st
     ]
 
 
-def _control_warnings(rows: Sequence[AerRow]) -> list[str]:
+def control_warnings(rows: Sequence[AerRow] | Sequence[SeedGroup]) -> list[str]:
     """Say of each method which controls cost no more than it and score no worse on its main metric."""
     controls = [row for row in rows if row.is_control and not row.is_reference]
     found = []
@@ -403,7 +464,7 @@ def _control_warnings(rows: Sequence[AerRow]) -> list[str]:
     return found
 
 
-def _as_good(control: AerRow, row: AerRow, metric: str) -> bool:
+def _as_good(control: AerRow | SeedGroup, row: AerRow | SeedGroup, metric: str) -> bool:
     if metric not in control.metrics:
         return False
     ours, theirs = control.metrics[metric].value, row.metrics[metric].value

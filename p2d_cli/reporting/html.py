@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from p2d_cli.core.aer import AerReport, AerRow
+from p2d_cli.reporting.head_maps import HEAD_MAP_STYLE, head_maps_html
 from p2d_cli.reporting.scatter import KIND_NAMES, Label, Layout, Point, scatter_layout, tick_texts
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
+    SEEDS_EXPLAINED,
     better_is,
     columns,
+    group_columns,
+    group_mark,
     main_metric,
     marks_of,
     marks_used,
@@ -95,6 +99,8 @@ dl.marks dt .mark { margin: 0; } dl.marks dd { margin: 0; color: var(--muted); }
 .score-heads { background: var(--score-heads); }
 .mine-data { background: var(--mine-data); } .train { background: var(--train); }
 code { font: 12.5px ui-monospace, SFMono-Regular, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+pre { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Consolas, "Liberation Mono", monospace; overflow-x: auto;
+  background: var(--panel); padding: 12px 16px; }
 ol.artifacts { padding-left: 28px; } ol.artifacts li { margin: 2px 0; overflow-wrap: anywhere; }
 @media (max-width: 720px) {
   main { padding: 20px 16px 48px; } h1 { font-size: 22px; }
@@ -114,23 +120,31 @@ ol.artifacts { padding-left: 28px; } ol.artifacts li { margin: 2px 0; overflow-w
 """
 
 
-def aer_html(report: AerReport) -> str:
-    """Return the comparison as an HTML document that needs nothing but itself."""
+def aer_html(report: AerReport, *, recipe: str | None = None) -> str:
+    """Return the comparison as an HTML document that needs nothing but itself.
+
+    Args:
+        report: what to show.
+        recipe: the text of the recipe that made the runs, if one did.
+    """
     sections = [
         _header(report),
         _notice("Warnings", report.warnings),
         _notice("Not strictly comparable", report.flags),
         _section("Score against cost", _scatter(report)),
+        _section("Over seeds", _group_table(report) if report.groups else ""),
         _section("All runs, lowest AER first", _main_table(report) + _marks(report)),
         _section("Where the time went", _bars(report)),
+        _section("Which heads", head_maps_html(report.head_maps)),
         _section("Other scores", _score_table(report) if other_metrics(report) else ""),
         _section("Artifacts", _artifacts(report)),
+        _section("The recipe that made it all", _recipe(recipe)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Adaptation efficiency</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+        f"<style>{_STYLE}{HEAD_MAP_STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -208,6 +222,27 @@ def _marks(report: AerReport) -> str:
         for mark in marks_used(report)
     )
     return f'<dl class="marks">\n{"".join(items)}</dl>\n'
+
+
+def _group_table(report: AerReport) -> str:
+    shown = group_columns(report)
+    headings = "".join(f"<th>{escape(column.heading)}</th>" for column in shown)
+    lines = []
+    for group in report.groups:
+        mark = group_mark(group)
+        name = escape(group.name) + (f' <span class="mark">{mark}</span>' if mark else "")
+        cells = "".join(
+            f'<td data-label="{escape(column.heading)}">{escape(column.cell(group))}</td>' for column in shown
+        )
+        lines.append(f'<tr{_class("is-reference", group.is_reference)}><td class="name">{name}</td>{cells}</tr>\n')
+    return (
+        f'<p class="muted">{escape(SEEDS_EXPLAINED)}</p>\n<div class="scroll"><table class="main seeds">\n<thead><tr>'
+        f'<th class="name">Runs</th>{headings}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n</table></div>\n'
+    )
+
+
+def _recipe(recipe: str | None) -> str:
+    return "" if recipe is None else f"<details><summary>Show it</summary>\n<pre>{escape(recipe)}</pre></details>\n"
 
 
 def _artifacts(report: AerReport) -> str:

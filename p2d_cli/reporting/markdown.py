@@ -9,8 +9,11 @@ from p2d_cli.core.aer import AerReport, AerRow
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
+    SEEDS_EXPLAINED,
     Mark,
     columns,
+    group_columns,
+    group_mark,
     main_metric,
     marks_of,
     marks_used,
@@ -26,7 +29,10 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
 
 def aer_markdown(report: AerReport) -> str:
     """Return the comparison as a Markdown document: the table by AER, its legend, warnings, and the artifacts."""
-    parts = ["# Adaptation efficiency", escape(reference_sentence(report)), _main_table(report), _legend(report)]
+    parts = ["# Adaptation efficiency", escape(reference_sentence(report))]
+    if report.groups:
+        parts += ["## Over seeds", escape(SEEDS_EXPLAINED), _group_table(report), "## Each run"]
+    parts += [_main_table(report), _legend(report)]
     if report.warnings:
         parts += ["## Warnings", _bullets(report.warnings)]
     if report.flags:
@@ -56,6 +62,16 @@ def _main_table(report: AerReport) -> str:
         for number, row in enumerate(report.rows, start=1)
     ]
     return _table(["no.", "Run", *(escape(column.heading) for column in shown)], lines)
+
+
+def _group_table(report: AerReport) -> str:
+    shown = group_columns(report)
+    lines = []
+    for number, group in enumerate(report.groups, start=1):
+        mark = group_mark(group)
+        name = f"{escape(group.name)} {SIGNS[mark] if mark else ''}".rstrip()
+        lines.append([str(number), name, *(column.cell(group) for column in shown)])
+    return _table(["no.", "Runs", *(escape(column.heading) for column in shown)], lines)
 
 
 def _score_table(report: AerReport) -> str:

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, MetricValue
+from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, MetricValue, SeedGroup
 
 MISSING = "–"
+SEEDS_EXPLAINED = (
+    "Runs that differ in nothing but their seed, as one: the mean of their scores, and of the ends of their intervals,"
+    " since all seeds are judged by the same test rows."
+)
 DEFINITION = (
     "AER = (score-heads + mine-data + train) / full fine-tuning on all the data, in wall seconds; lower is better."
     " Speed-up = 1 / AER. STR = (score-heads + mine-data) / full fine-tuning."
@@ -57,6 +61,8 @@ def columns(report: AerReport) -> tuple[Column, ...]:
     """Return the columns that stand to the right of the run's name, most important first."""
     metric = main_metric(report)
     score = () if metric is None else (Column(metric, "95% interval", lambda row: score_text(row.metrics.get(metric))),)
+    knows_truth = any(row.precision is not None for row in report.rows)
+    precision = (Column("Precision", "", lambda row: precision_text(row.precision)),) if knows_truth else ()
     return (
         *score,
         Column("AER", "", lambda row: ratio_text(row.aer)),
@@ -64,6 +70,7 @@ def columns(report: AerReport) -> tuple[Column, ...]:
         Column("STR", "", lambda row: ratio_text(row.str_ratio)),
         Column("Heads", "", lambda row: share_text(row.head_share)),
         Column("Rows", "", lambda row: share_text(row.row_share)),
+        *precision,
         Column("Parameters", "", lambda row: share_text(row.trainable_share)),
         Column("score-heads", "s", lambda row: seconds_text(row.score_heads_seconds)),
         Column("mine-data", "s", lambda row: seconds_text(row.mine_data_seconds)),
@@ -71,6 +78,37 @@ def columns(report: AerReport) -> tuple[Column, ...]:
         Column("Total", "s", lambda row: seconds_text(row.total_seconds)),
         Column("Peak", "GiB", lambda row: MISSING if row.peak_gib is None else f"{row.peak_gib:.2f}"),
     )
+
+
+@dataclass(frozen=True)
+class GroupColumn:
+    """One column of the table of runs over several seeds."""
+
+    heading: str
+    cell: Callable[[SeedGroup], str]
+
+
+def group_columns(report: AerReport) -> tuple[GroupColumn, ...]:
+    """Return the columns that stand to the right of a group's name."""
+    metric = main_metric(report)
+    score: tuple[GroupColumn, ...] = ()
+    if metric is not None:
+        score = (
+            GroupColumn(f"{metric} (mean, 95% interval)", lambda group: score_text(group.metrics.get(metric))),
+            GroupColumn("lowest to highest seed", lambda group: range_text(group.ranges.get(metric))),
+        )
+    return (
+        *score,
+        GroupColumn("AER", lambda group: ratio_text(group.aer)),
+        GroupColumn("Speed-up", lambda group: speedup_text(group.speedup)),
+        GroupColumn("STR", lambda group: ratio_text(group.str_ratio)),
+        GroupColumn("Runs", lambda group: str(len(group.members))),
+    )
+
+
+def group_mark(group: SeedGroup) -> Mark | None:
+    """Return the mark that a group carries."""
+    return "reference" if group.is_reference else "control" if group.is_control else None
 
 
 def marks_of(row: AerRow, report: AerReport) -> tuple[Mark, ...]:
@@ -125,6 +163,19 @@ def score_text(metric: MetricValue | None) -> str:
     if math.isnan(metric.low) or math.isnan(metric.high):
         return number_text(metric.value)
     return f"{number_text(metric.value)} [{number_text(metric.low)}, {number_text(metric.high)}]"
+
+
+def range_text(ends: tuple[float, float] | None) -> str:
+    """Return `low to high`, or one number where they are the same."""
+    if ends is None:
+        return MISSING
+    low, high = map(number_text, ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def precision_text(precision: float | None) -> str:
+    """Return a share of rows as a fraction of one."""
+    return MISSING if precision is None else f"{precision:.3f}"
 
 
 def ratio_text(ratio: float) -> str:

@@ -5,20 +5,22 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2d_cli.artifacts.content import check_content
-from p2d_cli.artifacts.digests import digest_json
+from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.evaluation import metric_values
 from p2d_cli.artifacts.manifest import InputEntry, Manifest
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare
-from p2d_cli.errors import ArtifactError, UnavailableError
+from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare, seed_of
+from p2d_cli.core.report_views import with_views
+from p2d_cli.errors import ArtifactError, DataError, UnavailableError, first_line
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 
@@ -34,8 +36,22 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
     # The reference is compared with itself too, so that its row stands in the table.
     specs = list(dict.fromkeys([*config.evaluations, config.reference]))
     runs = [_open_run(job, f"evaluation {number}", spec) for number, spec in enumerate(specs, start=1)]
-    report = compare(_distinct_names(runs), _named_like(reference, runs), allow_mixed=config.allow_mixed)
+    runs = _distinct_names(runs)
+    report = compare(runs, _named_like(reference, runs), allow_mixed=config.allow_mixed)
+    report = with_views(report, runs)
+    if config.recipe is not None:
+        _read_recipe(config.recipe)
+        job.inputs["recipe"] = InputEntry(
+            kind="recipe", digest=digest_file(Path(config.recipe).expanduser()), source=config.recipe
+        )
     return job.complete(lambda folder: _compute(job, report, folder))
+
+
+def _read_recipe(spec: str) -> str:
+    try:
+        return Path(spec).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"cannot read the recipe {spec}: {first_line(problem)}") from None
 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
@@ -61,11 +77,12 @@ def run_cost(manifest: Manifest, path: str) -> RunCost:
             hint="redo the stages that led to it",
         ) from None
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
-    return RunCost(name=_describe(stages), stages=stages, metrics=metric_values(manifest.summary["metrics"]), path=path)
+    name, metrics = _describe(stages), metric_values(manifest.summary["metrics"])
+    return RunCost(name=name, stages=stages, metrics=metrics, path=path, label=name)
 
 
 class _Settings(BaseModel):
-    """What a report takes from the settings of a training."""
+    """What a report takes from the settings of a stage."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -75,6 +92,11 @@ class _Settings(BaseModel):
     data_method: str | None = None
     row_share: float | None = None
     trainable_share: float | None = None
+    seed: int | None = None
+    precision: float | None = None
+    shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
+    selected: list[Annotated[int, Field(ge=0)]] = []
+    levels: Annotated[str, Field(pattern="^[0-9]*$")] = ""
 
 
 class _Entry(BaseModel):
@@ -109,19 +131,18 @@ def _describe(stages: tuple[StageCost, ...]) -> str:
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
-    """Add the artifact's folder name where several runs would be called the same."""
-    from dataclasses import replace
-
+    """Tell apart runs that would be called the same: by their seeds, else by the names of their folders."""
+    seeded = [f"{run.name}, seed {seed}" if (seed := seed_of(run)) is not None else run.name for run in runs]
+    named = [f"{run.name} ({Path(run.path).name})" for run in runs]
     names = [run.name for run in runs]
     return [
-        replace(run, name=f"{run.name} ({Path(run.path).name})") if names.count(run.name) > 1 else run for run in runs
+        replace(run, name=seed if seeded.count(seed) == 1 else folder) if names.count(run.name) > 1 else run
+        for run, seed, folder in zip(runs, seeded, named, strict=True)
     ]
 
 
 def _named_like(reference: RunCost, runs: list[RunCost]) -> RunCost:
-    from dataclasses import replace
-
-    same = next(run for run in _distinct_names(runs) if run.path == reference.path)
+    same = next(run for run in runs if run.path == reference.path)
     return replace(reference, name=same.name)
 
 
@@ -131,7 +152,8 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
 
     with job.timer.phase("save"):
         document = {"schema": "p2d.aer/1", **report.to_dict()}
-        save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report))
+        recipe = None if job.config.recipe is None else _read_recipe(job.config.recipe)
+        save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report, recipe=recipe))
         _draw(job, report, folder)
     return Outcome(
         summary=report.to_dict(),

@@ -73,6 +73,7 @@ class RecipeRun:
         overrides: settings from flags, which hold for every stage that has them.
         options: how to run.
         on_stage: told the stage and its folder before each one.
+        source: the recipe's file, which the report shows.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class RecipeRun:
         overrides: dict[str, Any],
         options: RunOptions,
         on_stage: Callable[[str, Path], None],
+        source: Path | None = None,
     ) -> None:
         self._recipe = recipe
         self._overrides = {key: value for key, value in overrides.items() if key != "out"}
@@ -93,6 +95,7 @@ class RecipeRun:
             raise UsageError(f"--out: {problem}") from None
         self._options = replace(options, replace_stale=True)
         self._on_stage = on_stage
+        self._source = source
         self._done: dict[Path, StageResult] = {}
         self._planned: dict[str, StageConfig] = {}
         """Settings of the stages that this dry run has only planned, by their folder."""
@@ -110,6 +113,7 @@ class RecipeRun:
                 self._out / "report",
                 evaluations=tuple(str(folder) for folder in evaluations),
                 reference=str(full),
+                recipe=None if self._source is None else str(self._source),
             )
         return RunResult(self._out, tuple(self._done.values()))
 
@@ -168,7 +172,7 @@ class RecipeRun:
 
     def _mining_heads(self, seed: int) -> Path:
         """Return the heads that mine: those of the model that reads the rows."""
-        method = self._recipe.score_heads.get("method", "auto")
+        method = self._head_method()
         reader = self._recipe.table("mine-data").get("scorer_model")
         if reader is None:
             return self._heads(method, seed)
@@ -245,10 +249,12 @@ def run(
     overrides: dict[str, Any],
     options: RunOptions,
     on_stage: Callable[[str, Path], None] = lambda *_: None,
+    *,
+    source: Path | None = None,
 ) -> RunResult:
     """Execute a recipe; whatever was finished when an error ends it stays, and is skipped the next time.
 
     Raises:
         P2DError: from the stage that failed.
     """
-    return RecipeRun(recipe, overrides, options, on_stage).run()
+    return RecipeRun(recipe, overrides, options, on_stage, source).run()

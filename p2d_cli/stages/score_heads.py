@@ -91,7 +91,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
     repeat = repeatability(scored.repeats_RLH, budget)
     return Outcome(
         summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | scored.notes,
-        settings={"method": inputs.method, "ratio": config.ratio},
+        settings={"method": inputs.method, "ratio": config.ratio} | _map(heads),
         precision=scored.precision,
         device=scored.device,
         tokens=scored.tokens,
@@ -133,6 +133,17 @@ def _selection(heads: HeadScores) -> dict[str, object]:
         "groups_touched": int(shape.groups_of(heads.selected_LH).sum()),
         "groups_total": shape.num_layers * shape.num_groups,
         "layers_touched": int(heads.selected_LH.any(axis=1).sum()),
+    }
+
+
+def _map(heads: HeadScores) -> dict[str, object]:
+    """Return what a report draws of the heads, small enough to travel in every later manifest."""
+    from p2d_cli.core.report_views import head_levels
+
+    return {
+        "shape": list(heads.scores_LH.shape),
+        "selected": np.flatnonzero(heads.selected_LH).tolist(),
+        "levels": head_levels(heads.scores_LH),
     }
 
 

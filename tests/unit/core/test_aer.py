@@ -277,7 +277,7 @@ def test_a_report_becomes_valid_json_with_every_field_of_its_rows():
     unknown = replace(_method(), metrics={"exact_match": MetricValue(0.5, math.nan, math.nan, 1)})
     document = compare([unknown], _full()).to_dict()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert set(document) == {"reference", "rows", "flags", "warnings"}
+    assert set(document) == {"reference", "rows", "flags", "warnings", "groups", "head_maps"}
     row, full = document["rows"]
     assert row["metrics"]["exact_match"] == {"value": 0.5, "low": None, "high": None, "count": 1}
     assert (row["aer"], row["mixed"], full["is_reference"]) == (pytest.approx(0.16), [], True)

@@ -3,12 +3,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.aer import HeadMap, MetricValue, SeedGroup
 from p2d_cli.reporting.html import aer_html
 from p2d_cli.reporting.table import columns
 
 HOSTILE = "<script>alert(1)</script>\"'&<!-- ${x} é 漢"
-VOID = {"meta", "br", "line", "circle", "polyline", "polygon"}
+VOID = {"meta", "br", "line", "circle", "polyline", "polygon", "rect", "path"}
+GROUP = SeedGroup(
+    name="p2d", members=(0,), seeds=(0, 1), aer=0.12, speedup=1 / 0.12, str_ratio=0.1,
+    metrics={"exact_match": MetricValue(0.6, 0.5, 0.7, 50)}, ranges={"exact_match": (0.55, 0.65)},
+    is_control=False, is_reference=False,
+)  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -140,3 +145,33 @@ def test_other_scores_have_their_own_table(row, make_report):
     assert any(e["text"] == "Other scores" for e in page.all("h2"))
     assert any(e["text"] == "token_f1" for e in page.all("th"))
     assert not any(e["text"] == "Other scores" for e in Page(aer_html(make_report(row("a")))).all("h2"))
+
+
+def test_runs_of_several_seeds_stand_first(row, make_report):
+    page = Page(aer_html(make_report(row("a"), groups=(GROUP,))))
+    [table] = page.all("table", class_="main seeds")
+    for words in ("p2d", "0.600 [0.500, 0.700]", "0.550 to 0.650", "0.120", "8.33×"):
+        assert words in table["text"]
+    titles = [e["text"] for e in page.all("h2")]
+    assert titles.index("Over seeds") < titles.index("All runs, lowest AER first")
+
+
+def test_heads_are_drawn_side_by_side(row, make_report):
+    maps = (
+        HeadMap("pad", "a", 2, 3, (4,), "013589", ("one", "two", "three", "four")),
+        HeadMap(HOSTILE, "b", 1, 2, (0, 1), "90", (HOSTILE,)),
+    )
+    page = Page(aer_html(make_report(row("a"), head_maps=maps)))
+    first, second = (e for e in page.all("figure") if "maps" in str(e["inside"]) or e["text"].count(" heads"))
+    assert first["text"].split("\n")[0] == "pad: 1 of 6 headsone, two, three and 1 more"
+    assert HOSTILE in second["text"]
+    chosen = [e["attributes"]["d"] for e in page.all("path", class_="chosen")]
+    assert chosen == ["M10 10h10v10h-10z", "M0 0h10v10h-10zM10 0h10v10h-10z"]
+    shades = [float(e["attributes"]["opacity"]) for e in page.all("path", class_="level")]
+    assert shades == pytest.approx([1 / 9, 3 / 9, 5 / 9, 8 / 9, 1.0, 1.0], abs=0.01)
+
+
+def test_the_recipe_is_shown_as_it_is(report):
+    page = Page(aer_html(report, recipe="[grid]\nheads = ['<b>']\n"))
+    assert page.all("pre")[0]["text"] == "[grid]\nheads = ['<b>']\n"
+    assert not Page(aer_html(report)).all("pre")

@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from p2d_cli.core.aer import MetricValue, RunCost, StageCost, compare
+from p2d_cli.core.report_views import head_levels, with_views
+
+TRAINED = {"scope": "heads", "head_share": 0.1, "row_share": 0.1, "learning_rate": 3e-3}
+
+
+def run(name, seed, seconds, score, *, heads="pad", data="p2d", **settings):
+    train = TRAINED | {"heads_method": heads, "data_method": data, "seed": seed, "trainable_share": 0.02 + seed}
+    return RunCost(
+        name=f"{name}, seed {seed}",
+        stages=(
+            StageCost("mine-data", f"d{name}{seed}", {"mine": 10.0}, "H", "float32", settings={"method": data}),
+            StageCost("train", f"t{name}{seed}", {"train": seconds}, "H", "float32", settings=train | settings),
+        ),
+        metrics={"exact_match": MetricValue(score, score - 0.1, score + 0.2, 50)},
+        path=f"runs/{name}{seed}",
+        label=name,
+    )
+
+
+FULL = replace(
+    run("full", 0, 1000.0, 0.9, heads=None, data="full"),
+    stages=(StageCost("train", "full", {"train": 1000.0}, "H", "float32", settings={"scope": "full", "seed": 0}),),
+)
+
+
+def views(*runs):
+    return with_views(compare([*runs, FULL], FULL), [*runs, FULL])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one():
+    report = views(run("p2d", 0, 90.0, 0.5), run("p2d", 1, 190.0, 0.7), run("p2d", 2, 290.0, 0.6))
+    group, full = report.groups
+    assert (group.name, group.seeds, full.is_reference) == ("p2d", (0, 1, 2), True)
+    assert group.aer == pytest.approx((100 + 200 + 300) / 3 / 1000)
+    assert group.speedup == pytest.approx(5.0)
+    assert group.metrics["exact_match"] == MetricValue(pytest.approx(0.6), pytest.approx(0.5), pytest.approx(0.8), 50)
+    assert group.ranges["exact_match"] == (0.5, 0.7)
+    assert [report.rows[place].label for place in group.members] == ["p2d"] * 3
+
+
+def test_another_learning_rate_makes_another_group():
+    report = views(run("p2d", 0, 90.0, 0.5), run("p2d", 1, 90.0, 0.7, learning_rate=1e-2), run("p2d", 2, 90.0, 0.5))
+    assert sorted(len(group.members) for group in report.groups) == [1, 1, 2]
+
+
+def test_there_are_no_groups_without_a_second_seed():
+    report = views(run("p2d", 0, 90.0, 0.5), run("other", 1, 90.0, 0.7, heads="readout"))
+    assert report.groups == ()
+
+
+def test_with_seeds_a_control_is_held_against_the_means():
+    """Seed by seed the control wins once; on average it loses."""
+    method = [run("p2d", seed, 90.0, score) for seed, score in enumerate((0.5, 0.9))]
+    control = [run("random", seed, 80.0, score, heads="random", data="random") for seed, score in enumerate((0.6, 0.6))]
+    assert compare([*method, *control, FULL], FULL).warnings
+    assert not views(*method, *control).warnings
+    worse = [run("p2d", seed, 90.0, score) for seed, score in enumerate((0.5, 0.6))]
+    [warning] = views(*worse, *control).warnings
+    assert warning.startswith("'p2d' is not better than a control: 'random'")
+
+
+def test_each_map_of_heads_is_there_once_with_its_users():
+    scored = StageCost(
+        "score-heads", "h", {"score": 1.0}, "H", "float32",
+        settings={"method": "pad", "shape": [2, 3], "selected": [4], "levels": "013589"},
+    )  # fmt: skip
+    runs = [replace(found, stages=(scored, *found.stages)) for found in (run("a", 0, 9.0, 0.5), run("b", 0, 9.0, 0.5))]
+    [found] = views(*runs).head_maps
+    assert (found.method, found.num_layers, found.num_heads, found.selected) == ("pad", 2, 3, (4,))
+    assert found.used_by == ("a, seed 0", "b, seed 0")
+
+
+@given(arrays.arrays(np.float32, (4, 6), elements=st.floats(-9, 9, width=32)))
+def test_levels_follow_the_scores(scores_LH):
+    levels = [int(level) for level in head_levels(scores_LH)]
+    flat = scores_LH.ravel()
+    for one in range(flat.size):
+        assert levels[one] == 10 * int((flat < flat[one]).sum()) // flat.size
