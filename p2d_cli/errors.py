@@ -68,6 +68,10 @@ class StoppedEarlyError(P2DError):
     exit_code = 75
 
 
+class PeerLostError(StoppedEarlyError):
+    """Another process of the same command is gone without saying why; what was finished is kept."""
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 EXIT_CODES: dict[int, str] = {

@@ -58,19 +58,22 @@ def _fail_internally(problem: Exception) -> None:
 
 
 def _fail(problem: P2DError) -> None:
+    from p2d_cli.cli.ranks import exit_note, speaking
     from p2d_cli.cli.render import print_error, print_json
 
-    if "--json" in sys.argv:
-        print_json(
-            {
-                "status": "error",
-                "exit_code": problem.exit_code,
-                "meaning": EXIT_CODES[problem.exit_code],
-                "message": problem.message,
-                "hint": problem.hint,
-            }
-        )
-    print_error(problem)
+    with speaking(problem) as speaks:
+        if speaks and "--json" in sys.argv:
+            print_json(
+                {
+                    "status": "error",
+                    "exit_code": problem.exit_code,
+                    "meaning": EXIT_CODES[problem.exit_code],
+                    "message": problem.message,
+                    "hint": problem.hint,
+                }
+            )
+        if speaks:
+            print_error(problem, exit_note(problem.exit_code))
     raise typer.Exit(problem.exit_code)
 
 
@@ -99,7 +102,12 @@ def _run_options(invocation: Invocation) -> Any:
     from p2d_cli.cli.render import progress_for
     from p2d_cli.stages.execution import RunOptions
 
-    return RunOptions(force=invocation.force, dry_run=invocation.dry_run, progress=progress_for(quiet=invocation.quiet))
+    return RunOptions(
+        force=invocation.force,
+        dry_run=invocation.dry_run,
+        progress=progress_for(quiet=invocation.quiet),
+        rank_logs=bool(invocation.verbose),
+    )
 
 
 def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ trains the attention on about a hundred rows instead, and charges it to the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class AttentionProxy:
         lr: AdamW's learning rate, constant, without weight decay, which would move every head alike.
         projections: what is trained, of q, k, v, o; in fused modules too, only their rows.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        sum_over_ranks: adds up tensors over the processes that share the rows of each step, in place. They all take
+            the step that one process would take with all of its rows.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class AttentionProxy:
         lr: float,
         projections: Sequence[ProjectionName] = ("q", "k", "v"),
         max_grad_norm: float | None = 1.0,
+        sum_over_ranks: Callable[[Sequence[torch.Tensor]], None] = lambda _: None,
     ) -> None:
         self._model = model
         self._layout = tuple(layout)
         self._max_grad_norm = max_grad_norm
+        self._sum_over_ranks = sum_over_ranks
         parts = [layer.projection(name) for layer in layout for name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
@@ -54,26 +58,37 @@ class AttentionProxy:
         self._frozen_rows = _frozen_rows(self._layout, projections, self._base)
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=lr, weight_decay=0.0)
 
-    def steps(self, batches: Iterable[Batch]) -> Iterator[float]:
+    def steps(self, batches: Iterable[Batch | None]) -> Iterator[float]:
         """Take one optimizer step for each batch.
 
         Args:
-            batches: see `p2d_cli.modeling.gradients`.
+            batches: this process's rows of each step, see `p2d_cli.modeling.gradients`; None where it has none.
 
         Yields:
-            The mean loss of the batch's completion tokens before its step.
+            The mean loss of the step's completion tokens before it.
 
         Raises:
             NonFiniteError: a loss is not finite; the model has been restored.
         """
         for number, batch in enumerate(batches, start=1):
             with trainable_only(self._model, self._live.values()):
-                sums_B, counts_B = example_losses(self._model, batch)
-                loss = sums_B.sum() / counts_B.sum()
-                self._require_finite(loss, number)
-                gradients = torch.autograd.grad(loss, list(self._live.values()))
+                loss, gradients = self._differentiate(batch, number)
             self._update(gradients)
-            yield loss.item()
+            yield loss
+
+    def _differentiate(self, batch: Batch | None, number: int) -> tuple[float, list[torch.Tensor]]:
+        """Return the mean loss of a step over all processes, and this process's share of its gradient."""
+        sums_B, counts_B = (None, None) if batch is None else example_losses(self._model, batch)
+        device = next(iter(self._live.values())).device
+        totals = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        if sums_B is not None and counts_B is not None:
+            totals += torch.stack([sums_B.detach().sum(), counts_B.sum()]).to(totals)
+        self._sum_over_ranks([totals])
+        loss = totals[0] / totals[1]
+        self._require_finite(loss, number)
+        if sums_B is None:
+            return loss.item(), [torch.zeros_like(weight) for weight in self._live.values()]
+        return loss.item(), list(torch.autograd.grad(sums_B.sum() / totals[1].to(sums_B), list(self._live.values())))
 
     def base_weights(self, layer: int) -> LayerWeights:
         """Return the q, k, v weights of a layer as they were, in the model's dtype."""
@@ -109,6 +124,7 @@ class AttentionProxy:
                 master.grad = gradient.to(master.dtype)
                 if name in self._frozen_rows:
                     master.grad[self._frozen_rows[name]] = 0
+            self._sum_over_ranks([master.grad for master in self._masters.values() if master.grad is not None])
             if self._max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_grad_norm)
             self._optimizer.step()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -31,11 +32,20 @@ from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError
+from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
-from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
-from p2d_cli.runtime.progress import Progress, SilentProgress
+from p2d_cli.runtime import distributed
+from p2d_cli.runtime.hardware import (
+    combine_hardware,
+    describe_hardware,
+    highest_memory_gib,
+    package_versions,
+    peak_memory_gib,
+    synchronizer,
+    whereabouts,
+)
+from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
 
 
@@ -50,6 +60,8 @@ class RunOptions:
     dry_run: bool = False
     """Say what would be done, and do nothing."""
     progress: Progress = field(default_factory=SilentProgress)
+    rank_logs: bool = False
+    """Whether ranks other than the first, which show nothing, write a log beside the output."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,20 @@ class Outcome:
     """Whether the stage is a cost that a run is charged for."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 decided: the result if there is nothing to do, else where the work goes."""
+
+    result: StageResult | None = None
+    folder: Path = Path()
+    unfinished: Path = Path()
+
+
 class StageRun(Generic[ConfigT]):
-    """One run of one stage."""
+    """One run of one stage, on one rank or several that share it.
+
+    Rank 0 decides whether there is anything to do, holds the lock, and writes the artifact.
+    """
 
     def __init__(self, stage: str, resolved: Resolved[ConfigT], options: RunOptions) -> None:
         self.stage = stage_named(stage)
@@ -94,7 +118,7 @@ class StageRun(Generic[ConfigT]):
         self.resolved = resolved
         self.config = resolved.config
         self.options = options
-        self.progress = options.progress
+        self.progress = self._progress()
         self.timer = PhaseTimer()
         self.inputs: dict[str, InputEntry] = {}
         self.manifests: dict[str, Manifest] = {}
@@ -113,6 +137,11 @@ class StageRun(Generic[ConfigT]):
         trained = trained_prompt(self)
         return (trained["system"] if given is None and trained is not None else given) or None
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the artifact; the other ranks only share the work."""
+        return distributed.is_main_process()
+
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
         self.timer.synchronize_with(synchronizer(device))
@@ -126,7 +155,7 @@ class StageRun(Generic[ConfigT]):
         if is_artifact(files.folder):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
             self._inherit(self.manifests[name])
-        identity = identify_model(files)
+        identity = distributed.from_main(lambda: identify_model(files))
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
         self.inputs[name] = InputEntry(
             kind="model", digest=digest_json(entry), source=spec, details=identity.model_dump(mode="json")
@@ -226,26 +255,75 @@ class StageRun(Generic[ConfigT]):
             raise RuntimeError("a stage keeps unfinished work while it computes, not before")
         return self._unfinished
 
-    def complete(self, compute: Callable[[Path], Outcome]) -> StageResult:
+    def complete(self, compute: Callable[[Path], Outcome], *, alone: bool = False) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
         Args:
-            compute: writes the payload into the folder it is given.
+            compute: writes the payload into the folder it is given, on rank 0; all ranks call it, and share its work.
+            alone: whether there is no work to share: only rank 0 calls `compute`, and the others wait for it.
         """
         identity = self._identity()
         key = artifact_key(identity)
+        with ExitStack() as held:
+            plan = distributed.from_main(lambda: self._decide(identity, key, held))
+            if plan.result is not None:
+                return replace(plan.result, wall_seconds=time.perf_counter() - self._started)
+            self._ensure_same_everywhere(identity)
+            self._unfinished = plan.unfinished
+            manifest = self._shared(compute, plan, key, identity, alone=alone)
+        return self._result("done", key, manifest)
+
+    def _progress(self) -> Progress:
+        """Return what the stage reports to; a rank that shows nothing may keep a log of its own."""
+        if self.is_main or not self.options.rank_logs:
+            return self.options.progress
+        out = self.config.out
+        return LogProgress(out.with_name(f".{out.name}.rank{distributed.rank()}.log"))
+
+    def _decide(self, identity: dict[str, Any], key: str, held: ExitStack) -> _Plan:
+        """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
         current = None if self.options.force else find_current(self.config.out, self.kind, key)
         if current is not None:
-            return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
+            return _Plan(self._result("would-skip" if self.options.dry_run else "up-to-date", key, current))
         self._ensure_room(identity)
         if self.options.dry_run:
-            return self._result("would-run", key, None)
-        with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
-            self._unfinished = place.unfinished
-            outcome = compute(place.folder)
-            manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
-            place.commit(manifest)
-        return self._result("done", key, manifest)
+            return _Plan(self._result("would-run", key, None))
+        self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
+        return _Plan(folder=self._draft.folder, unfinished=self._draft.unfinished)
+
+    def _ensure_same_everywhere(self, identity: dict[str, Any]) -> None:
+        """Refuse to share work between machines that see other rows, or settings."""
+        for number, other in enumerate(distributed.exchange(identity)):
+            if differences := identity_differences(identity, other):
+                raise DataError(
+                    f"rank {number} and rank {distributed.rank()} see different {', '.join(differences)}",
+                    hint="give all machines the same files, on a file system that they share, and the same settings",
+                )
+
+    def _shared(
+        self, compute: Callable[[Path], Outcome], plan: _Plan, key: str, identity: dict[str, Any], *, alone: bool
+    ) -> Manifest:
+        """Do the work and commit it; every rank gets the manifest."""
+
+        def commit(outcome: Outcome, places: Sequence[_Here]) -> Manifest:
+            return self._commit(key, identity, outcome, places)
+
+        def finish() -> Manifest:
+            outcome = compute(plan.folder)
+            return commit(outcome, [_here(outcome.device)])
+
+        if alone:
+            return distributed.from_main(finish)
+        with distributed.explained_losses():
+            outcome = compute(plan.folder)
+        places = distributed.exchange(_here(outcome.device))
+        return distributed.from_main(lambda: commit(outcome, places))
+
+    def _commit(self, key: str, identity: dict[str, Any], outcome: Outcome, places: Sequence[_Here]) -> Manifest:
+        outputs = self._draft.describe_outputs(outcome.decoration)
+        manifest = self._manifest(key, identity, outcome, outputs, places)
+        self._draft.commit(manifest)
+        return manifest
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -265,9 +343,16 @@ class StageRun(Generic[ConfigT]):
     def _inherit(self, manifest: Manifest) -> None:
         self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
 
-    def _manifest(self, key: str, identity: dict[str, Any], outcome: Outcome, outputs: dict[str, Any]) -> Manifest:
-        hardware = describe_hardware(outcome.device)
-        peak = peak_memory_gib(outcome.device)
+    def _manifest(
+        self,
+        key: str,
+        identity: dict[str, Any],
+        outcome: Outcome,
+        outputs: dict[str, Any],
+        places: Sequence[_Here],
+    ) -> Manifest:
+        hardware = combine_hardware([place.hardware for place in places], [place.where for place in places])
+        peak = highest_memory_gib([place.peak_gib for place in places])
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
         cost = StageCost(
             stage=self.stage.name,
@@ -319,6 +404,19 @@ class StageRun(Generic[ConfigT]):
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
         )
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What one rank ran on, and the most memory that it had in use."""
+
+    hardware: dict[str, Any]
+    where: tuple[str, str]
+    peak_gib: dict[str, float]
+
+
+def _here(device: str) -> _Here:
+    return _Here(describe_hardware(device), whereabouts(device), peak_memory_gib(device))
 
 
 def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     open_adapter(job, config.adapter)
     if "adapter" in job.manifests and (shown := job.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
-    return job.complete(lambda folder: _compute(job, base, adapter, folder))
+    return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
 
 
 def _base_of(adapter: Path) -> str:

@@ -77,9 +77,10 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             ranks_N=rank_rows(scored.scores_N),
             draws_N=scored.draws_N,
         )
-    with job.timer.phase("save"):
-        save_subset(folder, [pool[index].fields for index in chosen], chosen, scores)
-        _draw(job, scored.scores_N, float(scored.scores_N[chosen[-1]]), folder)
+    if job.is_main:
+        with job.timer.phase("save"):
+            save_subset(folder, [pool[index].fields for index in chosen], chosen, scores)
+            _draw(job, scored.scores_N, float(scored.scores_N[chosen[-1]]), folder)
     return Outcome(
         summary={
             "method": config.method,

@@ -31,7 +31,7 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
     specs = list(dict.fromkeys([*config.evaluations, config.reference]))
     runs = [_open_run(job, f"evaluation {number}", spec) for number, spec in enumerate(specs, start=1)]
     report = compare(_distinct_names(runs), _named_like(reference, runs), allow_mixed=config.allow_mixed)
-    return job.complete(lambda folder: _compute(job, report, folder))
+    return job.complete(lambda folder: _compute(job, report, folder), alone=True)
 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
