@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
+from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
 
 
@@ -78,17 +78,23 @@ class AttentionProxy:
 
     def _differentiate(self, batch: Batch | None, number: int) -> tuple[float, list[torch.Tensor]]:
         """Return the mean loss of a step over all processes, and this process's share of its gradient."""
-        sums_B, counts_B = (None, None) if batch is None else example_losses(self._model, batch)
-        device = next(iter(self._live.values())).device
-        totals = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-        if sums_B is not None and counts_B is not None:
-            totals += torch.stack([sums_B.detach().sum(), counts_B.sum()]).to(totals)
-        self._sum_over_ranks([totals])
-        loss = totals[0] / totals[1]
+        weights = list(self._live.values())
+        count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+        count += 0 if batch is None else scored_tokens(batch)
+        self._sum_over_ranks([count])
+        if batch is None:
+            loss, gradients = (
+                torch.zeros((), device=weights[0].device),
+                [torch.zeros_like(weight) for weight in weights],
+            )
+        else:
+            sums_B, _ = example_losses(self._model, batch)
+            loss = sums_B.sum() / count
+            gradients = list(torch.autograd.grad(loss, weights))
+        loss = loss.detach().float()
+        self._sum_over_ranks([loss])
         self._require_finite(loss, number)
-        if sums_B is None:
-            return loss.item(), [torch.zeros_like(weight) for weight in self._live.values()]
-        return loss.item(), list(torch.autograd.grad(sums_B.sum() / totals[1].to(sums_B), list(self._live.values())))
+        return loss.item(), gradients
 
     def base_weights(self, layer: int) -> LayerWeights:
         """Return the q, k, v weights of a layer as they were, in the model's dtype."""

@@ -276,12 +276,12 @@ def _score_taylor(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     def read(group: list[int]) -> dict[str, NDArray[Any]]:
         batch = bench.training_batch([examples[index] for index in group])
         [effect_BLH] = taylor_scores(bench.model, bench.layout, [batch])
-        return {"effect": effect_BLH.sum(dim=0).numpy()}
+        return {"effect": effect_BLH.numpy()}
 
     shape = layout_geometry(bench.layout)
     total_LH = np.zeros((shape.num_layers, shape.num_heads))
     for _, reading in draw.finish("read rows", [len(example.input_ids) for example in examples], read):
-        total_LH += reading["effect"]
+        total_LH += reading["effect"].sum(axis=0)
     return total_LH / len(rows), {"rows": len(rows)}
 
 
