@@ -30,7 +30,8 @@ class Checkpoint:
 
 def seal_checkpoint(folder: Path, progress: Mapping[str, Any]) -> None:
     """Record the digest of each file of a finished checkpoint, and what the stage has to know to go on from it."""
-    files = {path.name: read_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): read_digest(path) for path in paths}
     aside = folder / f".{SEAL_NAME}"
     aside.write_text(json.dumps({"files": files, "progress": dict(progress)}), encoding="utf-8")
     aside.rename(folder / SEAL_NAME)

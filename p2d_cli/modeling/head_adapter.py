@@ -199,17 +199,20 @@ def enable_checkpointing(model: Any) -> None:
     base.disable_input_require_grads()
 
 
-def save_adapter(model: Any, folder: Path, base_model: str | None) -> None:
+def save_adapter(
+    model: Any, folder: Path, base_model: str | None, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and nothing else, the same bytes each time.
 
     Args:
         model: a PeftModel.
         folder: where to; created if it is not there.
         base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+        state: the adapter's weights under the model's names, if the model itself holds only a part of them.
     """
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
     # PEFT keeps the targets as a set, whose order differs from process to process.

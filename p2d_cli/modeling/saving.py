@@ -12,16 +12,17 @@ from p2d_cli.modeling.model_files import TOKENIZER_FILES
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 
-def save_plain_model(model: Any, base: Path, folder: Path) -> None:
+def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Write weights and config of `model`, and the tokenizer, chat template and generation config of its base.
 
     Args:
         model: a transformers model without adapters.
         base: the folder that it was loaded from; its files are copied as they are.
         folder: where to; loads with transformers alone.
+        state: the weights, if the model itself holds only a part of them.
     """
     with quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

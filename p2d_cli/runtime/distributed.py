@@ -157,9 +157,18 @@ def from_main(work: Callable[[], T]) -> T:
     return result
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    exchange(None)
+def raise_together(problem: P2DError | None) -> None:
+    """Raise on every rank the error that one of them has, if one has.
+
+    Raises:
+        P2DError: the first rank's that has one.
+    """
+
+    def fail() -> None:
+        if problem is not None:
+            raise problem
+
+    exchange_results(fail)
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 import time
@@ -20,8 +21,9 @@ from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
-from p2d_cli.errors import DataError, UnavailableError
+from p2d_cli.errors import DataError, StoppedEarlyError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -55,6 +57,7 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     """
     job = StageRun("train", resolved, options or RunOptions())
     config = job.config
+    _require_even_shares(config)
     for tracker in config.tracker:
         if importlib.util.find_spec(tracker) is None:
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
@@ -70,6 +73,25 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
         heads_LH=heads_LH,
     )
     return job.complete(lambda folder: _compute(job, inputs, folder))
+
+
+def _require_even_shares(config: TrainConfig) -> None:
+    size = distributed.world_size()
+    if size > 1 and config.batch_size % (config.accumulation * size):
+        raise UsageError(
+            f"--batch-size {config.batch_size} cannot be shared evenly: it has to be a multiple of --accumulation times"
+            f" processes, {config.accumulation} x {size} = {config.accumulation * size}",
+            hint="change --batch-size or --accumulation, or start another number of processes",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UsageError("p2d trains with DDP or FSDP2, not with DeepSpeed", hint="use an FSDP2 config of accelerate")
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError("p2d shards models with FSDP2 only", hint="set fsdp_version: 2 in the config of accelerate")
+
+
+def is_sharded() -> bool:
+    """Say whether `accelerate launch` was told to shard the model over the ranks."""
+    return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
@@ -90,6 +112,11 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     precision = str(dtype).removeprefix("torch.")
     plan = _plan(config, precision, device)
     record = _train(job, model, rows, eval_rows, plan, tokenizer.pad_token_id)
+    if record.stopped_by is not None:
+        raise StoppedEarlyError(
+            f"stopped by {record.stopped_by} after update {record.steps_done}; what was finished is kept, run the same"
+            " command again to go on"
+        )
     summary = {
         "scope": scope,
         "rows": len(rows),
@@ -107,11 +134,12 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "trainable_share": share.share,
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
-    with job.timer.phase("save"):
-        _save(model, dtype, inputs.model, config, folder)
-        save_training_log(folder, record.log)
-        save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
-        _draw(job, record.log, folder)
+    if job.is_main:
+        with job.timer.phase("save"):
+            _save(model, dtype, inputs.model, config, folder, record.full_state)
+            save_training_log(folder, record.log)
+            save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
+            _draw(job, record.log, folder)
     settings = {
         "scope": scope,
         "trainable_share": share.share,
@@ -136,14 +164,16 @@ def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype
     from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 
     with job.timer.phase("load"):
-        device = str(resolve_device(job.config.device))
+        device = str(resolve_device(distributed.own_device(job.config.device)))
         job.use_device(device)
         dtype = resolve_dtype(job.config.dtype, device)
         seed_everything(derive_seed(job.config.seed, "train"))
         tokenizer = load_tokenizer(inputs.model.folder)
         ensure_pad_token(tokenizer)
         four_bit = job.config.base_quantization == "4bit"
-        model = load_model(inputs.model.folder, dtype=dtype, device=device, four_bit=four_bit)
+        # A model that is to be sharded may not fit where it goes as a whole.
+        place = "cpu" if is_sharded() else device
+        model = load_model(inputs.model.folder, dtype=dtype, device=place, four_bit=four_bit)
     return device, dtype, model, tokenizer
 
 
@@ -182,10 +212,10 @@ def _train(
 ) -> TrainingRecord:
     """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
     from p2d_cli.modeling.head_adapter import freeze_placing
-    from p2d_cli.modeling.training import ResumePoint, TrainingHooks, planned_updates, train
+    from p2d_cli.modeling.training import Ranks, ResumePoint, TrainingHooks, planned_updates, train
 
     scratch = job.scratch("checkpoints")
-    earlier = _earlier(job, scratch)
+    earlier = distributed.from_main(lambda: _earlier(job, scratch))
     spent: float = earlier.progress["seconds"] if earlier else 0.0
     job.timer.charge("train", spent)
     started = time.perf_counter()
@@ -197,7 +227,8 @@ def _train(
 
         def seal(folder: Path, tokens: int) -> None:
             seconds = spent + time.perf_counter() - started
-            seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens})
+            if job.is_main:
+                seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens})
 
         return train(
             model,
@@ -206,6 +237,13 @@ def _train(
             pad_id=pad_id,
             scratch=scratch,
             eval_rows=eval_rows,
+            ranks=Ranks(
+                distributed.rank(),
+                distributed.world_size(),
+                exchange=distributed.exchange,
+                raise_together=distributed.raise_together,
+                stop_requested=signals.stop_requested,
+            ),
             resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
             hooks=TrainingHooks(
                 on_step=advance,
@@ -278,16 +316,26 @@ def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_]
     return model
 
 
-def _save(model: Any, dtype: Any, base: ModelFiles, config: TrainConfig, folder: Path) -> None:
-    """Write the PEFT folder, or the whole model with the base model's tokenizer and the chat template it learnt."""
+def _save(
+    model: Any,
+    dtype: torch.dtype,
+    base: ModelFiles,
+    config: TrainConfig,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write the PEFT folder, or the whole model with the base model's tokenizer and the chat template it learnt.
+
+    The weights are those of `state` if the model itself holds only a part of them.
+    """
     if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
-        save_adapter(model, folder, base.spec)
+        save_adapter(model, folder, base.spec, state)
         return
     from p2d_cli.modeling.saving import save_plain_model
 
-    save_plain_model(model.to(dtype), base.folder, folder)
+    save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
     if config.chat_template is not None:
         shutil.copyfile(Path(config.chat_template).expanduser(), folder / CHAT_TEMPLATE_NAME)
 
