@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2d_cli import errors
-from p2d_cli.errors import P2DError, PeerLostError, StorageError
+from p2d_cli.errors import P2DError, PeerLostError, StoppedEarlyError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,22 @@ def raise_together(problem: P2DError | None) -> None:
             raise problem
 
     exchange_results(fail)
+
+
+def stop_together(name: str | None, *, after: str = "") -> None:
+    """End all ranks at the same place, if one of them was asked to stop.
+
+    Args:
+        name: the signal that asked this rank.
+        after: what was finished last, for the message.
+
+    Raises:
+        StoppedEarlyError: on all ranks.
+    """
+    asked = name and StoppedEarlyError(
+        f"stopped by {name}{after}; what was finished is kept, run the same command again to go on"
+    )
+    raise_together(asked or None)
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:

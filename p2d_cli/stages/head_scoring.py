@@ -17,7 +17,7 @@ from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
-from p2d_cli.errors import DataError, StoppedEarlyError, UsageError
+from p2d_cli.errors import DataError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
@@ -236,20 +236,13 @@ def _tune_proxy(draw: _Draw, batches: Sequence[Batch | None]) -> tuple[NDArray[n
         for loss in proxy.steps(batches):
             losses.append(loss)
             advance(1)
-            _stop_if_asked()
+            if distributed.world_size() > 1:
+                distributed.stop_together(signals.stop_requested())
     with job.timer.phase("score"):
         pairs = ((proxy.base_weights(layer), proxy.task_weights(layer)) for layer in range(len(bench.layout)))
         scores_LH = _alignment_change(job, pairs, len(bench.layout))
         proxy.restore()
     return scores_LH, losses
-
-
-def _stop_if_asked() -> None:
-    """Stop all ranks after the same step of the proxy, if one of them was asked to."""
-    if distributed.world_size() == 1:
-        return
-    if name := next(filter(None, distributed.exchange(signals.stop_requested())), None):
-        raise StoppedEarlyError(f"stopped by {name}; what was finished is kept, run the same command again to go on")
 
 
 def _proxy_batches(draw: _Draw, examples: Sequence[Any]) -> Iterator[Batch | None]:

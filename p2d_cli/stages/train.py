@@ -21,7 +21,7 @@ from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
-from p2d_cli.errors import DataError, StoppedEarlyError, UnavailableError, UsageError
+from p2d_cli.errors import DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
@@ -57,7 +57,7 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     """
     job = StageRun("train", resolved, options or RunOptions())
     config = job.config
-    _require_even_shares(config)
+    _require_usable_launch(config)
     for tracker in config.tracker:
         if importlib.util.find_spec(tracker) is None:
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
@@ -75,7 +75,8 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     return job.complete(lambda folder: _compute(job, inputs, folder))
 
 
-def _require_even_shares(config: TrainConfig) -> None:
+def _require_usable_launch(config: TrainConfig) -> None:
+    """Refuse what a launcher asks for that this training cannot be."""
     size = distributed.world_size()
     if size > 1 and config.batch_size % (config.accumulation * size):
         raise UsageError(
@@ -87,6 +88,12 @@ def _require_even_shares(config: TrainConfig) -> None:
         raise UsageError("p2d trains with DDP or FSDP2, not with DeepSpeed", hint="use an FSDP2 config of accelerate")
     if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("p2d shards models with FSDP2 only", hint="set fsdp_version: 2 in the config of accelerate")
+    if is_sharded() and os.environ.get("FSDP_STATE_DICT_TYPE", "") != "FULL_STATE_DICT":
+        # From sharded checkpoints transformers 5.24 puts other weights back into a partly frozen model.
+        raise UsageError(
+            "p2d writes whole checkpoints of a sharded model",
+            hint="set fsdp_state_dict_type: FULL_STATE_DICT in the config of accelerate",
+        )
 
 
 def is_sharded() -> bool:
@@ -113,10 +120,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     plan = _plan(config, precision, device)
     record = _train(job, model, rows, eval_rows, plan, tokenizer.pad_token_id)
     if record.stopped_by is not None:
-        raise StoppedEarlyError(
-            f"stopped by {record.stopped_by} after update {record.steps_done}; what was finished is kept, run the same"
-            " command again to go on"
-        )
+        distributed.stop_together(record.stopped_by, after=f" after update {record.steps_done}")
     summary = {
         "scope": scope,
         "rows": len(rows),

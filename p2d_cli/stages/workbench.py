@@ -21,7 +21,6 @@ from p2d_cli.data.batching import pad_mask, pad_right, token_batches
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 from p2d_cli.data.records import Record
-from p2d_cli.errors import StoppedEarlyError
 from p2d_cli.modeling.attention_capture import run_captured
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_outputs import mean_head_outputs
@@ -218,7 +217,8 @@ class _FinishedBatches:
                 seconds = max(found[other].seconds for other in fresh) / len(fresh)
                 self._journal.add(position, entry.arrays, seconds=seconds, tokens=entry.tokens)
             self._bench.tokens += entry.tokens
-        self._stop_if_asked([part.stopped_by for part in told])
+        if distributed.world_size() > 1 and (name := next((part.stopped_by for part in told if part.stopped_by), None)):
+            distributed.stop_together(name)
         return [(position, found[position]) for position in positions]
 
     def _work(
@@ -237,14 +237,7 @@ class _FinishedBatches:
         before = (
             {} if journal is None else {place: journal.finished[place] for place in positions if place in self._known}
         )
-        return _Part(mine if mine is not None else -1, entry, before, signals.stop_requested())
-
-    def _stop_if_asked(self, names: Sequence[str | None]) -> None:
-        """Stop all ranks after the same round, if one of them was asked to."""
-        if distributed.world_size() > 1 and (name := next(filter(None, names), None)):
-            raise StoppedEarlyError(
-                f"stopped by {name}; what was finished is kept, run the same command again to go on"
-            )
+        return _Part(-1 if mine is None else mine, entry, before, signals.stop_requested())
 
 
 @dataclass(frozen=True)
