@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
 
 ADAPTER_NAME = "default"
@@ -206,7 +207,11 @@ def save_adapter(model: Any, folder: Path, base_model: str | None) -> None:
         model: a PeftModel.
         folder: where to; created if it is not there.
         base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; nothing was written.
     """
+    require_finite_weights(_factors_of(model), "saving the adapter", hint="lower --lr, or try --dtype float32")
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -227,6 +232,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
 
     Raises:
         ArtifactError: not such a folder, damaged, or made for another model.
+        NonFiniteError: it holds NaN or infinity.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -245,6 +251,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
             f"the adapter in {folder} does not fit this model: {problem}",
             hint="load it on the base model that it was trained on",
         ) from problem
+    require_finite_weights(_factors_of(adapted), f"loading the adapter in {folder}", hint="train it again")
     return adapted.eval()
 
 
@@ -324,6 +331,10 @@ def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
         by_position = placing.T if on_input else placing
         by_position[list(positions), range(len(positions))] = 1
     placing.requires_grad_(False)
+
+
+def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
 
 
 def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
+from p2d_cli.errors import is_out_of_memory
+from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
+from p2d_cli.modeling.memory import release_memory
 
 
 class AttentionProxy:
@@ -46,6 +48,8 @@ class AttentionProxy:
         self._model = model
         self._layout = tuple(layout)
         self._max_grad_norm = max_grad_norm
+        self.parts = 1
+        """How many parts a batch is read in; more once it did not fit into memory."""
         parts = [layer.projection(name) for layer in layout for name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
@@ -68,12 +72,37 @@ class AttentionProxy:
         """
         for number, batch in enumerate(batches, start=1):
             with trainable_only(self._model, self._live.values()):
-                sums_B, counts_B = example_losses(self._model, batch)
-                loss = sums_B.sum() / counts_B.sum()
-                self._require_finite(loss, number)
-                gradients = torch.autograd.grad(loss, list(self._live.values()))
+                loss, gradients = self._differentiate(batch, number)
             self._update(gradients)
-            yield loss.item()
+            yield loss
+
+    def _differentiate(self, batch: Batch, number: int) -> tuple[float, list[torch.Tensor]]:
+        """Return the mean loss of a batch and its gradient; in parts, if it does not fit into memory as a whole."""
+        while True:
+            try:
+                return self._sum_over_parts(batch, number)
+            except Exception as problem:
+                if not is_out_of_memory(problem) or self._rows_at_a_time(batch) == 1:
+                    raise
+            self.parts *= 2
+            release_memory()
+
+    def _rows_at_a_time(self, batch: Batch) -> int:
+        return max(1, len(batch["input_ids"]) // self.parts)
+
+    def _sum_over_parts(self, batch: Batch, number: int) -> tuple[float, list[torch.Tensor]]:
+        weights, count = list(self._live.values()), scored_tokens(batch)
+        total, gradients = 0.0, list[torch.Tensor]()
+        rows, at_a_time = len(batch["input_ids"]), self._rows_at_a_time(batch)
+        for start in range(0, rows, at_a_time):
+            part = {name: tensor[start : start + at_a_time] for name, tensor in batch.items()}
+            sums_B, _ = example_losses(self._model, part)
+            loss = sums_B.sum() / count
+            self._require_finite(loss, number)
+            found = torch.autograd.grad(loss, weights)
+            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else [*found]
+            total += loss.item()
+        return total, gradients
 
     def base_weights(self, layer: int) -> LayerWeights:
         """Return the q, k, v weights of a layer as they were, in the model's dtype."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.loading import quiet_transformers
 from p2d_cli.modeling.model_files import TOKENIZER_FILES
 
@@ -19,7 +20,11 @@ def save_plain_model(model: Any, base: Path, folder: Path) -> None:
         model: a transformers model without adapters.
         base: the folder that it was loaded from; its files are copied as they are.
         folder: where to; loads with transformers alone.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
     """
+    require_finite_weights(model.named_parameters(), "saving the model", hint="lower --lr, or try --dtype float32")
     with quiet_transformers():
         model.save_pretrained(folder)
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):

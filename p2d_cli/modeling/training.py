@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from p2d_cli.errors import NonFiniteError
+from p2d_cli.errors import NonFiniteError, StoppedEarlyError
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
@@ -67,6 +67,11 @@ class TrainingPlan:
     checkpoint_minutes: float = math.inf
     packing: bool = False
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one forward and backward pass."""
+        return self.batch_size // self.accumulation
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -101,6 +106,8 @@ class TrainingHooks:
     """Called with the number of updates done since the last call."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after each update whether to stop there, with a checkpoint to go on from."""
     after_loading: Callable[[Any], None] = lambda _: None
     """Called with the model after a checkpoint's weights were put into it."""
 
@@ -182,6 +189,21 @@ class CompletionTrainer(Trainer):
                 hint="lower --lr, or try --dtype float32",
             )
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Look at held-out rows and save, where it is time to, and stop behind that if asked to."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if is_last or not self.hooks.should_stop():
+            # Behind the last update there is nothing left but to write the result.
+            return
+        if not self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        raise StoppedEarlyError(
+            f"stopped after update {self.state.global_step} of {self.state.max_steps}, which is kept; "
+            "run the same command again to go on"
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
@@ -281,6 +303,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
+        StoppedEarlyError: `hooks.should_stop` said so; there is a checkpoint behind the last update that was made.
     """
     if plan.checkpointing:
         enable_checkpointing(model)
@@ -364,8 +387,8 @@ def _arguments(plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int
         output_dir=str(scratch),
         max_steps=steps,
         learning_rate=plan.learning_rate,
-        per_device_train_batch_size=plan.batch_size // plan.accumulation,
-        per_device_eval_batch_size=plan.batch_size // plan.accumulation,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         # A run that is cut short follows the schedule of the whole one, so that its steps are like the whole one's.
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[plan.schedule],

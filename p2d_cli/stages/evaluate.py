@@ -133,7 +133,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
             bench.model = load_adapter(bench.model, inputs.adapter)
     with job.timer.phase("evaluate"):
         measured = _run_tasks(job, bench) if inputs.data is None else _measure(job, bench, records, inputs.choices)
-    with job.timer.phase("save"):
+    with job.saving():
         save_evaluation(folder, measured.metrics, measured.rows)
     return Outcome(
         summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},

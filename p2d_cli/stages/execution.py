@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -34,6 +35,7 @@ from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
+from p2d_cli.runtime import signals
 from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
 from p2d_cli.runtime.progress import Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
@@ -104,6 +106,7 @@ class StageRun(Generic[ConfigT]):
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
+        self._until_committed = ExitStack()
         self._started = time.perf_counter()
 
     @property
@@ -220,6 +223,17 @@ class StageRun(Generic[ConfigT]):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def see_through(self) -> None:
+        """Let signals wait until the artifact is there: the work is done, and writing it does not take long."""
+        self._until_committed.enter_context(signals.shielded())
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Charge the body of the `with` block to the phase `save`; from here on, signals wait for the commit."""
+        self.see_through()
+        with self.timer.phase("save"):
+            yield
+
     @property
     def _scratch(self) -> Path:
         if self._unfinished is None:
@@ -240,9 +254,13 @@ class StageRun(Generic[ConfigT]):
         self._ensure_room(identity)
         if self.options.dry_run:
             return self._result("would-run", key, None)
-        with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
+        with (
+            draft(self.config.out, self.kind, key, resume=not self.options.force) as place,
+            ExitStack() as self._until_committed,
+        ):
             self._unfinished = place.unfinished
             outcome = compute(place.folder)
+            self.see_through()
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
             place.commit(manifest)
         return self._result("done", key, manifest)

@@ -75,7 +75,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
         method=inputs.method,
         geometry=scored.geometry,
     )
-    with job.timer.phase("save"):
+    with job.saving():
         save_head_scores(folder, heads)
         _draw(job, heads, folder)
     repeat = repeatability(scored.repeats_RLH, budget)

@@ -26,6 +26,8 @@ from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import signals
+from p2d_cli.stages.batch_reading import BatchReader
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.templates import template_for
 
@@ -136,6 +138,7 @@ def finish_batches(
     compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
     *,
     phase: str = "score",
+    **options: Any,
 ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
     """Compute batch after batch, each once: those that an interrupted run had finished are taken from its journal.
 
@@ -148,10 +151,16 @@ def finish_batches(
         batches: row indices of each batch, and no row in two of them.
         compute: turns a batch into arrays.
         phase: what the seconds are charged to.
+        options: how to read a batch that does not fit into memory, and what to make of values that are not finite; see
+            `p2d_cli.stages.batch_reading.BatchReader`.
 
     Yields:
         Each batch with its arrays, in order.
+
+    Raises:
+        NonFiniteError, MemoryExhaustedError: see `BatchReader`; the batches before this one are kept.
     """
+    compute = BatchReader(job, bench, label, batches, compute, **options)
     with (
         job.timer.phase(phase),
         job.journal(label, batches) as journal,
@@ -163,10 +172,11 @@ def finish_batches(
         for position, batch in enumerate(batches):
             entry = journal.finished.get(position)
             if entry is None:
-                started, tokens = time.perf_counter(), bench.tokens
-                arrays = compute(batch)
-                seconds = time.perf_counter() - started
-                journal.add(position, arrays, seconds=seconds, tokens=bench.tokens - tokens)
+                with signals.deferred():
+                    started, tokens = time.perf_counter(), bench.tokens
+                    arrays = compute(batch)
+                    seconds = time.perf_counter() - started
+                    journal.add(position, arrays, seconds=seconds, tokens=bench.tokens - tokens)
             else:
                 arrays = entry.arrays
                 job.timer.charge(phase, entry.seconds)
