@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
 
 ADAPTER_NAME = "default"
@@ -209,7 +210,12 @@ def save_adapter(
         folder: where to; created if it is not there.
         base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
         state: the adapter's weights under the model's names, if the model itself holds only a part of them.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; nothing was written.
     """
+    weights = _factors_of(model) if state is None else state.items()
+    require_finite_weights(weights, "saving the adapter", hint="lower --lr, or try --dtype float32")
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
@@ -230,6 +236,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
 
     Raises:
         ArtifactError: not such a folder, damaged, or made for another model.
+        NonFiniteError: it holds NaN or infinity.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -248,6 +255,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
             f"the adapter in {folder} does not fit this model: {problem}",
             hint="load it on the base model that it was trained on",
         ) from problem
+    require_finite_weights(_factors_of(adapted), f"loading the adapter in {folder}", hint="train it again")
     return adapted.eval()
 
 
@@ -327,6 +335,10 @@ def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
         by_position = placing.T if on_input else placing
         by_position[list(positions), range(len(positions))] = 1
     placing.requires_grad_(False)
+
+
+def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
 
 
 def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.errors import is_out_of_memory
 from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
+from p2d_cli.modeling.memory import release_memory
 
 
 class AttentionProxy:
@@ -50,6 +52,8 @@ class AttentionProxy:
         self._layout = tuple(layout)
         self._max_grad_norm = max_grad_norm
         self._sum_over_ranks = sum_over_ranks
+        self.parts = 1
+        """How many parts a batch is read in; more once it did not fit into memory."""
         parts = [layer.projection(name) for layer in layout for name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
@@ -80,21 +84,43 @@ class AttentionProxy:
         """Return the mean loss of a step over all processes, and this process's share of its gradient."""
         weights = list(self._live.values())
         count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
-        count += 0 if batch is None else scored_tokens(batch)
+        count += 0 if batch is None else scored_tokens(batch).to(count)
         self._sum_over_ranks([count])
-        if batch is None:
-            loss, gradients = (
-                torch.zeros((), device=weights[0].device),
-                [torch.zeros_like(weight) for weight in weights],
-            )
-        else:
-            sums_B, _ = example_losses(self._model, batch)
-            loss = sums_B.sum() / count
-            gradients = list(torch.autograd.grad(loss, weights))
-        loss = loss.detach().float()
+        found, gradients = 0.0, [torch.zeros_like(weight) for weight in weights] if batch is None else []
+        if batch is not None:
+            found, gradients = self._within_memory(batch, count, number)
+        loss = torch.tensor(found, dtype=torch.float32, device=weights[0].device)
         self._sum_over_ranks([loss])
         self._require_finite(loss, number)
         return loss.item(), gradients
+
+    def _within_memory(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+        """Return loss and gradient of a batch; in parts, if it does not fit into memory as a whole."""
+        while True:
+            try:
+                return self._sum_over_parts(batch, count, number)
+            except Exception as problem:
+                if not is_out_of_memory(problem) or self._rows_at_a_time(batch) == 1:
+                    raise
+            self.parts *= 2
+            release_memory()
+
+    def _rows_at_a_time(self, batch: Batch) -> int:
+        return max(1, len(batch["input_ids"]) // self.parts)
+
+    def _sum_over_parts(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+        weights = list(self._live.values())
+        total, gradients = 0.0, list[torch.Tensor]()
+        rows, at_a_time = len(batch["input_ids"]), self._rows_at_a_time(batch)
+        for start in range(0, rows, at_a_time):
+            part = {name: tensor[start : start + at_a_time] for name, tensor in batch.items()}
+            sums_B, _ = example_losses(self._model, part)
+            loss = sums_B.sum() / count
+            self._require_finite(loss, number)
+            found = torch.autograd.grad(loss, weights)
+            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else [*found]
+            total += loss.item()
+        return total, gradients
 
     def base_weights(self, layer: int) -> LayerWeights:
         """Return the q, k, v weights of a layer as they were, in the model's dtype."""

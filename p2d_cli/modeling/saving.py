@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.loading import quiet_transformers
 from p2d_cli.modeling.model_files import TOKENIZER_FILES
 
@@ -20,7 +21,12 @@ def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any]
         base: the folder that it was loaded from; its files are copied as they are.
         folder: where to; loads with transformers alone.
         state: the weights, if the model itself holds only a part of them.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
     """
+    weights = model.named_parameters() if state is None else state.items()
+    require_finite_weights(weights, "saving the model", hint="lower --lr, or try --dtype float32")
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):

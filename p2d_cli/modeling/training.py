@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from p2d_cli.errors import NonFiniteError, P2DError
+from p2d_cli.errors import NonFiniteError, P2DError, StoppedEarlyError
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
@@ -68,6 +68,11 @@ class TrainingPlan:
     checkpoint_minutes: float = math.inf
     packing: bool = False
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one forward and backward pass."""
+        return self.batch_size // self.accumulation
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -83,8 +88,6 @@ class TrainingRecord:
     best_step: int | None = None
     """The update whose weights were kept, where there were held-out rows."""
     best_eval_loss: float | None = None
-    stopped_by: str | None = None
-    """The signal that ended it early, with a checkpoint to go on from."""
     full_state: dict[str, torch.Tensor] | None = None
     """Where the model is sharded over ranks: what was trained, whole and on the CPU of rank 0; empty elsewhere."""
 
@@ -113,8 +116,6 @@ class Ranks:
     """Tells all ranks a value, and returns what all told, by rank."""
     raise_together: Callable[[P2DError | None], None] = _raise
     """Raises on all ranks the error that one of them has."""
-    stop_requested: Callable[[], str | None] = lambda: None
-    """Names the signal that asked this process to stop; several ranks stop after the same update."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class TrainingHooks:
     """Called with the number of updates done since the last call."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after each update whether to stop there, with a checkpoint to go on from; all ranks get one answer."""
     after_loading: Callable[[Any], None] = lambda _: None
     """Called with the model after a checkpoint's weights were put into it."""
 
@@ -249,6 +252,21 @@ class CompletionTrainer(Trainer):
             )
         return norm
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Look at held-out rows and save, where it is time to, and stop behind that if asked to."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if is_last or not self.hooks.should_stop():
+            # Behind the last update there is nothing left but to write the result.
+            return
+        if not self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        raise StoppedEarlyError(
+            f"stopped after update {self.state.global_step} of {self.state.max_steps}, which is kept; "
+            "run the same command again to go on"
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
         return self._order
@@ -329,7 +347,6 @@ class _Watcher(TrainerCallback):
     def __init__(self, hooks: TrainingHooks, minutes: float, ranks: Ranks) -> None:
         self._hooks = hooks
         self._ranks = ranks
-        self.stopped_by: str | None = None
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
         self._reported = 0
@@ -343,12 +360,9 @@ class _Watcher(TrainerCallback):
         if at_end and args.eval_strategy != "no":
             control.should_evaluate = True
         is_old = time.monotonic() - self._saved >= self._seconds
-        # Saving and stopping need all ranks; their clocks differ, and a signal may reach one of them only.
-        told = self._ranks.exchange((is_old, self._ranks.stop_requested()))
-        if not at_end:
-            self.stopped_by = next((name for _, name in told if name), None)
-            control.should_training_stop |= self.stopped_by is not None
-            control.should_save |= told[0][0] or self.stopped_by is not None
+        # Saving needs all ranks, and their clocks differ.
+        if not at_end and self._ranks.exchange(is_old)[0]:
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         del control, kwargs
@@ -387,6 +401,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
+        StoppedEarlyError: `hooks.should_stop` said so; there is a checkpoint behind the last update that was made.
     """
     ranks = ranks or Ranks()
     if plan.checkpointing:
@@ -422,7 +437,6 @@ def train(
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
         best_step=trainer.state.best_global_step if eval_rows else None,
         best_eval_loss=trainer.state.best_metric if eval_rows else None,
-        stopped_by=watcher.stopped_by,
         full_state=full_state(trainer.model, ranks.rank, getattr(torch, plan.autocast))
         if trainer.is_fsdp_enabled
         else None,
@@ -502,7 +516,7 @@ def _arguments(
     plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
 ) -> TrainingArguments:
     steps = min(planned, plan.max_steps) if plan.max_steps else planned
-    rows = plan.batch_size // (plan.accumulation * size)
+    rows = plan.micro_batch // size
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,

@@ -135,7 +135,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     with job.timer.phase("evaluate"):
         measured = _run_tasks(job, bench) if inputs.data is None else _measure(job, bench, records, inputs.choices)
     if job.is_main:
-        with job.timer.phase("save"):
+        with job.saving():
             save_evaluation(folder, measured.metrics, measured.rows)
     return Outcome(
         summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},

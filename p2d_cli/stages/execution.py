@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -35,7 +35,7 @@ from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
-from p2d_cli.runtime import distributed
+from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import (
     combine_hardware,
     describe_hardware,
@@ -128,6 +128,7 @@ class StageRun(Generic[ConfigT]):
         """What to add to the stage's own summary."""
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
+        self._until_committed = ExitStack()
         self._started = time.perf_counter()
 
     @property
@@ -249,6 +250,17 @@ class StageRun(Generic[ConfigT]):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def see_through(self) -> None:
+        """Let signals wait until the artifact is there: the work is done, and writing it does not take long."""
+        self._until_committed.enter_context(signals.shielded())
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Charge the body of the `with` block to the phase `save`; from here on, signals wait for the commit."""
+        self.see_through()
+        with self.timer.phase("save"):
+            yield
+
     @property
     def _scratch(self) -> Path:
         if self._unfinished is None:
@@ -270,7 +282,8 @@ class StageRun(Generic[ConfigT]):
                 return replace(plan.result, wall_seconds=time.perf_counter() - self._started)
             self._ensure_same_everywhere(identity)
             self._unfinished = plan.unfinished
-            manifest = self._shared(compute, plan, key, identity, alone=alone)
+            with ExitStack() as self._until_committed:
+                manifest = self._shared(compute, plan, key, identity, alone=alone)
         return self._result("done", key, manifest)
 
     def _progress(self) -> Progress:
@@ -310,12 +323,14 @@ class StageRun(Generic[ConfigT]):
 
         def finish() -> Manifest:
             outcome = compute(plan.folder)
+            self.see_through()
             return commit(outcome, [_here(outcome.device)])
 
         if alone:
             return distributed.from_main(finish)
         with distributed.explained_losses():
             outcome = compute(plan.folder)
+        self.see_through()
         places = distributed.exchange(_here(outcome.device))
         return distributed.from_main(lambda: commit(outcome, places))
 

@@ -64,7 +64,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
     with job.timer.phase("merge"):
         model = merge(model).to(dtype)
-    with job.timer.phase("save"):
+    with job.saving():
         save_plain_model(model, base.folder, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from p2d_cli.data.records import Record
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
-from p2d_cli.stages.pool_task import MiningInputs, PoolTask
+from p2d_cli.stages.pool_task import MiningInputs, PoolScored, PoolTask
 
 PICTURE_NAME = "scores.png"
 
@@ -64,11 +64,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     scored = METHODS[config.method](PoolTask(job, inputs, [pool[index] for index in others], target))
     scored = scored.spread(others, len(pool))
     count = min(count, len(others))
-    if np.isinf(scored.scores_N).any():
-        row = pool[int(np.flatnonzero(np.isinf(scored.scores_N))[0])]
-        raise NonFiniteError(
-            f"the {config.method} score of {row.where} is infinite; nothing was written", hint="try --dtype float32"
-        )
+    _require_finite(config.method, scored, pool)
     with job.timer.phase("select"):
         chosen = select_rows(scored.scores_N, count)
         scores = PoolScores(
@@ -78,7 +74,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             draws_N=scored.draws_N,
         )
     if job.is_main:
-        with job.timer.phase("save"):
+        with job.saving():
             save_subset(folder, [pool[index].fields for index in chosen], chosen, scores)
             _draw(job, scored.scores_N, float(scored.scores_N[chosen[-1]]), folder)
     return Outcome(
@@ -103,6 +99,17 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         tokens=scored.tokens,
         decoration=frozenset({PICTURE_NAME}),
     )
+
+
+def _require_finite(method: str, scored: PoolScored, pool: Sequence[Record]) -> None:
+    """Refuse a score that is no number, unless it says that there is nothing to go by."""
+    wrong_N = np.isinf(scored.scores_N) | (np.isnan(scored.scores_N) & (scored.draws_N > 0))
+    if wrong_N.any():
+        row = int(np.flatnonzero(wrong_N)[0])
+        raise NonFiniteError(
+            f"the {method} score of {pool[row].where} is not finite; nothing was written",
+            hint="look for NaN in the model's weights, or try --dtype float32",
+        )
 
 
 def _rows_that_are_no_target(

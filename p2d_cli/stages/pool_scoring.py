@@ -60,7 +60,13 @@ def _score_episodes(task: PoolTask) -> PoolScored:
     unparsed = 0
     batches = reader.batches(episodes)
     for group, reading in finish_batches(
-        job, bench, "read episodes", batches, lambda group: reader.read(plan, episodes, group)
+        job,
+        bench,
+        "read episodes",
+        batches,
+        lambda group: reader.read(plan, episodes, group),
+        unchecked=("perf",),
+        name="episode {}".format,
     ):
         weights_BS = demo_shares(reading["attention"], normalise=config.normalise)
         perf_B = reading["perf"]
@@ -157,7 +163,7 @@ def _completion_losses(
 
     losses_N = np.full(len(examples), np.nan)
     batches = bench.batches([len(ids) for ids, _ in examples])
-    for group, reading in finish_batches(task.job, bench, label, batches, read):
+    for group, reading in finish_batches(task.job, bench, label, batches, read, name=task.name_of):
         losses_N[group] = reading["loss"]
     return losses_N
 
@@ -176,7 +182,8 @@ def _score_embedding(task: PoolTask) -> PoolScored:
         return {"states": states_BD.numpy()}
 
     vectors: list[Any] = [None] * len(ids)
-    for group, reading in finish_batches(task.job, bench, "embed rows", bench.batches([len(row) for row in ids]), read):
+    batches = bench.batches([len(row) for row in ids])
+    for group, reading in finish_batches(task.job, bench, "embed rows", batches, read, name=task.name_of):
         for index, vector in zip(group, reading["states"].astype(np.float64), strict=True):
             vectors[index] = vector / np.linalg.norm(vector)
     unit_ND = np.stack(vectors)

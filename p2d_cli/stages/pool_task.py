@@ -43,6 +43,10 @@ class PoolTask:
     target: Sequence[Record]
     """Empty where the method has no use for target rows, or none were given."""
 
+    def name_of(self, row: int) -> str:
+        """Return what messages call a row; the target's are counted on from the pool's."""
+        return (self.pool[row] if row < len(self.pool) else self.target[row - len(self.pool)]).where
+
 
 @dataclass
 class PoolScored:

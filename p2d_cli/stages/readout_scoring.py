@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.core.readout import fit_readout
 from p2d_cli.data.prompts import EncodedExample
+from p2d_cli.data.records import Record
 from p2d_cli.errors import UsageError
 from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.pool_task import PoolScored, PoolTask, scored_by_model
@@ -31,7 +32,8 @@ def score_by_readout(task: PoolTask) -> PoolScored:
         pool, target = bench.encode_examples(task.pool), bench.encode_examples(task.target)
     order = generator(job.config.seed, "mine-data", "background").permutation(len(pool))
     sample, rest = np.sort(order[: job.config.background]), np.sort(order[job.config.background :])
-    known = _read(task, bench, heads_LH, [*target, *(pool[index] for index in sample)])
+    known_rows = [*task.target, *(task.pool[index] for index in sample)]
+    known = _read(task, bench, heads_LH, [*target, *(pool[index] for index in sample)], known_rows)
     with job.timer.phase("fit"):
         readout = fit_readout(known[: len(target)], known[len(target) :])
     scores_N = np.empty(len(pool))
@@ -43,6 +45,7 @@ def score_by_readout(task: PoolTask) -> PoolScored:
         "read rows",
         batches,
         lambda group: {"affinity": readout.affinity(bench.head_outputs([pool[index] for index in group], heads_LH))},
+        name=task.name_of,
     ):
         scores_N[group] = reading["affinity"]
     notes = {
@@ -56,7 +59,11 @@ def score_by_readout(task: PoolTask) -> PoolScored:
 
 
 def _read(
-    task: PoolTask, bench: Workbench, heads_LH: NDArray[np.bool_], examples: Sequence[EncodedExample]
+    task: PoolTask,
+    bench: Workbench,
+    heads_LH: NDArray[np.bool_],
+    examples: Sequence[EncodedExample],
+    records: Sequence[Record],
 ) -> NDArray[np.float32]:
     """Return the mean outputs of the heads on each row, `[rows, K, d]`."""
     outputs: list[NDArray[np.float32] | None] = [None] * len(examples)
@@ -67,6 +74,7 @@ def _read(
         "read target and background",
         batches,
         lambda group: {"outputs": bench.head_outputs([examples[index] for index in group], heads_LH)},
+        name=lambda row: records[row].where,
     ):
         for index, output_Kd in zip(group, reading["outputs"], strict=True):
             outputs[index] = output_Kd

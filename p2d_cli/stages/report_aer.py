@@ -83,7 +83,7 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
     from p2d_cli.reporting.html import aer_html
     from p2d_cli.reporting.markdown import aer_markdown
 
-    with job.timer.phase("save"):
+    with job.saving():
         document = {"schema": "p2d.aer/1", **report.to_dict()}
         save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report))
         _draw(job, report, folder)

@@ -76,7 +76,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
         geometry=scored.geometry,
     )
     if job.is_main:
-        with job.timer.phase("save"):
+        with job.saving():
             save_head_scores(folder, heads)
             _draw(job, heads, folder)
     repeat = repeatability(scored.repeats_RLH, budget)

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,15 @@ from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
-from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.errors import (
+    DataError,
+    MemoryExhaustedError,
+    StoppedEarlyError,
+    UnavailableError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
@@ -38,6 +46,7 @@ DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "
 PICTURE_NAME = "loss.png"
 CARD_NAME = "README.md"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
 
 
 @dataclass(frozen=True)
@@ -109,18 +118,17 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     with job.timer.phase("prepare"):
         records = job.read(inputs.data).records
         held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
-    device, dtype, model, tokenizer = _load(job, inputs)
+    device, dtype, tokenizer = _open(job, inputs)
     with job.timer.phase("prepare"):
         template = template_for(job, tokenizer, config)
         rows, truncated = _encode(job, inputs, template, tokenizer, records)
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
-        model = _make_trainable(model, config, inputs.heads_LH)
-        share = trainable_share(model)
     precision = str(dtype).removeprefix("torch.")
-    plan = _plan(config, precision, device)
-    record = _train(job, model, rows, eval_rows, plan, tokenizer.pad_token_id)
-    if record.stopped_by is not None:
-        distributed.stop_together(record.stopped_by, after=f" after update {record.steps_done}")
+    lesson = _Lesson(rows, eval_rows, tokenizer.pad_token_id)
+    with signals.deferred():
+        model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
+        job.see_through()
+    share = trainable_share(model)
     summary = {
         "scope": scope,
         "rows": len(rows),
@@ -128,6 +136,8 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "learning_rate": plan.learning_rate,
         "updates": record.steps_done,
         "updates_planned": record.steps_planned,
+        "micro_batch": plan.micro_batch,
+        "micro_batch_asked": config.batch_size // config.accumulation,
         "first_loss": record.log[0]["loss"],
         "final_loss": record.final_loss,
         "eval_rows": len(eval_rows),
@@ -139,7 +149,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
     if job.is_main:
-        with job.timer.phase("save"):
+        with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
             save_training_log(folder, record.log)
             save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
@@ -163,22 +173,31 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     )
 
 
-def _load(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype, Any, Any]:
-    """Return device, precision, model and tokenizer."""
-    from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+def _open(job: StageRun[TrainConfig], inputs: _Inputs) -> tuple[str, torch.dtype, Any]:
+    """Return device, precision and tokenizer."""
+    from p2d_cli.modeling.loading import ensure_pad_token, load_tokenizer, resolve_device, resolve_dtype
 
     with job.timer.phase("load"):
         device = str(resolve_device(distributed.own_device(job.config.device)))
         job.use_device(device)
         dtype = resolve_dtype(job.config.dtype, device)
-        seed_everything(derive_seed(job.config.seed, "train"))
         tokenizer = load_tokenizer(inputs.model.folder)
         ensure_pad_token(tokenizer)
+    return device, dtype, tokenizer
+
+
+def _build(job: StageRun[TrainConfig], inputs: _Inputs, dtype: torch.dtype, device: str) -> Any:
+    """Load the model and prepare it for training; each time from the same random numbers."""
+    from p2d_cli.modeling.loading import load_model
+
+    with job.timer.phase("load"):
+        seed_everything(derive_seed(job.config.seed, "train"))
         four_bit = job.config.base_quantization == "4bit"
         # A model that is to be sharded may not fit where it goes as a whole.
         place = "cpu" if is_sharded() else device
         model = load_model(inputs.model.folder, dtype=dtype, device=place, four_bit=four_bit)
-    return device, dtype, model, tokenizer
+    with job.timer.phase("prepare"):
+        return _make_trainable(model, job.config, inputs.heads_LH)
 
 
 def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
@@ -206,24 +225,89 @@ def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
     )
 
 
-def _train(
-    job: StageRun[TrainConfig],
-    model: Any,
-    rows: list[TrainingRow],
-    eval_rows: list[TrainingRow],
-    plan: TrainingPlan,
-    pad_id: int,
-) -> TrainingRecord:
+@dataclass(frozen=True)
+class _Lesson:
+    """Tokenized rows."""
+
+    rows: list[TrainingRow]
+    eval_rows: list[TrainingRow]
+    pad_id: int
+
+
+def _train_within_memory(
+    job: StageRun[TrainConfig], inputs: _Inputs, lesson: _Lesson, plan: TrainingPlan, dtype: torch.dtype
+) -> tuple[Any, TrainingPlan, TrainingRecord]:
+    """Train with the largest micro-batch that fits into memory, none larger than `plan` says.
+
+    A training that runs out of memory is begun anew with a smaller one, from the weights that it began with: it ends
+    with the very numbers that it would have had with the smaller one in the first place.
+    """
+    from p2d_cli.modeling.memory import release_memory
+
+    plan = _as_far_as_known(job, plan)
+    while True:
+        model = _build(job, inputs, dtype, plan.device)
+        try:
+            return model, plan, _train(job, model, lesson, plan)
+        except StoppedEarlyError as stopped:
+            # All ranks stop here; saying it once is enough.
+            distributed.raise_together(stopped)
+            raise
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+            found = first_line(problem)
+        del model
+        release_memory()
+        plan = _smaller(job, plan, found)
+
+
+def _as_far_as_known(job: StageRun[TrainConfig], plan: TrainingPlan) -> TrainingPlan:
+    """Begin with the micro-batch that an interrupted run had come down to."""
+    tried = [int(folder.name.rpartition("-")[2]) for folder in job.scratch("checkpoints").glob("micro-batch-*")]
+    smallest = min([plan.micro_batch, *tried])
+    return replace(plan, accumulation=plan.batch_size // smallest)
+
+
+def _smaller(job: StageRun[TrainConfig], plan: TrainingPlan, found: str) -> TrainingPlan:
+    """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
+
+    Raises:
+        MemoryExhaustedError: it is a single row already, or other processes would go on with theirs.
+    """
+    if not signals.works_alone():
+        raise MemoryExhaustedError(
+            f"training: out of memory with micro-batches of {plan.micro_batch} rows: {found}",
+            hint=f"--accumulation {2 * plan.accumulation}, or {TRAIN_WITH_LESS}",
+        )
+    if plan.micro_batch == 1:
+        raise MemoryExhaustedError(
+            f"training: out of memory with a micro-batch of one row: {found}", hint=TRAIN_WITH_LESS
+        )
+    sizes = range(1, plan.micro_batch // 2 + 1)
+    size = max(size for size in sizes if plan.batch_size % size == 0)
+    job.progress.note(
+        f"out of memory with micro-batches of {plan.micro_batch} rows: beginning anew with {size}, "
+        f"{plan.batch_size // size} of them an update"
+    )
+    shutil.rmtree(_checkpoints(job, plan))
+    return replace(plan, accumulation=plan.batch_size // size)
+
+
+def _checkpoints(job: StageRun[TrainConfig], plan: TrainingPlan) -> Path:
+    return job.scratch(f"checkpoints/micro-batch-{plan.micro_batch}")
+
+
+def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: TrainingPlan) -> TrainingRecord:
     """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
     from p2d_cli.modeling.head_adapter import freeze_placing
     from p2d_cli.modeling.training import Ranks, ResumePoint, TrainingHooks, planned_updates, train
 
-    scratch = job.scratch("checkpoints")
+    scratch = _checkpoints(job, plan)
     earlier = distributed.from_main(lambda: _earlier(job, scratch))
-    spent: float = earlier.progress["seconds"] if earlier else 0.0
-    job.timer.charge("train", spent)
-    started = time.perf_counter()
-    updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
+    job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
+    spent, started = job.timer.seconds["train"], time.perf_counter()
+    updates = min(planned_updates(len(lesson.rows), plan), plan.max_steps or sys.maxsize)
     with (
         job.timer.phase("train"),
         job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
@@ -236,22 +320,22 @@ def _train(
 
         return train(
             model,
-            rows,
+            lesson.rows,
             plan,
-            pad_id=pad_id,
+            pad_id=lesson.pad_id,
             scratch=scratch,
-            eval_rows=eval_rows,
+            eval_rows=lesson.eval_rows,
             ranks=Ranks(
                 distributed.rank(),
                 distributed.world_size(),
                 exchange=distributed.exchange,
                 raise_together=distributed.raise_together,
-                stop_requested=signals.stop_requested,
             ),
             resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
             hooks=TrainingHooks(
                 on_step=advance,
                 on_checkpoint=seal,
+                should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
                 after_loading=freeze_placing if job.config.resolved_scope == "heads" else lambda _: None,
             ),
         )

@@ -28,6 +28,7 @@ from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
+from p2d_cli.stages.batch_reading import BatchReader
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.templates import template_for
 
@@ -138,6 +139,7 @@ def finish_batches(
     compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
     *,
     phase: str = "score",
+    **options: Any,
 ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
     """Compute batch after batch, each once: those that an interrupted run had finished are taken from its journal.
 
@@ -151,14 +153,18 @@ def finish_batches(
         batches: row indices of each batch, and no row in two of them.
         compute: turns a batch into arrays.
         phase: what the seconds are charged to.
+        options: how to read a batch that does not fit into memory, and what to make of values that are not finite; see
+            `p2d_cli.stages.batch_reading.BatchReader`.
 
     Yields:
         Each batch with its arrays, in order, on every rank.
 
     Raises:
-        StoppedEarlyError: a rank was asked to stop; what the ranks had begun is finished and kept.
-        P2DError: what `compute` raises on any rank.
+        NonFiniteError, MemoryExhaustedError: see `BatchReader`; the batches before this one are kept.
+        StoppedEarlyError: one of several ranks was asked to stop; what they had begun is finished and kept.
+        P2DError: what `compute` raises on another rank.
     """
+    compute = BatchReader(job, bench, label, batches, compute, **options)
     with (
         job.timer.phase(phase),
         _FinishedBatches(job, bench, label, batches, phase) as finished,
@@ -166,7 +172,9 @@ def finish_batches(
         job.progress.task(f"{label}, batches", len(batches)) as advance,
     ):
         for start in range(0, len(batches), distributed.world_size()):
-            for position, entry in finished.round(start, compute):
+            with signals.deferred():
+                entries = finished.round(start, compute)
+            for position, entry in entries:
                 advance(1)
                 yield batches[position], entry.arrays
 

@@ -210,7 +210,7 @@ def test_only_rank_0_speaks(shared):
     for said, name in (("up to date", "subset"), (" done ", "pad")):
         lines = [line for line in shared.out.splitlines() if said in line and line.rstrip().endswith(f"/{name}")]
         assert len(lines) == 1, shared.out
-    for said in ("stopped by SIGTERM after update 3", "the loss of update 2 is nan"):
+    for said in ("stopped after update 3 of 6", "the loss of update 2 is nan"):
         assert shared.err.count(said) == 1, shared.err
     assert "Traceback" not in shared.err.split("error: ")[1]
 
