@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2d_cli import errors
-from p2d_cli.errors import P2DError, PeerLostError, StoppedEarlyError, StorageError
+from p2d_cli.errors import P2DError, PeerLostError, StoppedEarlyError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -274,6 +274,11 @@ class _Group:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
+        if missing := sorted({"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()):
+            raise UsageError(
+                f"this is process {here.rank} of {here.size}, but {missing[0]} is not set: the processes cannot meet",
+                hint="start them with torchrun or accelerate launch; to run alone, unset RANK and WORLD_SIZE",
+            )
         adopt_launch()
         has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         if has_gpus:
