@@ -52,6 +52,12 @@ class NonFiniteError(P2DError):
     exit_code = 70
 
 
+class MemoryExhaustedError(P2DError):
+    """The device's or the machine's memory is too small for the smallest piece of the work; nothing was written."""
+
+    exit_code = 70
+
+
 class CannotCreateError(P2DError):
     """The output cannot be created: it exists and holds something else, or its parent is not writable."""
 
@@ -70,6 +76,10 @@ class StoppedEarlyError(P2DError):
     exit_code = 75
 
 
+class PeerLostError(StoppedEarlyError):
+    """Another process of the same command is gone without saying why; what was finished is kept."""
+
+
 INTERRUPTED_EXIT_CODE = 130
 
 EXIT_CODES: dict[int, str] = {
@@ -77,7 +87,7 @@ EXIT_CODES: dict[int, str] = {
     2: "usage: a flag, variable or recipe key is wrong",
     65: "bad data or artifact",
     69: "model, data set or optional package not available",
-    70: "internal error, or a value that is not finite",
+    70: "internal error, out of memory, or a value that is not finite",
     73: "cannot create the output",
     74: "input/output error",
     75: "stopped early: run the same command again to resume",
@@ -97,6 +107,22 @@ def without_secrets(text: str) -> str:
         if len(secret := os.environ.get(variable, "")) >= _SHORTEST_SECRET:
             text = text.replace(secret, "***")
     return _CREDENTIALS.sub("***@", text)
+
+
+LESS_MEMORY = "lower --token-budget or --max-length, or take a device with more memory"
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc", re.IGNORECASE
+)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Say whether Python, NumPy or torch, on any device, could not get the memory it asked for.
+
+    torch has a class of its own for accelerators, known here by its name; its CPU allocator has only a text.
+    """
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(problem, RuntimeError) and _OUT_OF_MEMORY.search(str(problem)) is not None
 
 
 def first_line(problem: BaseException) -> str:

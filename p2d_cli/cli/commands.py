@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -19,14 +20,18 @@ from p2d_cli.cli.streams import abandon_unwritable_streams
 from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
 from p2d_cli.errors import (
     EXIT_CODES,
-    INTERRUPTED_EXIT_CODE,
+    LESS_MEMORY,
     ArtifactError,
+    MemoryExhaustedError,
     P2DError,
     StorageError,
     UsageError,
+    first_line,
+    is_out_of_memory,
     without_secrets,
 )
 from p2d_cli.pipeline import stage_named
+from p2d_cli.runtime import signals
 
 Parameters = ParamSpec("Parameters")
 DEBUG_VARIABLE = "P2D_DEBUG"
@@ -40,13 +45,15 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @wraps(command)
     def boundary(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
+            with signals.listening():
+                command(*args, **kwargs)
+                sys.stdout.flush()
         except P2DError as problem:
             _fail(problem)
+        except signals.Interruption as interruption:
+            _stop(interruption)
         except KeyboardInterrupt:
-            sys.stderr.write("\ninterrupted; what was finished is kept, run the same command again to go on\n")
-            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+            _stop(signals.Interruption(signal.SIGINT))
         except BrokenPipeError:
             abandon_unwritable_streams()
             raise typer.Exit(0) from None
@@ -55,12 +62,14 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except typer.Exit:
             raise
         except Exception as problem:  # noqa: BLE001 - the one place where every error ends
+            if is_out_of_memory(problem):
+                _fail(MemoryExhaustedError(f"out of memory: {first_line(problem)}", hint=LESS_MEMORY))
             _fail_internally(problem)
 
     return boundary
 
 
-def _fail_internally(problem: Exception) -> None:
+def _fail_internally(problem: Exception) -> NoReturn:
     """Report a defect of p2d itself: one line, and the traceback only for those who ask."""
     if DEBUG_VARIABLE in os.environ:
         sys.stderr.write(without_secrets(traceback.format_exc()))
@@ -68,26 +77,37 @@ def _fail_internally(problem: Exception) -> None:
     _fail(P2DError(f"internal error: {described}", hint=f"set {DEBUG_VARIABLE}=1 for the traceback, and report it"))
 
 
-def _fail(problem: P2DError) -> None:
-    from p2d_cli.cli.render import print_error, print_json
+def _fail(problem: P2DError) -> NoReturn:
+    from p2d_cli.cli.ranks import exit_note, speaking
+    from p2d_cli.cli.render import print_error
 
-    # The exit code tells it all the same, where nobody listens.
-    with suppress(OSError):
-        if "--json" in sys.argv:
-            print_json(
-                {
-                    "status": "error",
-                    "exit_code": problem.exit_code,
-                    "meaning": EXIT_CODES[problem.exit_code],
-                    "message": problem.message,
-                    "hint": problem.hint,
-                }
-            )
-        sys.stdout.flush()
-    with suppress(OSError):
-        print_error(problem)
+    with speaking(problem) as speaks:
+        if speaks:
+            # The exit code tells it all the same, where nobody listens.
+            with suppress(OSError):
+                _tell_program(problem.exit_code, problem.message, problem.hint)
+                sys.stdout.flush()
+            with suppress(OSError):
+                print_error(problem, exit_note(problem.exit_code))
     abandon_unwritable_streams()
     raise typer.Exit(problem.exit_code)
+
+
+def _stop(interruption: signals.Interruption) -> NoReturn:
+    """Say in one line that a signal ended the command; on a terminal, below the `^C` that it shows."""
+    _tell_program(interruption.exit_code, interruption.message, None)
+    start = "\n" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{start}{interruption.message}\n")
+    raise typer.Exit(interruption.exit_code)
+
+
+def _tell_program(code: int, message: str, hint: str | None) -> None:
+    """With `--json`, say on stdout as well why there is no result."""
+    if "--json" in sys.argv:
+        from p2d_cli.cli.render import print_json
+
+        document = {"status": "error", "exit_code": code, "meaning": EXIT_CODES[code], "message": message, "hint": hint}
+        print_json(document)
 
 
 def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
@@ -117,8 +137,13 @@ def _run_options(invocation: Invocation) -> Any:
 
     if invocation.time and not invocation.dry_run:
         raise UsageError("--time belongs to --dry-run: a run that is no dry one takes its time", hint="add --dry-run")
-    progress = progress_for(quiet=invocation.quiet)
-    return RunOptions(force=invocation.force, dry_run=invocation.dry_run, timed=invocation.time, progress=progress)
+    return RunOptions(
+        force=invocation.force,
+        dry_run=invocation.dry_run,
+        timed=invocation.time,
+        progress=progress_for(quiet=invocation.quiet),
+        rank_logs=bool(invocation.verbose),
+    )
 
 
 def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:

@@ -123,11 +123,13 @@ def print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(text.translate(_JSON_CONTROLS) + "\n")
 
 
-def print_error(problem: P2DError) -> None:
-    """Write what went wrong and what to do next."""
+def print_error(problem: P2DError, note: str | None = None) -> None:
+    """Write what went wrong and what to do next, and a note if there is one."""
     err.print(Text("error: ", style="bold red") + Text(problem.message), soft_wrap=True)
     if problem.hint:
         err.print(Text("  try: ", style="bold") + Text(problem.hint), soft_wrap=True)
+    if note:
+        err.print(Text(f"  {note}"), soft_wrap=True)
 
 
 # --- results of stages

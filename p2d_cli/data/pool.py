@@ -53,6 +53,10 @@ class Chunk:
         """Their positions among the rows to choose from."""
         return slice(self.start, self.start + len(self.records))
 
+    def name_of(self, row: int) -> str:
+        """Return what messages call a row of the chunk."""
+        return self.records[row].where
+
     def label(self, work: str) -> str:
         """Return a name for some work on these rows; that on a pool of one chunk is just what it is."""
         if len(self.records) == self.total:

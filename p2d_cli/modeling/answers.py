@@ -8,7 +8,7 @@ Axes: B batch, T tokens, D hidden size, V vocabulary, n kept positions in (row, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import NonFiniteError, UsageError
 
 _ROWS_IN_FP32 = 512  # rows of logits that are upcast at a time
 
@@ -86,6 +86,48 @@ def answer_logits_only(model: Any, keep_mask_BT: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def finite_logits(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """Refuse logits of a next token that are no numbers: the most likely of them would be taken all the same.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        names: What the error calls the rows of the forwards of the `with` block.
+
+    Raises:
+        NonFiniteError: Naming the first row, inside the block.
+    """
+
+    def check(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> None:
+        require_finite_logits(logits_BTV[:, -1:], names)
+
+    handle = output_embedding(model).register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def require_finite_logits(logits_BTV: Tensor, names: Sequence[str] = ()) -> None:
+    """Refuse logits that are no numbers.
+
+    Args:
+        logits_BTV: `[B, T, V]`.
+        names: What the error calls the rows; by their number without.
+
+    Raises:
+        NonFiniteError: Naming the first row.
+    """
+    # The largest of some values is NaN if one of them is; it needs no second tensor of that size.
+    rows = (~logits_BTV.detach().amax(dim=(1, 2)).isfinite()).nonzero().flatten().tolist()
+    if rows:
+        named = names[rows[0]] if names else f"row {rows[0] + 1} of {len(logits_BTV)}"
+        raise NonFiniteError(
+            f"the logits of {named} are not finite; nothing was written",
+            hint="look for NaN in the model's weights, or try --dtype float32",
+        )
 
 
 def output_embedding(model: Any) -> nn.Module:

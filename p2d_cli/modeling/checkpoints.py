@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.errors import ArtifactError
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
 from p2d_cli.modeling.loading import load_config, quiet_transformers
 from p2d_cli.modeling.model_files import locate_model
@@ -48,6 +49,7 @@ class CheckpointReader:
 
         Raises:
             ArtifactError: the checkpoint has no such tensor, or cannot be read.
+            NonFiniteError: it holds NaN or infinity.
         """
         stored = self._stored_name(name)
         try:
@@ -55,6 +57,7 @@ class CheckpointReader:
                 tensor: torch.Tensor = file.get_tensor(stored)
         except SafetensorError as problem:
             raise ArtifactError(f"reading {stored} of {self.spec} failed: {problem}") from problem
+        require_finite_weights([(stored, tensor)], f"reading {self.spec}", hint="copy or download it again")
         return tensor
 
     def _stored_name(self, name: str) -> str:

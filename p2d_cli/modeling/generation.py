@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from p2d_cli.modeling.answers import completion_log_likelihood, forward_inputs, input_device, output_embedding
+from p2d_cli.modeling.answers import (
+    completion_log_likelihood,
+    finite_logits,
+    forward_inputs,
+    input_device,
+    output_embedding,
+)
 
 # A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
 _TOKENS_PER_CHARACTER = 4
@@ -27,6 +33,7 @@ def generate_greedy(
     *,
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
+    names: Sequence[str] = (),
 ) -> tuple[list[str], int]:
     """Continue prompts, taking the most likely token each time.
 
@@ -39,17 +46,22 @@ def generate_greedy(
         prompt_ids: Token ids of each prompt.
         max_new_tokens: Limit of each continuation.
         stop: Strings that end a continuation. They may be the text of a special token.
+        names: What an error calls each prompt.
 
     Returns:
         The texts, without special tokens and cut before the first stop string, and the number of tokens generated for
         them in all, those that ended a text included.
+
+    Raises:
+        NonFiniteError: The logits of a token are not finite.
+        UsageError: The model has no output embedding.
     """
     plain = _without_adapter(model)
     stop = tuple(string for string in stop if string)
     config = _greedy_config(plain, tokenizer, max_new_tokens)
     input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
     stopper, device = _StopStrings(tokenizer, stop, *input_ids_BT.shape), input_device(plain)
-    with torch.no_grad(), _neutral_defaults(plain):
+    with torch.no_grad(), _neutral_defaults(plain), finite_logits(plain, names):
         output_BT = plain.generate(
             input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),

@@ -38,6 +38,14 @@ def example_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
     return -logprob_BT.sum(dim=1), scored_BT.sum(dim=1)
 
 
+def scored_tokens(batch: Batch) -> torch.Tensor:
+    """Return how many tokens `example_losses` scores in all rows of a batch, int64, without reading it."""
+    is_token_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    scored_BT = (batch["labels"] != IGNORED_LABEL) & is_token_BT
+    # A row's first token has no past.
+    return (scored_BT[:, 1:] & is_token_BT[:, :-1]).sum()
+
+
 def require_finite(loss: torch.Tensor, doing: str) -> None:
     """Refuse a loss that is not a number.
 

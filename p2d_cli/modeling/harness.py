@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d_cli.errors import UnavailableError, UsageError, first_line
+from p2d_cli.modeling.answers import finite_logits, require_finite_logits
 
 PACKAGE = "lm-eval"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -148,11 +149,13 @@ def _harness_class(progress: Progress) -> Any:
 
         def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *args, **options)
+            require_finite_logits(logits)
             self._advance(len(inps))
             return logits
 
         def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
-            output = super()._model_generate(context, *args, **options)
+            with finite_logits(self.model, ()):
+                output = super()._model_generate(context, *args, **options)
             self._advance(len(context))
             return output
 

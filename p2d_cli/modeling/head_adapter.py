@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
 from p2d_cli.modeling.answers import working_device
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
 
 ADAPTER_NAME = "default"
@@ -200,17 +201,25 @@ def enable_checkpointing(model: Any) -> None:
     base.disable_input_require_grads()
 
 
-def save_adapter(model: Any, folder: Path, base_model: str | None) -> None:
+def save_adapter(
+    model: Any, folder: Path, base_model: str | None, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and nothing else, the same bytes each time.
 
     Args:
         model: a PeftModel.
         folder: where to; created if it is not there.
         base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+        state: the adapter's weights under the model's names, if the model itself holds only a part of them.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; nothing was written.
     """
+    weights = _factors_of(model) if state is None else state.items()
+    require_finite_weights(weights, "saving the adapter", hint="lower --lr, or try --dtype float32")
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
     # PEFT keeps the targets as a set, whose order differs from process to process.
@@ -228,6 +237,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
 
     Raises:
         ArtifactError: not such a folder, damaged, or made for another model.
+        NonFiniteError: it holds NaN or infinity.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -257,6 +267,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     if places is not None:
         model.hf_device_map = places
         _fill_divided(adapted.get_base_model(), folder)
+    require_finite_weights(_factors_of(adapted), f"loading the adapter in {folder}", hint="train it again")
     return adapted.eval()
 
 
@@ -349,6 +360,10 @@ def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
         by_position = placing.T if on_input else placing
         by_position[list(positions), range(len(positions))] = 1
     placing.requires_grad_(False)
+
+
+def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
 
 
 def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

@@ -31,11 +31,11 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
     Raises:
         NonFiniteError: the loss of a batch is not finite.
     """
-    for number, batch in enumerate(batches, start=1):
+    for batch in batches:
         with trainable_only(model, ()), _contexts(model, layout) as contexts:
             sums_B, counts_B = example_losses(model, batch)
             loss = (sums_B / counts_B.clamp(min=1)).sum()
-            require_finite(loss, f"taylor scores, batch {number}")
+            require_finite(loss, "taylor scores")
             gradients = torch.autograd.grad(loss, contexts)
         scores = [
             removal_effect(_by_head(context, layer), _by_head(gradient, layer)).double().cpu()

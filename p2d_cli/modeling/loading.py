@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from p2d_cli.errors import DataError, UnavailableError, UsageError, first_line
+from p2d_cli.errors import DataError, UnavailableError, UsageError, first_line, is_out_of_memory
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
 DTYPES: dict[str, torch.dtype] = {
@@ -90,6 +91,7 @@ def load_model(
     Raises:
         UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
         DataError: the weights are damaged, incomplete, or pickle files, or the model needs code from its checkpoint.
+        NonFiniteError: a weight is NaN or infinite.
         UsageError: the model cannot be used: quantised weights, not a causal language model.
     """
     from safetensors import SafetensorError
@@ -117,12 +119,17 @@ def load_model(
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
-        if isinstance(problem, torch.OutOfMemoryError):
+        if is_out_of_memory(problem):
             raise
         raise DataError(
             f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="copy or download it again"
         ) from problem
     _refuse_incomplete(report, files)
+    require_finite_weights(
+        model.named_parameters(),
+        f"loading the weights of {files.spec}",
+        hint="copy or download it again; if it is whole, float16 cannot hold it: try --dtype float32",
+    )
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
     return model.eval()
 

@@ -6,15 +6,16 @@ trains the attention on about a hundred rows instead, and charges it to the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.errors import UsageError
-from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
+from p2d_cli.errors import UsageError, is_out_of_memory
+from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
+from p2d_cli.modeling.memory import release_memory
 
 
 class AttentionProxy:
@@ -33,6 +34,8 @@ class AttentionProxy:
         lr: AdamW's learning rate, constant, without weight decay, which would move every head alike.
         projections: what is trained, of q, k, v, o; in fused modules too, only their rows.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        sum_over_ranks: adds up tensors over the processes that share the rows of each step, in place. They all take
+            the step that one process would take with all of its rows.
 
     Raises:
         UsageError: some of these weights wait on the disk or in main memory for their turn (`--device-map`).
@@ -46,10 +49,14 @@ class AttentionProxy:
         lr: float,
         projections: Sequence[ProjectionName] = ("q", "k", "v"),
         max_grad_norm: float | None = 1.0,
+        sum_over_ranks: Callable[[Sequence[torch.Tensor]], None] = lambda _: None,
     ) -> None:
         self._model = model
         self._layout = tuple(layout)
         self._max_grad_norm = max_grad_norm
+        self._sum_over_ranks = sum_over_ranks
+        self.parts = 1
+        """How many parts a batch is read in; more once it did not fit into memory."""
         parts = [layer.projection(name) for layer in layout for name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
@@ -64,26 +71,65 @@ class AttentionProxy:
         self._frozen_rows = _frozen_rows(self._layout, projections, self._base)
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=lr, weight_decay=0.0)
 
-    def steps(self, batches: Iterable[Batch]) -> Iterator[float]:
+    def steps(self, batches: Iterable[Batch | None]) -> Iterator[float]:
         """Take one optimizer step for each batch.
 
         Args:
-            batches: see `p2d_cli.modeling.gradients`.
+            batches: this process's rows of each step, see `p2d_cli.modeling.gradients`; None where it has none.
 
         Yields:
-            The mean loss of the batch's completion tokens before its step.
+            The mean loss of the step's completion tokens before it.
 
         Raises:
             NonFiniteError: a loss is not finite; the model has been restored.
         """
         for number, batch in enumerate(batches, start=1):
             with trainable_only(self._model, self._live.values()):
-                sums_B, counts_B = example_losses(self._model, batch)
-                loss = sums_B.sum() / counts_B.sum()
-                self._require_finite(loss, number)
-                gradients = torch.autograd.grad(loss, list(self._live.values()))
+                loss, gradients = self._differentiate(batch, number)
             self._update(gradients)
-            yield loss.item()
+            yield loss
+
+    def _differentiate(self, batch: Batch | None, number: int) -> tuple[float, list[torch.Tensor]]:
+        """Return the mean loss of a step over all processes, and this process's share of its gradient."""
+        weights = list(self._live.values())
+        count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+        count += 0 if batch is None else scored_tokens(batch).to(count)
+        self._sum_over_ranks([count])
+        found, gradients = 0.0, [torch.zeros_like(weight) for weight in weights] if batch is None else []
+        if batch is not None:
+            found, gradients = self._within_memory(batch, count, number)
+        loss = torch.tensor(found, dtype=torch.float32, device=weights[0].device)
+        self._sum_over_ranks([loss])
+        self._require_finite(loss, number)
+        return loss.item(), gradients
+
+    def _within_memory(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+        """Return loss and gradient of a batch; in parts, if it does not fit into memory as a whole."""
+        while True:
+            try:
+                return self._sum_over_parts(batch, count, number)
+            except Exception as problem:
+                if not is_out_of_memory(problem) or self._rows_at_a_time(batch) == 1:
+                    raise
+            self.parts *= 2
+            release_memory()
+
+    def _rows_at_a_time(self, batch: Batch) -> int:
+        return max(1, len(batch["input_ids"]) // self.parts)
+
+    def _sum_over_parts(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+        weights = list(self._live.values())
+        total, gradients = 0.0, list[torch.Tensor]()
+        rows, at_a_time = len(batch["input_ids"]), self._rows_at_a_time(batch)
+        for start in range(0, rows, at_a_time):
+            part = {name: tensor[start : start + at_a_time] for name, tensor in batch.items()}
+            sums_B, _ = example_losses(self._model, part)
+            loss = sums_B.sum() / count
+            self._require_finite(loss, number)
+            found = torch.autograd.grad(loss, weights)
+            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else [*found]
+            total += loss.item()
+        return total, gradients
 
     def base_weights(self, layer: int) -> LayerWeights:
         """Return the q, k, v weights of a layer as they were, in the model's dtype."""
@@ -119,6 +165,7 @@ class AttentionProxy:
                 master.grad = gradient.to(master.dtype)
                 if name in self._frozen_rows:
                     master.grad[self._frozen_rows[name]] = 0
+            self._sum_over_ranks([master.grad for master in self._masters.values() if master.grad is not None])
             if self._max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_grad_norm)
             self._optimizer.step()

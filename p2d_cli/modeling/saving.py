@@ -6,22 +6,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.loading import quiet_transformers
 from p2d_cli.modeling.model_files import TOKENIZER_FILES
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 
-def save_plain_model(model: Any, base: Path, folder: Path) -> None:
+def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Write weights and config of `model`, and the tokenizer, chat template and generation config of its base.
 
     Args:
         model: a transformers model without adapters.
         base: the folder that it was loaded from; its files are copied as they are.
         folder: where to; loads with transformers alone.
+        state: the weights, if the model itself holds only a part of them.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
     """
+    weights = model.named_parameters() if state is None else state.items()
+    require_finite_weights(weights, "saving the model", hint="lower --lr, or try --dtype float32")
     with quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -23,12 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from p2d_cli.errors import ArtifactError, NonFiniteError, first_line
+from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
 from p2d_cli.modeling.loading import quiet_transformers
 
+Batch = dict[str, Any]
 _MEGABATCHES = 50  # rows are sorted by length within so many batches; the order of the batches stays random
 _CHECKPOINTS_KEPT = 2
 
@@ -68,6 +69,11 @@ class TrainingPlan:
     checkpoint_minutes: float = math.inf
     packing: bool = False
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one forward and backward pass."""
+        return self.batch_size // self.accumulation
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -83,6 +89,8 @@ class TrainingRecord:
     best_step: int | None = None
     """The update whose weights were kept, where there were held-out rows."""
     best_eval_loss: float | None = None
+    full_state: dict[str, torch.Tensor] | None = None
+    """Where the model is sharded over ranks: what was trained, whole and on the CPU of rank 0; empty elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,23 @@ class ResumePoint:
     """Tokens that were read up to there."""
 
 
+def _raise(problem: P2DError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a training, and how they agree; by default there is one, which agrees with itself."""
+
+    rank: int = 0
+    size: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+    """Tells all ranks a value, and returns what all told, by rank."""
+    raise_together: Callable[[P2DError | None], None] = _raise
+    """Raises on all ranks the error that one of them has."""
+
+
 @dataclass(frozen=True)
 class TrainingHooks:
     """Who wants to know how the training goes."""
@@ -102,6 +127,8 @@ class TrainingHooks:
     """Called with the number of updates done since the last call."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after each update whether to stop there, with a checkpoint to go on from; all ranks get one answer."""
     after_loading: Callable[[Any], None] = lambda _: None
     """Called with the model after a checkpoint's weights were put into it."""
 
@@ -113,9 +140,18 @@ class CompletionTrainer(Trainer):
     change the gradient.
     """
 
-    def __init__(self, *args: Any, order: Sampler[int], hooks: TrainingHooks, tokens_seen: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        order: LengthGrouped,
+        hooks: TrainingHooks,
+        tokens_seen: int,
+        ranks: Ranks,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._order = order
+        self.ranks = ranks
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
@@ -134,34 +170,66 @@ class CompletionTrainer(Trainer):
         Raises:
             NonFiniteError: the loss is not finite; no update was made with it.
         """
-        self.tokens_seen += inputs["labels"].numel()
+        self.tokens_seen += inputs["labels"].numel() if inputs["names"] else 0
         total, count, outputs = self._completion_loss(model, inputs)
-        if not torch.isfinite(total):
-            raise NonFiniteError(
-                f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
-                f"Its batch: {_listed(inputs['names'])}",
-                hint="look at these rows; lower --lr, or try --dtype float32",
-            )
+        self.ranks.raise_together(self._no_number(total, inputs["names"]))
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _no_number(self, total: torch.Tensor, names: Sequence[str]) -> NonFiniteError | None:
+        if torch.isfinite(total):
+            return None
+        return NonFiniteError(
+            f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
+            f"Its batch: {_listed(names)}",
+            hint="look at these rows; lower --lr, or try --dtype float32",
+        )
+
+    def tokens_of_all_ranks(self) -> int:
+        """Return how many tokens all ranks have read; all of them have to ask."""
+        return sum(self.ranks.exchange(self.tokens_seen))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the micro-batches of this rank."""
+        if self.ranks.size == 1:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        batches = RankBatches(self._order, self.args.gradient_accumulation_steps, self.ranks)
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the mean loss of all completion tokens of the held-out rows, in nats."""
-        total, count = 0.0, 0
+        losses: list[float] = []
+        counts: list[int] = []
         model: Any = self.model
         model.eval()
         with torch.no_grad():
-            for batch in self.get_eval_dataloader():
+            for batch in self._eval_batches():
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)
-                total, count = total + loss.item(), count + tokens
+                found = self.ranks.exchange((loss.item(), tokens))
+                losses.extend(loss for loss, _ in found)
+                counts.extend(tokens for _, tokens in found)
         model.train()
-        metrics = {f"{metric_key_prefix}_loss": total / count}
+        metrics = {f"{metric_key_prefix}_loss": sum(losses) / sum(counts)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        """Yield this rank's batches of held-out rows; all ranks have as many, some of them empty."""
+        if self.ranks.size == 1:
+            yield from self.get_eval_dataloader()
+            return
+        rows: Any = self.eval_dataset
+        collator: Any = self.data_collator
+        at_a_time = self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), at_a_time * self.ranks.size):
+            mine = start + at_a_time * self.ranks.rank
+            batch: Batch = self._prepare_inputs(collator(rows[mine : mine + at_a_time]))
+            yield batch
 
     def _completion_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int, Any]:
         """Return the summed loss of the completion tokens, how many they are, and the model's outputs."""
@@ -176,6 +244,7 @@ class CompletionTrainer(Trainer):
 
     def _clip_finite(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip(*args, **kwargs)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # Under float16 the loss scaler looks for infinite gradients, and skips the update, itself.
         if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
             raise NonFiniteError(
@@ -183,6 +252,21 @@ class CompletionTrainer(Trainer):
                 hint="lower --lr, or try --dtype float32",
             )
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Look at held-out rows and save, where it is time to, and stop behind that if asked to."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if is_last or not self.hooks.should_stop():
+            # Behind the last update there is nothing left but to write the result.
+            return
+        if not self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        raise StoppedEarlyError(
+            f"stopped after update {self.state.global_step} of {self.state.max_steps}, which is kept; "
+            "run the same command again to go on"
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
@@ -204,7 +288,7 @@ class LengthGrouped(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self._lengths = torch.tensor(lengths)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._epoch = 0
 
@@ -219,20 +303,51 @@ class LengthGrouped(Sampler[int]):
         rng = torch.Generator().manual_seed(self._seed + self._epoch)
         order = torch.randperm(len(self._lengths), generator=rng)
         batches: list[torch.Tensor] = []
-        for part in torch.split(order, _MEGABATCHES * self._batch_size):
+        for part in torch.split(order, _MEGABATCHES * self.batch_size):
             by_length = part[torch.argsort(self._lengths[part], descending=True, stable=True)]
-            batches.extend(torch.split(by_length, self._batch_size))
+            batches.extend(torch.split(by_length, self.batch_size))
         # The batch that is not full, if any, stays last.
-        full = len(batches) - (len(batches[-1]) < self._batch_size if batches else 0)
+        full = len(batches) - (len(batches[-1]) < self.batch_size if batches else 0)
         for index in [*torch.randperm(full, generator=rng).tolist(), *range(full, len(batches))]:
             yield from batches[index].tolist()
+
+
+class RankBatches(Sampler[list[int]]):
+    """One rank's micro-batches: each of those of a single process, cut among the ranks row by row.
+
+    All ranks have the same number of them; where an epoch ends, some may be empty.
+
+    Args:
+        order: the rows of all updates, one after the other.
+        accumulation: micro-batches of an update.
+        ranks: who shares them.
+    """
+
+    def __init__(self, order: LengthGrouped, accumulation: int, ranks: Ranks) -> None:
+        self.batch_sampler = order
+        """Where Trainer looks for what has epochs."""
+        self._rows = order.batch_size // accumulation
+        self._ranks = ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that comes next."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batch_sampler) / self._rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.batch_sampler)
+        for start in range(0, len(order), self._rows):
+            yield order[start : start + self._rows][self._ranks.rank :: self._ranks.size]
 
 
 class _Watcher(TrainerCallback):
     """Pass each update on, and ask for a checkpoint when the last one is old."""
 
-    def __init__(self, hooks: TrainingHooks, minutes: float) -> None:
+    def __init__(self, hooks: TrainingHooks, minutes: float, ranks: Ranks) -> None:
         self._hooks = hooks
+        self._ranks = ranks
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
         self._reported = 0
@@ -245,7 +360,9 @@ class _Watcher(TrainerCallback):
         at_end = state.global_step >= state.max_steps
         if at_end and args.eval_strategy != "no":
             control.should_evaluate = True
-        if not at_end and time.monotonic() - self._saved >= self._seconds:
+        is_old = time.monotonic() - self._saved >= self._seconds
+        # Saving needs all ranks, and their clocks differ.
+        if not at_end and self._ranks.exchange(is_old)[0]:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -253,7 +370,8 @@ class _Watcher(TrainerCallback):
         self._saved = time.monotonic()
         if self.trainer is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._hooks.on_checkpoint(folder, self.trainer.tokens_seen)
+            # Once all have told their tokens, all have written their part.
+            self._hooks.on_checkpoint(folder, self.trainer.tokens_of_all_ranks())
 
 
 def train(
@@ -266,6 +384,7 @@ def train(
     eval_rows: Sequence[TrainingRow] = (),
     resume: ResumePoint | None = None,
     hooks: TrainingHooks | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainingRecord:
     """Train the parameters of `model` that require a gradient.
 
@@ -279,29 +398,33 @@ def train(
         eval_rows: held-out rows, to choose the best weights by.
         resume: a checkpoint of the same training to go on from. On a CPU in float32 it ends with the same bits.
         hooks: who is told.
+        ranks: the processes that share the training; each gets all rows, and they make the updates of a single one.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
         ArtifactError: the checkpoint to go on from holds pickled objects other than tensors.
+        StoppedEarlyError: `hooks.should_stop` said so; there is a checkpoint behind the last update that was made.
     """
+    ranks = ranks or Ranks()
     if plan.checkpointing:
         enable_checkpointing(model)
     hooks = hooks or TrainingHooks()
-    watcher = _Watcher(hooks, plan.checkpoint_minutes)
+    watcher = _Watcher(hooks, plan.checkpoint_minutes, ranks)
     planned = planned_updates(len(rows), plan)
     callbacks: list[TrainerCallback] = [watcher]
     if plan.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=plan.patience))
     trainer = CompletionTrainer(
         model=model,
-        args=_arguments(plan, planned, scratch, num_rows=len(rows), evaluates=bool(eval_rows)),
+        args=_arguments(plan, planned, scratch, num_rows=len(rows), evaluates=bool(eval_rows), size=ranks.size),
         train_dataset=list(rows),
         order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
         eval_dataset=list(eval_rows) or None,
-        data_collator=pack if plan.packing else lambda batch: collate(batch, pad_id),
+        data_collator=lambda batch: collate_or_none(batch, pad_id, packing=plan.packing),
         callbacks=callbacks,
         hooks=hooks,
-        tokens_seen=resume.tokens if resume else 0,
+        tokens_seen=resume.tokens if resume and ranks.rank == 0 else 0,
+        ranks=ranks,
     )
     watcher.trainer = trainer
     trainer.remove_callback(PrinterCallback)
@@ -312,10 +435,13 @@ def train(
         log=log,
         steps_done=trainer.state.global_step,
         steps_planned=planned,
-        tokens=trainer.tokens_seen,
+        tokens=trainer.tokens_of_all_ranks(),
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
         best_step=trainer.state.best_global_step if eval_rows else None,
         best_eval_loss=trainer.state.best_metric if eval_rows else None,
+        full_state=full_state(trainer.model, ranks.rank, getattr(torch, plan.autocast))
+        if trainer.is_fsdp_enabled
+        else None,
     )
 
 
@@ -339,6 +465,34 @@ def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
 def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
     """Return the number of updates that one epoch takes."""
     return math.ceil(num_rows / plan.batch_size)
+
+
+def collate_or_none(batch: Sequence[TrainingRow], pad_id: int, *, packing: bool) -> Batch:
+    """Return the rows as a batch; without rows, one token that is padding, as all ranks have to take part in a step."""
+    if batch:
+        return pack(batch) if packing else collate(batch, pad_id)
+    nothing = {"input_ids": torch.tensor([[pad_id]]), "labels": torch.tensor([[IGNORED_LABEL]]), "names": []}
+    return nothing | ({"position_ids": torch.tensor([[0]])} if packing else {})
+
+
+def full_state(model: Any, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gather what was trained of a model that is sharded over ranks; all of them have to ask, and rank 0 is given it.
+
+    For an adapter that is its factors, as they are; for a plain model all weights, in `dtype`. Tied weights stay one
+    tensor.
+    """
+    is_adapter = hasattr(model, "peft_config")
+    whole: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if is_adapter and ".lora_" not in name:
+            continue
+        if id(tensor) not in whole:
+            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            kept = gathered.detach() if is_adapter else gathered.detach().to(dtype)
+            whole[id(tensor)] = kept.cpu() if rank == 0 else torch.empty(0)
+        state[name] = whole[id(tensor)]
+    return state if rank == 0 else {}
 
 
 def collate(batch: Sequence[TrainingRow], pad_id: int) -> dict[str, Any]:
@@ -372,14 +526,17 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _arguments(plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int, evaluates: bool) -> TrainingArguments:
+def _arguments(
+    plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
+) -> TrainingArguments:
     steps = min(planned, plan.max_steps) if plan.max_steps else planned
+    rows = plan.micro_batch // size
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
         learning_rate=plan.learning_rate,
-        per_device_train_batch_size=plan.batch_size // plan.accumulation,
-        per_device_eval_batch_size=plan.batch_size // plan.accumulation,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
         gradient_accumulation_steps=plan.accumulation,
         # A run that is cut short follows the schedule of the whole one, so that its steps are like the whole one's.
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[plan.schedule],
@@ -405,4 +562,5 @@ def _arguments(plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int
         report_to=list(plan.trackers),
         disable_tqdm=True,
         dataloader_pin_memory=plan.device != "cpu",
+        ddp_find_unused_parameters=False,
     )

@@ -7,7 +7,8 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,49 @@ def describe_hardware(device: str, *, accelerators: int = 1) -> dict[str, Any]:
     elif device != "cpu":
         described["label"] = f"{device}, {processor}"
     return described
+
+
+def whereabouts(device: str) -> tuple[str, str]:
+    """Return the names of this machine and of the device on it, which tell two ranks apart; no manifest keeps them."""
+    if device.startswith("cuda"):
+        import torch
+
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        return platform.node(), str(getattr(properties, "uuid", device))
+    return platform.node(), device
+
+
+def combine_hardware(ranks: Sequence[dict[str, Any]], where: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the description of what several processes ran on; the label says how many of what.
+
+    Args:
+        ranks: `describe_hardware` of each, that of rank 0 first.
+        where: `whereabouts` of each.
+    """
+    if len(ranks) == 1:
+        return ranks[0]
+    hosts = len({host for host, _ in where})
+    combined = ranks[0] | {"processes": len(ranks), "hosts": hosts}
+    if all("accelerators" in rank for rank in ranks):
+        # Ranks that share a GPU do not make two of it.
+        names = {place: rank["label"].removeprefix("1 x ") for place, rank in zip(where, ranks, strict=True)}
+        shared = f", {len(ranks)} processes" if len(names) < len(ranks) else ""
+        return combined | {"accelerators": len(names), "label": _counted(names.values(), "x") + shared}
+    machines = f", {hosts} machines" if hosts > 1 else ""
+    return combined | {"label": _counted((rank["label"] for rank in ranks), "processes on") + machines}
+
+
+def _counted(names: Iterable[str], between: str) -> str:
+    return " + ".join(f"{count} {between} {name}" for name, count in sorted(Counter(names).items()))
+
+
+def highest_memory_gib(ranks: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the highest of each of the peaks of several processes."""
+    highest: dict[str, float] = {}
+    for peaks in ranks:
+        for name, value in peaks.items():
+            highest[name] = max(value, highest.get(name, 0.0))
+    return highest
 
 
 def _processor_name() -> str:

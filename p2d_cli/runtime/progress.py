@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 Advance = Callable[[int], None]
@@ -33,3 +36,32 @@ class SilentProgress:
     def note(self, message: str) -> None:
         """Drop the message."""
         del message
+
+
+class LogProgress:
+    """Append to a file what was begun, when it ended, and every note: for a process that has no terminal to itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Advance]:
+        """Write a line when the body begins, and one with its seconds when it ends, however it does."""
+        started, done = time.monotonic(), 0
+
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
+
+        self.note(label if total is None else f"{label}: {total} to do")
+        try:
+            yield advance
+        finally:
+            of_total = "" if total is None else f"/{total}"
+            self.note(f"{label}: {done}{of_total} in {time.monotonic() - started:.1f} s")
+
+    def note(self, message: str) -> None:
+        """Write one line, with the time of day."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {message}\n")

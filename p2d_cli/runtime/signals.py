@@ -1,31 +1,247 @@
-"""Being asked to stop by a batch queue: SIGTERM when the time is up, SIGUSR1 some minutes before.
+"""Being told to stop: Ctrl-C by a user, SIGTERM or SIGUSR1 by a batch queue.
 
-The handler only takes note. Work that can go on later looks at `stop_requested` at its seams (after a batch, after an
-update), saves what it has, and ends with exit code 75.
+Wherever nothing would be lost, a signal ends the work at once, by an `Interruption` raised in the main thread. Three
+kinds of code want it otherwise:
+
+- a batch or an update is worth finishing: inside `deferred`, the batch queue's signals wait for the end of the block;
+- an artifact that is being written is worth completing: inside `shielded`, all signals do;
+- several processes that work together have to stop at the same batch: there, the batch queue's signals are only taken
+  note of, and the work asks `stop_requested` and agrees.
+
+What waits does not wait for ever. A signal that comes again, and one that has not taken effect when its patience is
+over, ends the process; everything on disk is made to survive that.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any, NoReturn
+
+from p2d_cli.errors import INTERRUPTED_EXIT_CODE, StoppedEarlyError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PATIENCE_SECONDS: dict[int, float] = {signal.SIGINT: 1.5, signal.SIGTERM: 20.0, signal.SIGUSR1: 300.0}
+"""How long each signal waits. Slurm sends SIGKILL 30 s after SIGTERM; SIGUSR1 comes minutes before the time is up."""
+SAME_SIGNAL_SECONDS = 1.0
+"""Launchers and terminals pass one signal on twice; a second one after this time means what it says."""
 
-_requested: str | None = None
+
+class Interruption(BaseException):
+    """A signal ends the work. No `except Exception` below the command line stops it.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """The code that the process ends with: 130 for Ctrl-C, 75 for a batch queue's signals."""
+        return INTERRUPTED_EXIT_CODE if self.number == signal.SIGINT else StoppedEarlyError.exit_code
+
+    @property
+    def message(self) -> str:
+        """One line for the user."""
+        what = "interrupted" if self.number == signal.SIGINT else f"stopped by {self}"
+        return f"{what}; what was finished is kept, run the same command again to go on"
 
 
-def listen() -> None:
-    """Take note of `STOP_SIGNALS` from now on, instead of dying of them; for the main thread of a command."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _take_note)
+@dataclass
+class _State:
+    """What this process was told, and what it is in the middle of."""
+
+    requested: str | None = None
+    waiting: int | None = None
+    """A signal that has not been acted upon."""
+    arrivals: dict[int, float] = field(default_factory=dict)
+    """When each signal first came."""
+    deferrals: int = 0
+    shields: int = 0
+    took_effect: bool = False
+    """Whether an `Interruption` was raised."""
+    over: bool = False
+    """The command has ended; signals no longer matter."""
+    previous: dict[int, Any] = field(default_factory=dict)
+    """The handlers that were there before."""
+
+
+_state = _State(over=True)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Handle signals while a command runs in this block; when it ends they no longer matter to the command."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    borrowed = _state.over
+    if borrowed:
+        _install()
+    try:
+        yield
+    finally:
+        _state.over = True
+        for number, handler in _state.previous.items() if borrowed else ():
+            signal.signal(number, handler)
+
+
+def own_process(say: Callable[[str], None]) -> None:
+    """Handle signals from now until this process ends, even where Python cannot: inside of a long call into C.
+
+    Args:
+        say: tells the user a line in a process that is about to end; called from another thread.
+    """
+    _install()
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read_end, say), daemon=True).start()
+    os.register_at_fork(after_in_child=_let_go)
+    _silence_swallowed()
+
+
+def finished() -> None:
+    """Take no more notice of signals: the command has ended, and the process is about to."""
+    _state.over = True
+
+
+def took_effect() -> bool:
+    """Say whether a signal ended the command."""
+    return _state.took_effect
 
 
 def stop_requested() -> str | None:
-    """Return the name of the signal that asked this process to stop, if one did."""
-    return _requested
+    """Return the name of the batch queue's signal that asked this process to stop, if one did."""
+    return _state.requested
 
 
-def _take_note(number: int, frame: FrameType | None) -> None:
+def works_alone() -> bool:
+    """Say whether this is the only process of its command."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let a batch queue's signals wait for the end of this block, where they raise an `Interruption`; Ctrl-C does not.
+
+    Among several processes they raise nothing, here or elsewhere.
+    """
+    state = _state
+    state.deferrals += 1
+    try:
+        yield
+    finally:
+        state.deferrals -= 1
+    _act(state)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Let all signals wait for the end of this block, where they raise an `Interruption`."""
+    state = _state
+    state.shields += 1
+    try:
+        yield
+    finally:
+        state.shields -= 1
+    _act(state)
+
+
+def _install() -> None:
+    global _state
+    _state = _State()
+    for number in PATIENCE_SECONDS:
+        # What the parent ignores, as a shell does Ctrl-C for what runs in the background, stays ignored.
+        if (previous := signal.getsignal(number)) is not signal.SIG_IGN:
+            _state.previous[number] = previous
+            signal.signal(number, _receive)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
     del frame
-    global _requested
-    _requested = signal.Signals(number).name
+    state, now = _state, time.monotonic()
+    if state.over:
+        return
+    if number in STOP_SIGNALS:
+        state.requested = signal.Signals(number).name
+    arrived = state.arrivals.setdefault(number, now)
+    if now - arrived > SAME_SIGNAL_SECONDS and not _together(number):
+        _interrupt(state, number)
+    if arrived == now:
+        # Ctrl-C is acted upon wherever another signal is, and in more places.
+        state.waiting = state.waiting if state.waiting == signal.SIGINT else number
+        _act(state)
+
+
+def _act(state: _State) -> None:
+    """Raise the signal that is waiting, if there is nothing left to wait for."""
+    number = state.waiting
+    if number is None or state.over or state.shields or _together(number):
+        return
+    if number in STOP_SIGNALS and state.deferrals:
+        return
+    state.waiting = None
+    _interrupt(state, number)
+
+
+def _interrupt(state: _State, number: int) -> NoReturn:
+    state.took_effect = True
+    raise Interruption(number)
+
+
+def _together(number: int) -> bool:
+    """Whether to leave a signal to what several processes agree upon."""
+    return number in STOP_SIGNALS and not works_alone()
+
+
+def _watch(read_end: int, say: Callable[[str], None]) -> None:
+    """End the process when a signal's patience is over; Python hands over its number as soon as it arrives."""
+    deadline: float | None = None
+    number = 0
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([read_end], [], [], left)
+        if ready:
+            came = os.read(read_end, 1)[0]
+            patience = PATIENCE_SECONDS.get(came)
+            if patience is not None and (deadline is None or time.monotonic() + patience < deadline):
+                deadline, number = time.monotonic() + patience, came
+        elif _state.over:
+            return
+        else:
+            interruption = Interruption(number)
+            say(interruption.message)
+            os._exit(interruption.exit_code)
+
+
+def _let_go() -> None:
+    """In a forked child: die of signals as any process does, and do not report them to the parent's watch."""
+    signal.set_wakeup_fd(-1)
+    for number in _state.previous:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _silence_swallowed() -> None:
+    """Say nothing of an `Interruption` in a place where Python cannot raise it, such as a destructor.
+
+    Python would write a traceback there and go on; the watch sees to it that the process ends all the same.
+    """
+    others = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, Interruption):
+            others(unraisable)
+
+    sys.unraisablehook = hook

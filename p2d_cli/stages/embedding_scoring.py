@@ -88,7 +88,8 @@ def _read(
         return {"kept": states_BD.numpy() if keep is None else keep(states_BD.numpy())}
 
     kept: NDArray[Any] | None = None
-    for group, reading in finish_batches(task.job, bench, label, bench.batches([len(row) for row in ids]), read):
+    batches = bench.batches([len(row) for row in ids])
+    for group, reading in finish_batches(task.job, bench, label, batches, read, name=lambda row: records[row].where):
         if kept is None:
             kept = np.empty((len(ids), *reading["kept"].shape[1:]), dtype=reading["kept"].dtype)
         kept[group] = reading["kept"]

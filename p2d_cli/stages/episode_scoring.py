@@ -60,6 +60,8 @@ def score_chunk(
         chunk.label("read episodes"),
         reader.batches(episodes),
         lambda group: reader.read(plan, episodes, group),
+        unchecked=("perf",),
+        name="episode {}".format,
     ):
         weights_BS = demo_shares(reading["attention"], normalise=config.normalise)
         perf_B = reading["perf"]

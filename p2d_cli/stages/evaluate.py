@@ -90,7 +90,12 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         data=job.rows("data", config.data) if config.data is not None else None,
         choices=_open_choices(job, config.choices) if config.choices is not None else None,
     )
-    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+    return job.complete(
+        lambda folder: _compute(job, inputs, folder),
+        lambda unfinished: _plan(job, inputs, unfinished),
+        # lm-eval shares its work in ways of its own, or not at all.
+        alone=inputs.data is None,
+    )
 
 
 def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
@@ -144,8 +149,9 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
             bench.model = load_adapter(bench.model, inputs.adapter)
     with job.timer.phase("evaluate"):
         measured = _run_tasks(job, bench) if inputs.data is None else _measure(job, bench, records, inputs.choices)
-    with job.timer.phase("save"):
-        save_evaluation(folder, measured.metrics, measured.rows)
+    if job.is_main:
+        with job.saving():
+            save_evaluation(folder, measured.metrics, measured.rows)
     return Outcome(
         summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},
         settings={"rows": len(measured.rows), "data": job.config.data or ",".join(job.config.lm_eval)},

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -45,8 +46,17 @@ from p2d_cli.data.sources import RowSource, hub_commit, locate
 from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
-from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
-from p2d_cli.runtime.progress import Progress, SilentProgress
+from p2d_cli.runtime import distributed, signals
+from p2d_cli.runtime.hardware import (
+    combine_hardware,
+    describe_hardware,
+    highest_memory_gib,
+    package_versions,
+    peak_memory_gib,
+    synchronizer,
+    whereabouts,
+)
+from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
 
 
@@ -65,6 +75,8 @@ class RunOptions:
     rates: dict[tuple[Any, ...], tuple[float, float | None]] = field(default_factory=dict)
     """What such timings found, so that the stages of a recipe share them."""
     progress: Progress = field(default_factory=SilentProgress)
+    rank_logs: bool = False
+    """Whether ranks other than the first, which show nothing, write a log beside the output."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,20 @@ class Outcome:
     """Whether the stage is a cost that a run is charged for."""
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """What rank 0 decided: the result if there is nothing to do, else where the work goes."""
+
+    result: StageResult | None = None
+    folder: Path = Path()
+    unfinished: Path = Path()
+
+
 class StageRun(Generic[ConfigT]):
-    """One run of one stage."""
+    """One run of one stage, on one rank or several that share it.
+
+    Rank 0 decides whether there is anything to do, holds the lock, and writes the artifact.
+    """
 
     def __init__(self, stage: str, resolved: Resolved[ConfigT], options: RunOptions) -> None:
         self.stage = stage_named(stage)
@@ -111,7 +135,7 @@ class StageRun(Generic[ConfigT]):
         self.resolved = resolved
         self.config = resolved.config
         self.options = options
-        self.progress = options.progress
+        self.progress = self._progress()
         self.timer = PhaseTimer()
         self.inputs: dict[str, InputEntry] = {}
         self.manifests: dict[str, Manifest] = {}
@@ -128,6 +152,7 @@ class StageRun(Generic[ConfigT]):
         self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
         self._key: str | None = None
+        self._until_committed = ExitStack()
         self._started = time.perf_counter()
 
     @property
@@ -136,6 +161,11 @@ class StageRun(Generic[ConfigT]):
         given = self.config.system if isinstance(self.config, RowOptions) else None
         trained = trained_prompt(self)
         return (trained["system"] if given is None and trained is not None else given) or None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the artifact; the other ranks only share the work."""
+        return distributed.is_main_process()
 
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
@@ -152,7 +182,7 @@ class StageRun(Generic[ConfigT]):
             self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
             check_content(files.folder, self.manifests[name])
             self._inherit(self.manifests[name])
-        identity = identify_model(files)
+        identity = distributed.from_main(lambda: identify_model(files))
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
         self.inputs[name] = InputEntry(
             kind="model", digest=digest_json(entry), source=spec, details=identity.model_dump(mode="json")
@@ -282,6 +312,17 @@ class StageRun(Generic[ConfigT]):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def see_through(self) -> None:
+        """Let signals wait until the artifact is there: the work is done, and writing it does not take long."""
+        self._until_committed.enter_context(signals.shielded())
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Charge the body of the `with` block to the phase `save`; from here on, signals wait for the commit."""
+        self.see_through()
+        with self.timer.phase("save"):
+            yield
+
     @property
     def key(self) -> str:
         """The key of the artifact that is being made: unfinished work of another one is of no use for it."""
@@ -296,36 +337,104 @@ class StageRun(Generic[ConfigT]):
         return self._unfinished
 
     def complete(
-        self, compute: Callable[[Path], Outcome], plan: Callable[[Path], StagePlan] | None = None
+        self,
+        compute: Callable[[Path], Outcome],
+        plan: Callable[[Path], StagePlan] | None = None,
+        *,
+        alone: bool = False,
     ) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
         Args:
-            compute: writes the payload into the folder it is given.
+            compute: writes the payload into the folder it is given, on rank 0; all ranks call it, and share its work.
             plan: tells what that would take; it is given the folder with what an interrupted run has finished.
+            alone: whether there is no work to share: only rank 0 calls `compute`, and the others wait for it.
         """
         identity = self._identity()
         self._key = key = artifact_key(identity)
+        with ExitStack() as held:
+            decision = distributed.from_main(lambda: self._decide(identity, key, plan, held))
+            if decision.result is not None:
+                return replace(decision.result, wall_seconds=time.perf_counter() - self._started)
+            self._ensure_same_everywhere(identity)
+            self._unfinished = decision.unfinished
+            with ExitStack() as self._until_committed:
+                manifest = self._shared(compute, decision, key, identity, alone=alone)
+        return self._result("done", key, manifest)
+
+    def _progress(self) -> Progress:
+        """Return what the stage reports to; a rank that shows nothing may keep a log of its own."""
+        if self.is_main or not self.options.rank_logs:
+            return self.options.progress
+        out = self.config.out
+        return LogProgress(out.with_name(f".{out.name}.rank{distributed.rank()}.log"))
+
+    def _decide(
+        self,
+        identity: dict[str, Any],
+        key: str,
+        plan: Callable[[Path], StagePlan] | None,
+        held: ExitStack,
+    ) -> _Decision:
+        """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
         current = None if self.options.force else self._current(key)
         if current is not None and self.options.dry_run:
-            return self._result("would-skip", key, current)
+            return _Decision(self._result("would-skip", key, current))
         if current is not None:
             clear_leftovers(self.config.out, key)
-            return self._result("up-to-date", key, current)
+            return _Decision(self._result("up-to-date", key, current))
         self._ensure_room(identity)
         if self.options.dry_run:
             unfinished = unfinished_folder(self.config.out, key)
-            return self._result("would-run", key, None, plan(unfinished) if plan is not None else None)
-        with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
-            # Another process may have put an artifact there while this one waited for its turn.
-            if not self.options.force and (current := self._current(key)) is not None:
-                return self._result("up-to-date", key, current)
-            self._ensure_room(identity)
-            self._unfinished = place.unfinished
-            outcome = compute(place.folder)
-            manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
-            place.commit(manifest)
-        return self._result("done", key, manifest)
+            return _Decision(self._result("would-run", key, None, plan(unfinished) if plan is not None else None))
+        self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
+        # Another process may have put an artifact there while this one waited for its turn.
+        if not self.options.force and (current := self._current(key)) is not None:
+            return _Decision(self._result("up-to-date", key, current))
+        self._ensure_room(identity)
+        return _Decision(folder=self._draft.folder, unfinished=self._draft.unfinished)
+
+    def _ensure_same_everywhere(self, identity: dict[str, Any]) -> None:
+        """Refuse to share work between machines that see other rows, or settings."""
+        for number, other in enumerate(distributed.exchange(identity)):
+            if differences := identity_differences(identity, other):
+                raise DataError(
+                    f"rank {number} and rank {distributed.rank()} see different {', '.join(differences)}",
+                    hint="give all machines the same files, on a file system that they share, and the same settings",
+                )
+
+    def _shared(
+        self,
+        compute: Callable[[Path], Outcome],
+        decision: _Decision,
+        key: str,
+        identity: dict[str, Any],
+        *,
+        alone: bool,
+    ) -> Manifest:
+        """Do the work and commit it; every rank gets the manifest."""
+
+        def commit(outcome: Outcome, places: Sequence[_Here]) -> Manifest:
+            return self._commit(key, identity, outcome, places)
+
+        def finish() -> Manifest:
+            outcome = compute(decision.folder)
+            self.see_through()
+            return commit(outcome, [self._here(outcome.device)])
+
+        if alone:
+            return distributed.from_main(finish)
+        with distributed.explained_losses():
+            outcome = compute(decision.folder)
+        self.see_through()
+        places = distributed.exchange(self._here(outcome.device))
+        return distributed.from_main(lambda: commit(outcome, places))
+
+    def _commit(self, key: str, identity: dict[str, Any], outcome: Outcome, places: Sequence[_Here]) -> Manifest:
+        outputs = self._draft.describe_outputs(outcome.decoration)
+        manifest = self._manifest(key, identity, outcome, outputs, places)
+        self._draft.commit(manifest)
+        return manifest
 
     def _current(self, key: str) -> Manifest | None:
         manifest = find_current(self.config.out, self.kind, key)
@@ -335,6 +444,11 @@ class StageRun(Generic[ConfigT]):
         except ArtifactError:
             return None
         return manifest
+
+    def _here(self, device: str) -> _Here:
+        accelerators = sum(name.startswith("cuda") for name in self.devices)
+        hardware = describe_hardware(device, accelerators=max(accelerators, 1))
+        return _Here(hardware, whereabouts(device), peak_memory_gib(device))
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -354,10 +468,16 @@ class StageRun(Generic[ConfigT]):
     def _inherit(self, manifest: Manifest) -> None:
         self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
 
-    def _manifest(self, key: str, identity: dict[str, Any], outcome: Outcome, outputs: dict[str, Any]) -> Manifest:
-        accelerators = sum(name.startswith("cuda") for name in self.devices)
-        hardware = describe_hardware(outcome.device, accelerators=max(accelerators, 1))
-        peak = peak_memory_gib(outcome.device)
+    def _manifest(
+        self,
+        key: str,
+        identity: dict[str, Any],
+        outcome: Outcome,
+        outputs: dict[str, Any],
+        places: Sequence[_Here],
+    ) -> Manifest:
+        hardware = combine_hardware([place.hardware for place in places], [place.where for place in places])
+        peak = highest_memory_gib([place.peak_gib for place in places])
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
         worker = self.scorer or self.model_identity
         cost = StageCost(
@@ -421,6 +541,15 @@ def _digest_rows(source: RowSource) -> str:
     if source.files:
         return digest_files(source.files)
     return digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What one rank ran on, and the most memory that it had in use."""
+
+    hardware: dict[str, Any]
+    where: tuple[str, str]
+    peak_gib: dict[str, float]
 
 
 def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:

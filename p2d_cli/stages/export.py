@@ -35,7 +35,7 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     open_adapter(job, config.adapter)
     if "adapter" in job.manifests and (shown := job.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
-    return job.complete(lambda folder: _compute(job, base, adapter, folder))
+    return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
 
 
 def _base_of(adapter: Path) -> str:
@@ -68,7 +68,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
     with job.timer.phase("merge"):
         model = merge(model).to(dtype)
-    with job.timer.phase("save"):
+    with job.saving():
         save_plain_model(model, base.folder, folder)
         if (adapter / CHAT_TEMPLATE_NAME).is_file():
             shutil.copyfile(adapter / CHAT_TEMPLATE_NAME, folder / CHAT_TEMPLATE_NAME)

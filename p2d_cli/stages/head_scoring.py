@@ -5,13 +5,14 @@ Legend: R repeats, E episodes, L layers, H query heads a layer, K heads in (laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.journal import Entry, Journal
 from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.data.episodes import duplicate_groups
@@ -20,14 +21,18 @@ from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
 from p2d_cli.stages.execution import StageRun
 
 if TYPE_CHECKING:
-    import torch
-
     from p2d_cli.core.head_importance import LayerWeights
+    from p2d_cli.modeling.gradients import Batch
     from p2d_cli.stages.workbench import Workbench
+
+
+PROXY_PHASES = ("prepare", "proxy", "score")
+"""What a repeat of the proxy is charged to."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,30 @@ class _Draw:
     target: tuple[Record, ...]
     pool: Pool | None
     rng: np.random.Generator
+    repeat: int
+
+    def finish(
+        self, label: str, lengths: Sequence[int], compute: Callable[[list[int]], dict[str, NDArray[Any]]]
+    ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
+        """Compute batches of sequences of these lengths, each once, whatever interrupts it; see `finish_batches`."""
+        from p2d_cli.stages.workbench import finish_batches
+
+        named = label if self.job.config.repeats == 1 else f"{label} of draw {self.repeat + 1}"
+        return finish_batches(self.job, self.bench, named, self.bench.batches(lengths), compute)
+
+    def recall(self) -> Entry | None:
+        """Return what an interrupted run found in this repeat, if it finished it."""
+        with self._repeats() as journal:
+            return journal.finished.get(self.repeat)
+
+    def keep(self, arrays: dict[str, NDArray[Any]], tokens: int) -> None:
+        """Record what this repeat found."""
+        if self.job.is_main:
+            with self._repeats() as journal:
+                journal.add(self.repeat, arrays, seconds=float(arrays["spent"].sum()), tokens=tokens)
+
+    def _repeats(self) -> Journal:
+        return self.job.journal("repeats", [[repeat] for repeat in range(self.job.config.repeats)])
 
     @property
     def others(self) -> Pool:
@@ -165,7 +194,7 @@ def _score_by_rows(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, targe
     for repeat in range(config.repeats):
         seed_everything(derive_seed(config.seed, "score-heads", repeat))
         rng = generator(config.seed, "score-heads", inputs.method, repeat)
-        scores_LH, notes = ROW_METHODS[inputs.method](_Draw(job, bench, target_rows, pool, rng))
+        scores_LH, notes = ROW_METHODS[inputs.method](_Draw(job, bench, target_rows, pool, rng, repeat))
         repeats.append(scores_LH)
     return HeadsScored(
         geometry(bench.model),
@@ -178,55 +207,83 @@ def _score_by_rows(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, targe
 
 
 def _score_pad(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """Tune the attention on some target rows, and measure how far each head's weights moved."""
-    from p2d_cli.modeling.layouts import model_layout
+    """Tune the attention on some target rows, and measure how far each head's weights moved.
+
+    A repeat that an interrupted run had finished is not done again.
+    """
+    job, bench = draw.job, draw.bench
+    rows = draw.sample()
+    notes = {"proxy_rows": len(rows)}
+    if (earlier := distributed.from_main(draw.recall)) is None:
+        before, tokens = dict(job.timer.seconds), bench.tokens
+        with job.timer.phase("prepare"):
+            batches = list(_proxy_batches(draw, bench.encode_examples(rows)))
+        scores_LH, losses = _tune_proxy(draw, batches)
+        bench.tokens = tokens + sum(distributed.exchange(bench.tokens - tokens))
+        spent = [job.timer.seconds[phase] - before.get(phase, 0.0) for phase in PROXY_PHASES]
+        draw.keep({"scores": scores_LH, "losses": np.array(losses), "spent": np.array(spent)}, bench.tokens - tokens)
+    else:
+        scores_LH, losses = earlier.arrays["scores"], earlier.arrays["losses"].tolist()
+        for phase, seconds in zip(PROXY_PHASES, earlier.arrays["spent"].tolist(), strict=True):
+            job.timer.charge(phase, seconds)
+        bench.tokens += earlier.tokens
+        job.progress.note(f"draw {draw.repeat + 1} of the proxy was finished before")
+    notes["proxy_steps"] = len(losses)
+    return scores_LH, notes | {"proxy_first_loss": losses[0], "proxy_last_loss": losses[-1]}
+
+
+def _tune_proxy(draw: _Draw, batches: Sequence[Batch | None]) -> tuple[NDArray[np.float64], list[float]]:
+    """Return the scores `[L, H]`, and the loss of each step; all ranks take the same steps, and share their rows."""
     from p2d_cli.modeling.proxy import AttentionProxy
 
     job, bench = draw.job, draw.bench
-    layout = model_layout(bench.model)
-    rows = draw.sample()
-    with job.timer.phase("prepare"):
-        batches = list(_proxy_batches(draw, bench.encode_examples(rows)))
     with job.timer.phase("proxy"), job.progress.task("tune the proxy", len(batches)) as advance:
-        proxy = AttentionProxy(bench.model, layout, lr=job.config.proxy_lr)
+        proxy = AttentionProxy(
+            bench.model, bench.layout, lr=job.config.proxy_lr, sum_over_ranks=distributed.sum_tensors
+        )
         losses = []
         for loss in proxy.steps(batches):
             losses.append(loss)
             advance(1)
+            if distributed.world_size() > 1:
+                distributed.stop_together(signals.stop_requested())
     with job.timer.phase("score"):
-        pairs = ((proxy.base_weights(layer), proxy.task_weights(layer)) for layer in range(len(layout)))
-        scores_LH = _alignment_change(job, pairs, len(layout))
+        pairs = ((proxy.base_weights(layer), proxy.task_weights(layer)) for layer in range(len(bench.layout)))
+        scores_LH = _alignment_change(job, pairs, len(bench.layout))
         proxy.restore()
-    notes = {"proxy_rows": len(rows), "proxy_steps": len(losses)}
-    return scores_LH, notes | {"proxy_first_loss": losses[0], "proxy_last_loss": losses[-1]}
+    return scores_LH, losses
 
 
-def _proxy_batches(draw: _Draw, examples: Sequence[Any]) -> Iterator[dict[str, torch.Tensor]]:
+def _proxy_batches(draw: _Draw, examples: Sequence[Any]) -> Iterator[Batch | None]:
+    """Yield this rank's rows of each step, None where it has none."""
     config = draw.job.config
     for _ in range(config.proxy_epochs):
         order = draw.rng.permutation(len(examples))
         for start in range(0, len(order), config.proxy_batch_size):
             chosen = order[start : start + config.proxy_batch_size]
-            yield draw.bench.training_batch([examples[index] for index in chosen])
+            mine = chosen[distributed.rank() :: distributed.world_size()]
+            yield draw.bench.training_batch([examples[index] for index in mine]) if len(mine) else None
 
 
 def _score_taylor(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """First-order effect on the loss of removing each head, averaged over rows."""
     from p2d_cli.modeling.importance import taylor_scores
-    from p2d_cli.modeling.layouts import geometry, model_layout
+    from p2d_cli.modeling.layouts import layout_geometry
 
     job, bench = draw.job, draw.bench
     rows = draw.sample()
     with job.timer.phase("prepare"):
         examples = bench.encode_examples(rows)
-    shape = geometry(bench.model)
+
+    def read(group: list[int]) -> dict[str, NDArray[Any]]:
+        batch = bench.training_batch([examples[index] for index in group])
+        [effect_BLH] = taylor_scores(bench.model, bench.layout, [batch])
+        return {"effect": effect_BLH.numpy()}
+
+    shape = layout_geometry(bench.layout)
     total_LH = np.zeros((shape.num_layers, shape.num_heads))
-    with job.timer.phase("score"), job.progress.task("read rows", len(rows)) as advance:
-        groups = bench.batches([len(example.input_ids) for example in examples])
-        batches = (bench.training_batch([examples[index] for index in group]) for group in groups)
-        for effect_BLH in taylor_scores(bench.model, model_layout(bench.model), batches):
-            total_LH += effect_BLH.sum(dim=0).numpy()
-            advance(len(effect_BLH))
+    for _, reading in draw.finish("read rows", [len(example.input_ids) for example in examples], read):
+        total_LH += reading["effect"].sum(axis=0)
     return total_LH / len(rows), {"rows": len(rows)}
 
 
@@ -234,21 +291,26 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """How far each head's attention, from a target query, favours the one target demo among pool demos."""
     from p2d_cli.core.head_selection import contrast_scores
     from p2d_cli.core.sample_affinity import demo_shares
-    from p2d_cli.modeling.layouts import geometry
+    from p2d_cli.modeling.layouts import layout_geometry
 
     job, bench, demos = draw.job, draw.bench, draw.job.config.demos
     with job.timer.phase("prepare"):
         plan, episodes = _contrast_episodes(draw)
-    shape = geometry(bench.model)
+    shape = layout_geometry(bench.layout)
     everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
+
+    def watch(group: list[int]) -> dict[str, NDArray[Any]]:
+        attention_BKS = bench.watch([episodes[index] for index in group], everyone_LH, num_segments=demos)
+        # Each head is weighed alone, so to demo_shares each is an episode of its own.
+        shares = [
+            demo_shares(attention_KS[:, None, :])[:, plan[index].target_demo]
+            for index, attention_KS in zip(group, attention_BKS, strict=True)
+        ]
+        return {"target_share": np.stack(shares)}
+
     target_share_EK = np.zeros((len(plan), shape.total_heads))
-    with job.timer.phase("score"), job.progress.task("watch episodes", len(plan)) as advance:
-        for group in bench.batches([len(episode.input_ids) for episode in episodes]):
-            attention_BKS = bench.watch([episodes[index] for index in group], everyone_LH, num_segments=demos)
-            for index, attention_KS in zip(group, attention_BKS, strict=True):
-                # Each head is weighed alone, so to demo_shares each is an episode of its own.
-                target_share_EK[index] = demo_shares(attention_KS[:, None, :])[:, plan[index].target_demo]
-            advance(len(group))
+    for group, reading in draw.finish("watch episodes", [len(episode.input_ids) for episode in episodes], watch):
+        target_share_EK[group] = reading["target_share"]
     scores_K = contrast_scores(target_share_EK, demos)
     notes = {
         "episodes": len(plan),
@@ -271,11 +333,14 @@ def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
         examples = bench.encode_examples([*target, *background])
     shape = layout_geometry(bench.layout)
     everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
+
+    def read(group: list[int]) -> dict[str, NDArray[Any]]:
+        return {"outputs": bench.head_outputs([examples[index] for index in group], everyone_LH)}
+
     outputs = np.empty((len(examples), shape.total_heads, shape.head_dim), dtype=np.float32)
-    with job.timer.phase("score"), job.progress.task("read rows", len(examples)) as advance:
-        for group in bench.batches([len(example.input_ids) for example in examples]):
-            outputs[group] = bench.head_outputs([examples[index] for index in group], everyone_LH)
-            advance(len(group))
+    for group, reading in draw.finish("read rows", [len(example.input_ids) for example in examples], read):
+        outputs[group] = reading["outputs"]
+    with job.timer.phase("score"):
         scores_K = separation(outputs[: len(target)], outputs[len(target) :])
     notes = {"rows": len(target), "rows_background": len(background), "best_separation": float(scores_K.max())}
     return scores_K.reshape(everyone_LH.shape), notes

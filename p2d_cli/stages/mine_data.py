@@ -26,7 +26,7 @@ from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
-from p2d_cli.stages.pool_task import MiningInputs, PoolTask
+from p2d_cli.stages.pool_task import MiningInputs, PoolScored, PoolTask
 from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
 
 PICTURE_NAME = "scores.png"
@@ -79,13 +79,14 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         _tell_twins(job, pool)
     scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
     count = min(count, pool.size)
-    _require_no_infinity(config.method, pool, scored.scores)
+    _require_finite(config.method, pool, scored)
     with job.timer.phase("select"):
         ranks_N = rank_rows(scored.scores)
         cut = float(scored.scores[ranks_N == count - 1][0])
-    with job.timer.phase("save"):
-        _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count)
-        _draw(job, scored.scores, cut, folder)
+    if job.is_main:
+        with job.saving():
+            _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count)
+            _draw(job, scored.scores, cut, folder)
     return Outcome(
         summary={
             "method": config.method,
@@ -121,12 +122,16 @@ def _tell_twins(job: StageRun[MineDataConfig], pool: Pool) -> None:
         job.progress.note(f"{twins} pool rows are target rows as well and are left out")
 
 
-def _require_no_infinity(method: str, pool: Pool, scores_N: NDArray[np.float64]) -> None:
-    if not np.isinf(scores_N).any():
+def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:
+    """Refuse a score that is no number, unless it says that there is nothing to go by."""
+    measured = scored.draws > 0
+    wrong = np.isinf(scored.scores) | (np.isnan(scored.scores) & measured)
+    if not wrong.any():
         return
-    [row] = pool.take([int(np.flatnonzero(np.isinf(scores_N))[0])])
+    [row] = pool.take([int(np.flatnonzero(wrong)[0])])
     raise NonFiniteError(
-        f"the {method} score of {row.where} is infinite; nothing was written", hint="try --dtype float32"
+        f"the {method} score of {row.where} is not finite; nothing was written",
+        hint="look for NaN in the model's weights, or try --dtype float32",
     )
 
 

@@ -114,7 +114,7 @@ def _score_loss(task: PoolTask) -> PoolScored:
     losses_M = np.empty(task.pool.size)
     for chunk in task.chunks():
         examples = _encode(task, bench, chunk.records)
-        losses_M[chunk.places] = _completion_losses(task, bench, _given(examples), chunk.label("read rows"))
+        losses_M[chunk.places] = _completion_losses(task, bench, _given(examples), chunk, "read rows")
     return scored_by_model(bench, losses_M)
 
 
@@ -132,9 +132,9 @@ def _score_ifd(task: PoolTask) -> PoolScored:
     scores_M = np.empty(task.pool.size)
     for chunk in task.chunks():
         examples = _encode(task, bench, chunk.records)
-        given = _completion_losses(task, bench, _given(examples), chunk.label("read rows"))
+        given = _completion_losses(task, bench, _given(examples), chunk, "read rows")
         alone = [((first, *example.input_ids[example.prompt_length :]), 1) for example in examples]
-        ratio = np.exp(given - _completion_losses(task, bench, alone, chunk.label("read completions")))
+        ratio = np.exp(given - _completion_losses(task, bench, alone, chunk, "read completions"))
         scores_M[chunk.places] = np.where(ratio < 1, ratio, -ratio)
     return scored_by_model(bench, scores_M)
 
@@ -149,7 +149,7 @@ def _given(examples: Sequence[EncodedExample]) -> list[tuple[Sequence[int], int]
 
 
 def _completion_losses(
-    task: PoolTask, bench: Workbench, examples: Sequence[tuple[Sequence[int], int]], label: str
+    task: PoolTask, bench: Workbench, examples: Sequence[tuple[Sequence[int], int]], chunk: Chunk, work: str
 ) -> NDArray[np.float64]:
     """Return the mean negative log-likelihood, in nats a token, of each example's completion."""
     from p2d_cli.modeling.generation import score_completions
@@ -164,7 +164,7 @@ def _completion_losses(
 
     losses = np.full(len(examples), np.nan)
     batches = bench.batches([len(ids) for ids, _ in examples])
-    for group, reading in finish_batches(task.job, bench, label, batches, read):
+    for group, reading in finish_batches(task.job, bench, chunk.label(work), batches, read, name=chunk.name_of):
         losses[group] = reading["loss"]
     return losses
 

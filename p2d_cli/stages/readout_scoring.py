@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from p2d_cli.core.readout import Readout, fit_readout
 from p2d_cli.data.pool import Chunk
 from p2d_cli.data.prompts import EncodedExample
+from p2d_cli.data.records import Record
 from p2d_cli.errors import UsageError
 from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.pool_task import PoolScored, PoolTask, scored_by_model
@@ -30,9 +31,9 @@ def score_by_readout(task: PoolTask) -> PoolScored:
     bench = open_workbench(job, task.inputs.model, job.config)
     with job.timer.phase("prepare"):
         sample = _background(task)
-        background = bench.encode_examples(task.pool.take(task.pool.places(sample)))
-        target = bench.encode_examples(task.target)
-    known = _read(task, bench, heads_LH, [*target, *background])
+        others = task.pool.take(task.pool.places(sample))
+        background, target = bench.encode_examples(others), bench.encode_examples(task.target)
+    known = _read(task, bench, heads_LH, [*target, *background], [*task.target, *others])
     with job.timer.phase("fit"):
         readout = fit_readout(known[: len(target)], known[len(target) :])
     scores_M = np.full(task.pool.size, np.nan)
@@ -78,6 +79,7 @@ def _score_rest(
         chunk.label("read rows"),
         [rest[group].tolist() for group in bench.batches(lengths)],
         lambda group: {"affinity": readout.affinity(bench.head_outputs([examples[i] for i in group], heads_LH))},
+        name=chunk.name_of,
     ):
         scores[group] = reading["affinity"]
     return _count_truncated(examples.values())
@@ -88,7 +90,11 @@ def _count_truncated(examples: Iterable[EncodedExample]) -> int:
 
 
 def _read(
-    task: PoolTask, bench: Workbench, heads_LH: NDArray[np.bool_], examples: Sequence[EncodedExample]
+    task: PoolTask,
+    bench: Workbench,
+    heads_LH: NDArray[np.bool_],
+    examples: Sequence[EncodedExample],
+    records: Sequence[Record],
 ) -> NDArray[np.float32]:
     """Return the mean outputs of the heads on each row, `[rows, K, d]`."""
     outputs: list[NDArray[np.float32] | None] = [None] * len(examples)
@@ -99,6 +105,7 @@ def _read(
         "read target and background",
         batches,
         lambda group: {"outputs": bench.head_outputs([examples[index] for index in group], heads_LH)},
+        name=lambda row: records[row].where,
     ):
         for index, output_Kd in zip(group, reading["outputs"], strict=True):
             outputs[index] = output_Kd

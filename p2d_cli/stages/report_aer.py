@@ -44,7 +44,7 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
         job.inputs["recipe"] = InputEntry(
             kind="recipe", digest=digest_file(Path(config.recipe).expanduser()), source=config.recipe
         )
-    return job.complete(lambda folder: _compute(job, report, folder))
+    return job.complete(lambda folder: _compute(job, report, folder), alone=True)
 
 
 def _read_recipe(spec: str) -> str:
@@ -150,7 +150,7 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
     from p2d_cli.reporting.html import aer_html
     from p2d_cli.reporting.markdown import aer_markdown
 
-    with job.timer.phase("save"):
+    with job.saving():
         document = {"schema": "p2d.aer/1", **report.to_dict()}
         recipe = None if job.config.recipe is None else _read_recipe(job.config.recipe)
         save_report(folder, document, markdown=aer_markdown(report), html=aer_html(report, recipe=recipe))

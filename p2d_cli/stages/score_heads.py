@@ -30,7 +30,11 @@ def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None)
     """
     job = StageRun("score-heads", resolved, options or RunOptions())
     inputs = _open_inputs(job)
-    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+    return job.complete(
+        lambda folder: _compute(job, inputs, folder),
+        lambda unfinished: _plan(job, inputs, unfinished),
+        alone=inputs.target is None,
+    )
 
 
 def _plan(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, unfinished: Path) -> StagePlan:
@@ -85,9 +89,10 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
         method=inputs.method,
         geometry=scored.geometry,
     )
-    with job.timer.phase("save"):
-        save_head_scores(folder, heads)
-        _draw(job, heads, folder)
+    if job.is_main:
+        with job.saving():
+            save_head_scores(folder, heads)
+            _draw(job, heads, folder)
     repeat = repeatability(scored.repeats_RLH, budget)
     return Outcome(
         summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | scored.notes,

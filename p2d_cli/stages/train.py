@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -29,8 +30,17 @@ from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
-from p2d_cli.errors import DataError, UnavailableError
+from p2d_cli.errors import (
+    DataError,
+    MemoryExhaustedError,
+    StoppedEarlyError,
+    UnavailableError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -44,6 +54,7 @@ DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "
 """The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models."""
 TIMED_UPDATES = 4
 PICTURE_NAME = "loss.png"
+TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     """
     job = StageRun("train", resolved, options or RunOptions())
     config = job.config
+    _require_usable_launch(config)
     for tracker in config.tracker:
         if importlib.util.find_spec(tracker) is None:
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
@@ -90,6 +102,32 @@ def _plan_ahead(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path) -
     return plan_train(job, inputs.model, read_sample(job, inputs.data), held_out, inputs.heads_LH, unfinished)
 
 
+def _require_usable_launch(config: TrainConfig) -> None:
+    """Refuse what a launcher asks for that this training cannot be."""
+    size = distributed.world_size()
+    if size > 1 and config.batch_size % (config.accumulation * size):
+        raise UsageError(
+            f"--batch-size {config.batch_size} cannot be shared evenly: it has to be a multiple of --accumulation times"
+            f" processes, {config.accumulation} x {size} = {config.accumulation * size}",
+            hint="change --batch-size or --accumulation, or start another number of processes",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UsageError("p2d trains with DDP or FSDP2, not with DeepSpeed", hint="use an FSDP2 config of accelerate")
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError("p2d shards models with FSDP2 only", hint="set fsdp_version: 2 in the config of accelerate")
+    if is_sharded() and os.environ.get("FSDP_STATE_DICT_TYPE", "") != "FULL_STATE_DICT":
+        # From sharded checkpoints transformers 5.24 puts other weights back into a partly frozen model.
+        raise UsageError(
+            "p2d writes whole checkpoints of a sharded model",
+            hint="set fsdp_state_dict_type: FULL_STATE_DICT in the config of accelerate",
+        )
+
+
+def is_sharded() -> bool:
+    """Say whether `accelerate launch` was told to shard the model over the ranks."""
+    return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import trainable_share
     from p2d_cli.stages.templates import template_for
@@ -98,16 +136,17 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     with job.timer.phase("prepare"):
         records = job.read(inputs.data).records
         held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
-    device, dtype, model, tokenizer = _load(job, inputs.model)
+    device, dtype, tokenizer = _open(job, inputs.model)
     with job.timer.phase("prepare"):
         template = template_for(job, tokenizer, config)
         rows, truncated = _encode(job, inputs, template, tokenizer, records)
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
-        model = _make_trainable(model, config, inputs.heads_LH)
-        share = trainable_share(model)
     precision = str(dtype).removeprefix("torch.")
-    plan = _plan(config, precision, device)
-    record = _train(job, model, rows, eval_rows, plan, tokenizer.pad_token_id)
+    lesson = _Lesson(rows, eval_rows, tokenizer.pad_token_id)
+    with signals.deferred():
+        model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
+        job.see_through()
+    share = trainable_share(model)
     summary = {
         "scope": scope,
         "rows": len(rows),
@@ -115,6 +154,8 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "learning_rate": plan.learning_rate,
         "updates": record.steps_done,
         "updates_planned": record.steps_planned,
+        "micro_batch": plan.micro_batch,
+        "micro_batch_asked": config.batch_size // config.accumulation,
         "first_loss": record.log[0]["loss"],
         "final_loss": record.final_loss,
         "eval_rows": len(eval_rows),
@@ -125,11 +166,12 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "trainable_share": share.share,
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
-    with job.timer.phase("save"):
-        _save(model, dtype, inputs.model, config, folder)
-        save_training_log(folder, record.log)
-        save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
-        _draw(job, record.log, folder)
+    if job.is_main:
+        with job.saving():
+            _save(model, dtype, inputs.model, config, folder, record.full_state)
+            save_training_log(folder, record.log)
+            save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
+            _draw(job, record.log, folder)
     settings = {
         "scope": scope,
         "trainable_share": share.share,
@@ -149,20 +191,37 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     )
 
 
-def _load(job: StageRun[TrainConfig], files: ModelFiles) -> tuple[str, torch.dtype, Any, Any]:
-    """Return device, precision, model and tokenizer."""
-    from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer, resolve_device, resolve_dtype
+def _open(job: StageRun[TrainConfig], files: ModelFiles) -> tuple[str, torch.dtype, Any]:
+    """Return device, precision and tokenizer."""
+    from p2d_cli.modeling.loading import ensure_pad_token, load_tokenizer, resolve_device, resolve_dtype
 
     with job.timer.phase("load"):
-        device = str(resolve_device(job.config.device))
+        device = str(resolve_device(distributed.own_device(job.config.device)))
         job.use_device(device)
         dtype = resolve_dtype(job.config.dtype, device)
-        seed_everything(derive_seed(job.config.seed, "train"))
         tokenizer = load_tokenizer(files.folder)
         ensure_pad_token(tokenizer)
+    return device, dtype, tokenizer
+
+
+def _build(
+    job: StageRun[TrainConfig],
+    files: ModelFiles,
+    heads_LH: NDArray[np.bool_] | None,
+    dtype: torch.dtype,
+    device: str,
+) -> Any:
+    """Load the model and prepare it for training; each time from the same random numbers."""
+    from p2d_cli.modeling.loading import load_model
+
+    with job.timer.phase("load"):
+        seed_everything(derive_seed(job.config.seed, "train"))
         four_bit = job.config.base_quantization == "4bit"
-        model = load_model(files.folder, dtype=dtype, device=device, four_bit=four_bit)
-    return device, dtype, model, tokenizer
+        # A model that is to be sharded may not fit where it goes as a whole.
+        place = "cpu" if is_sharded() else device
+        model = load_model(files.folder, dtype=dtype, device=place, four_bit=four_bit)
+    with job.timer.phase("prepare"):
+        return _make_trainable(model, job.config, heads_LH)
 
 
 def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
@@ -190,24 +249,89 @@ def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
     )
 
 
-def _train(
-    job: StageRun[TrainConfig],
-    model: Any,
-    rows: list[TrainingRow],
-    eval_rows: list[TrainingRow],
-    plan: TrainingPlan,
-    pad_id: int,
-) -> TrainingRecord:
+@dataclass(frozen=True)
+class _Lesson:
+    """Tokenized rows."""
+
+    rows: list[TrainingRow]
+    eval_rows: list[TrainingRow]
+    pad_id: int
+
+
+def _train_within_memory(
+    job: StageRun[TrainConfig], inputs: _Inputs, lesson: _Lesson, plan: TrainingPlan, dtype: torch.dtype
+) -> tuple[Any, TrainingPlan, TrainingRecord]:
+    """Train with the largest micro-batch that fits into memory, none larger than `plan` says.
+
+    A training that runs out of memory is begun anew with a smaller one, from the weights that it began with: it ends
+    with the very numbers that it would have had with the smaller one in the first place.
+    """
+    from p2d_cli.modeling.memory import release_memory
+
+    plan = _as_far_as_known(job, plan)
+    while True:
+        model = _build(job, inputs.model, inputs.heads_LH, dtype, plan.device)
+        try:
+            return model, plan, _train(job, model, lesson, plan)
+        except StoppedEarlyError as stopped:
+            # All ranks stop here; saying it once is enough.
+            distributed.raise_together(stopped)
+            raise
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+            found = first_line(problem)
+        del model
+        release_memory()
+        plan = _smaller(job, plan, found)
+
+
+def _as_far_as_known(job: StageRun[TrainConfig], plan: TrainingPlan) -> TrainingPlan:
+    """Begin with the micro-batch that an interrupted run had come down to."""
+    tried = [int(folder.name.rpartition("-")[2]) for folder in job.scratch("checkpoints").glob("micro-batch-*")]
+    smallest = min([plan.micro_batch, *tried])
+    return replace(plan, accumulation=plan.batch_size // smallest)
+
+
+def _smaller(job: StageRun[TrainConfig], plan: TrainingPlan, found: str) -> TrainingPlan:
+    """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
+
+    Raises:
+        MemoryExhaustedError: it is a single row already, or other processes would go on with theirs.
+    """
+    if not signals.works_alone():
+        raise MemoryExhaustedError(
+            f"training: out of memory with micro-batches of {plan.micro_batch} rows: {found}",
+            hint=f"--accumulation {2 * plan.accumulation}, or {TRAIN_WITH_LESS}",
+        )
+    if plan.micro_batch == 1:
+        raise MemoryExhaustedError(
+            f"training: out of memory with a micro-batch of one row: {found}", hint=TRAIN_WITH_LESS
+        )
+    sizes = range(1, plan.micro_batch // 2 + 1)
+    size = max(size for size in sizes if plan.batch_size % size == 0)
+    job.progress.note(
+        f"out of memory with micro-batches of {plan.micro_batch} rows: beginning anew with {size}, "
+        f"{plan.batch_size // size} of them an update"
+    )
+    shutil.rmtree(_checkpoints(job, plan))
+    return replace(plan, accumulation=plan.batch_size // size)
+
+
+def _checkpoints(job: StageRun[TrainConfig], plan: TrainingPlan) -> Path:
+    return job.scratch(f"checkpoints/micro-batch-{plan.micro_batch}")
+
+
+def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: TrainingPlan) -> TrainingRecord:
     """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
     from p2d_cli.modeling.head_adapter import freeze_placing
-    from p2d_cli.modeling.training import ResumePoint, TrainingHooks, planned_updates, train
+    from p2d_cli.modeling.training import Ranks, ResumePoint, TrainingHooks, planned_updates, train
 
-    scratch = job.scratch("checkpoints")
-    earlier = _earlier(job, scratch)
-    spent: float = earlier.progress["seconds"] if earlier else 0.0
-    job.timer.charge("train", spent)
-    started = time.perf_counter()
-    updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
+    scratch = _checkpoints(job, plan)
+    earlier = distributed.from_main(lambda: _earlier(job, scratch))
+    job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
+    spent, started = job.timer.seconds["train"], time.perf_counter()
+    updates = min(planned_updates(len(lesson.rows), plan), plan.max_steps or sys.maxsize)
     with (
         job.timer.phase("train"),
         job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
@@ -215,19 +339,27 @@ def _train(
 
         def seal(folder: Path, tokens: int) -> None:
             seconds = spent + time.perf_counter() - started
-            seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
+            if job.is_main:
+                seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
 
         return train(
             model,
-            rows,
+            lesson.rows,
             plan,
-            pad_id=pad_id,
+            pad_id=lesson.pad_id,
             scratch=scratch,
-            eval_rows=eval_rows,
+            eval_rows=lesson.eval_rows,
+            ranks=Ranks(
+                distributed.rank(),
+                distributed.world_size(),
+                exchange=distributed.exchange,
+                raise_together=distributed.raise_together,
+            ),
             resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
             hooks=TrainingHooks(
                 on_step=advance,
                 on_checkpoint=seal,
+                should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
                 after_loading=freeze_placing if job.config.resolved_scope == "heads" else lambda _: None,
             ),
         )
@@ -303,7 +435,8 @@ def time_update(
     from p2d_cli.modeling.gradients import IGNORED_LABEL
     from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
 
-    device, dtype, model, tokenizer = _load(job, files)
+    device, dtype, tokenizer = _open(job, files)
+    model = _build(job, files, heads_LH, dtype, device)
     learnt = max(1, min(length - 1, round(labels / rows)))
     ids = tuple(5 + place % 50 for place in range(length))
     row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (length - learnt) + ids[length - learnt :])
@@ -322,7 +455,7 @@ def time_update(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         train(
-            _make_trainable(model, job.config, heads_LH),
+            model,
             [row] * (plan.batch_size * TIMED_UPDATES),
             plan,
             pad_id=tokenizer.pad_token_id,
@@ -348,16 +481,26 @@ def _make_trainable(model: Any, config: TrainConfig, heads_LH: NDArray[np.bool_]
     return model
 
 
-def _save(model: Any, dtype: Any, base: ModelFiles, config: TrainConfig, folder: Path) -> None:
-    """Write the PEFT folder, or the whole model with the base model's tokenizer; and the chat template, if given."""
+def _save(
+    model: Any,
+    dtype: torch.dtype,
+    base: ModelFiles,
+    config: TrainConfig,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write the PEFT folder, or the whole model with the base model's tokenizer; and the chat template, if given.
+
+    The weights are those of `state` if the model itself holds only a part of them.
+    """
     if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
-        save_adapter(model, folder, base.spec)
+        save_adapter(model, folder, base.spec, state)
     else:
         from p2d_cli.modeling.saving import save_plain_model
 
-        save_plain_model(model.to(dtype), base.folder, folder)
+        save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
     if config.chat_template is not None:
         shutil.copyfile(Path(config.chat_template).expanduser(), folder / CHAT_TEMPLATE_NAME)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.journal import Entry, Journal
 from p2d_cli.config import RowOptions
 from p2d_cli.data.batching import pad_mask, pad_right, token_batches
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
@@ -36,6 +37,8 @@ from p2d_cli.modeling.loading import (
     resolve_dtype,
 )
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import distributed, signals
+from p2d_cli.stages.batch_reading import BatchReader
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.templates import context_length, template_for
 
@@ -144,10 +147,12 @@ def finish_batches(
     compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
     *,
     phase: str = "score",
+    **options: Any,
 ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
     """Compute batch after batch, each once: those that an interrupted run had finished are taken from its journal.
 
-    The seconds and tokens that they cost then are charged now.
+    The seconds and tokens that they cost then are charged now. Several ranks take turns: in each round they compute one
+    batch each, and tell each other what came out, so that all of them see all batches.
 
     Args:
         job: the running stage.
@@ -156,31 +161,111 @@ def finish_batches(
         batches: row indices of each batch, and no row in two of them.
         compute: turns a batch into arrays.
         phase: what the seconds are charged to.
+        options: how to read a batch that does not fit into memory, and what to make of values that are not finite; see
+            `p2d_cli.stages.batch_reading.BatchReader`.
 
     Yields:
-        Each batch with its arrays, in order.
+        Each batch with its arrays, in order, on every rank.
+
+    Raises:
+        NonFiniteError, MemoryExhaustedError: see `BatchReader`; the batches before this one are kept.
+        StoppedEarlyError: one of several ranks was asked to stop; what they had begun is finished and kept.
+        P2DError: what `compute` raises on another rank.
     """
+    compute = BatchReader(job, bench, label, batches, compute, **options)
     with (
         job.timer.phase(phase),
-        job.journal(label, batches) as journal,
+        _FinishedBatches(job, bench, label, batches, phase) as finished,
         # Batches fill the same number of tokens, so their count tells the time that is left; that of rows does not.
         job.progress.task(f"{label}, batches", len(batches)) as advance,
     ):
-        if journal.finished:
-            job.progress.note(f"{label}: {len(journal.finished)} of {len(batches)} batches were finished before")
-        for position, batch in enumerate(batches):
-            entry = journal.finished.get(position)
-            if entry is None:
-                started, tokens = time.perf_counter(), bench.tokens
-                arrays = compute(batch)
-                seconds = time.perf_counter() - started
-                journal.add(position, arrays, seconds=seconds, tokens=bench.tokens - tokens)
-            else:
-                arrays = entry.arrays
-                job.timer.charge(phase, entry.seconds)
-                bench.tokens += entry.tokens
-            advance(1)
-            yield batch, arrays
+        for start in range(0, len(batches), distributed.world_size()):
+            with signals.deferred():
+                entries = finished.round(start, compute)
+            for position, entry in entries:
+                advance(1)
+                yield batches[position], entry.arrays
+
+
+class _FinishedBatches:
+    """The rounds of `finish_batches`. Rank 0 keeps the journal."""
+
+    def __init__(
+        self, job: StageRun[Any], bench: Workbench, label: str, batches: Sequence[list[int]], phase: str
+    ) -> None:
+        self._job, self._bench, self._batches, self._phase = job, bench, batches, phase
+        self._label = label
+        self._journal: Journal | None = None
+        self._known: frozenset[int] = frozenset()
+
+    def __enter__(self) -> _FinishedBatches:
+        self._known = distributed.from_main(self._open)
+        if self._known:
+            self._job.progress.note(
+                f"{self._label}: {len(self._known)} of {len(self._batches)} batches were finished before"
+            )
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._journal is not None:
+            self._journal.__exit__(*raised)
+
+    def _open(self) -> frozenset[int]:
+        self._journal = self._job.journal(self._label, self._batches)
+        return frozenset(self._journal.finished)
+
+    def round(self, start: int, compute: Callable[[list[int]], Mapping[str, NDArray[Any]]]) -> list[tuple[int, Entry]]:
+        """Compute the batches from `start` on, one a rank, and return them with those that were finished before."""
+        mine = start + distributed.rank()
+        positions = range(start, min(start + distributed.world_size(), len(self._batches)))
+        is_new = mine in positions and mine not in self._known
+        tokens = self._bench.tokens
+        told = distributed.exchange_results(lambda: self._work(positions, mine if is_new else None, compute))
+        self._bench.tokens = tokens
+        found = told[0].before | {part.position: part.entry for part in told if part.entry is not None}
+        fresh = [position for position in positions if position not in self._known]
+        for position in positions:
+            entry = found[position]
+            if position in self._known:
+                self._job.timer.charge(self._phase, entry.seconds)
+            elif self._journal is not None:
+                # The ranks worked side by side: their seconds together are those of the slowest.
+                seconds = max(found[other].seconds for other in fresh) / len(fresh)
+                self._journal.add(position, entry.arrays, seconds=seconds, tokens=entry.tokens)
+            self._bench.tokens += entry.tokens
+        if distributed.world_size() > 1 and (name := next((part.stopped_by for part in told if part.stopped_by), None)):
+            distributed.stop_together(name)
+        return [(position, found[position]) for position in positions]
+
+    def _work(
+        self,
+        positions: range,
+        mine: int | None,
+        compute: Callable[[list[int]], Mapping[str, NDArray[Any]]],
+    ) -> _Part:
+        """Compute this rank's batch, if it has one; rank 0 brings what the journal has of the others."""
+        entry = None
+        if mine is not None:
+            started, tokens = time.perf_counter(), self._bench.tokens
+            arrays = dict(compute(self._batches[mine]))
+            entry = Entry(arrays, time.perf_counter() - started, self._bench.tokens - tokens)
+        journal = self._journal
+        before = (
+            {} if journal is None else {place: journal.finished[place] for place in positions if place in self._known}
+        )
+        return _Part(-1 if mine is None else mine, entry, before, signals.stop_requested())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a rank brings to a round."""
+
+    position: int
+    """Of its batch; -1 for none."""
+    entry: Entry | None
+    before: dict[int, Entry]
+    """What the journal has of this round (rank 0 only)."""
+    stopped_by: str | None
 
 
 def heads_by_layer(heads_LH: NDArray[np.bool_]) -> dict[int, tuple[int, ...]]:
@@ -206,7 +291,7 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
             hint="start a single process, or leave out --device-map where a model fits on one device",
         )
     with job.timer.phase("load"):
-        device = str(resolve_device(config.device))
+        device = str(resolve_device(distributed.own_device(config.device)))
         job.use_device(device)
         dtype = resolve_dtype(config.dtype, device)
         tokenizer = load_tokenizer(files.folder)

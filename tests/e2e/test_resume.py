@@ -23,7 +23,11 @@ EVALUATION = {
     "perplexity": ("--metric", "perplexity"),
     "several": ("--metric", "exact_match,accuracy,perplexity", "--choices", "CHOICES", "--max-new-tokens", 4),
 }
-WORK = MINING | EVALUATION
+SCORING = {
+    method: ("--method", method, "--repeats", repeats, "--episodes", 8, "--proxy-samples", 6)
+    for method, repeats in {"pad": 4, "taylor": 4, "contrast": 2, "readout": 2}.items()
+}
+WORK = MINING | EVALUATION | SCORING
 
 
 @pytest.fixture
@@ -35,10 +39,11 @@ def words(pipeline, tiny_folder, few, tmp_path):
     def make(work, out):
         stands_for = {"HEADS": pipeline / "heads", "CHOICES": choices}
         given = [stands_for.get(word, word) for word in WORK[work]]
-        rows = ("--pool", few["pool"], "--target", few["target"]) if work in MINING else ("--data", few["test"])
-        budget = 250 if work in MINING else 40
+        rows = ("--data", few["test"]) if work in EVALUATION else ("--pool", few["pool"], "--target", few["target"])
+        budget = 40 if work in EVALUATION else 250
         common = ("--model", tiny_folder, "--dtype", "float32", "--token-budget", budget, "--out", tmp_path / out)
-        return "mine-data" if work in MINING else "eval", *common, *rows, *given
+        stage = "mine-data" if work in MINING else "eval" if work in EVALUATION else "score-heads"
+        return stage, *common, *rows, *given
 
     return make
 
@@ -50,6 +55,7 @@ def unfinished(folder):
 def results(folder):
     """Every number that the artifact says, and every text."""
     tables = {path.name: pq.read_table(path).to_pydict() for path in folder.glob("*.parquet")}
+    tables |= {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     return tables, [path.read_text() for path in folder.glob("metrics.json")]
 
 
@@ -81,7 +87,8 @@ def test_interrupted_at_any_batch(p2d, words, work, tmp_path, monkeypatch):
     undisturbed, disturbed = (manifest_of(tmp_path / name) for name in ("undisturbed", "disturbed"))
     assert undisturbed["tokens"] == disturbed["tokens"] > 0
     assert undisturbed["summary"] == disturbed["summary"]
-    assert disturbed["seconds"]["score" if work in MINING else "evaluate"] >= sum(spent)
+    phases = ("evaluate",) if work in EVALUATION else ("prepare", "proxy", "score")
+    assert sum(disturbed["seconds"].get(phase, 0.0) for phase in phases) >= sum(spent)
 
 
 @pytest.mark.parametrize("work", ["p2d", "answers", "perplexity"])

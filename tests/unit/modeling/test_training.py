@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from p2d_cli.modeling.training import LengthGrouped, TrainingRow, collate, pack
+from p2d_cli.modeling.training import LengthGrouped, RankBatches, Ranks, TrainingRow, collate, collate_or_none, pack
 
 LENGTHS = [(7 * index) % 41 + 1 for index in range(997)]
 
@@ -77,3 +77,25 @@ def test_packed_rows_learn_what_padded_rows_learn(tiny_model, family):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("accumulation", "size"), [(1, 2), (2, 2), (4, 1), (1, 4), (2, 3)])
+def test_ranks_share_the_micro_batches_of_one_process(accumulation, size):
+    """Row by row, in equal numbers of micro-batches; where the epoch ends some may be empty."""
+    order = LengthGrouped(LENGTHS, 12, seed=0)
+    order.set_epoch(1)
+    micro_batches = batches(list(order), 12 // accumulation)
+    shares = [RankBatches(order, accumulation, Ranks(rank, size)) for rank in range(size)]
+    assert {len(share) for share in shares} == {len(micro_batches)}
+    for whole, *parts in zip(micro_batches, *shares, strict=True):
+        assert sorted(row for part in parts for row in part) == sorted(whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_without_rows_is_one_token_that_is_not_learnt(packing):
+    batch = collate_or_none([], 7, packing=packing)
+    assert batch["input_ids"].tolist() == [[7]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["names"] == []
+    assert ("position_ids" in batch) == packing

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from p2d_cli.runtime.distributed import is_main_process, rank
-from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
-from p2d_cli.runtime.progress import SilentProgress
+from p2d_cli.runtime.hardware import (
+    combine_hardware,
+    describe_hardware,
+    highest_memory_gib,
+    package_versions,
+    peak_memory_gib,
+    synchronizer,
+)
+from p2d_cli.runtime.progress import LogProgress, SilentProgress
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
 from p2d_cli.runtime.timing import PhaseTimer
 
@@ -83,12 +89,27 @@ def test_hardware_is_described_and_comparable():
     synchronizer("cpu")()
 
 
-def test_rank_comes_from_the_launcher(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert is_main_process()
-    monkeypatch.setenv("RANK", "3")
-    assert rank() == 3
-    assert not is_main_process()
+def test_several_devices_are_counted_and_shared_ones_once():
+    one = {"label": "1 x NVIDIA H100", "accelerators": 1, "accelerator_gib": 79.6}
+    two = combine_hardware([one, one], [("a", "0"), ("a", "1")])
+    assert (two["label"], two["accelerators"], two["processes"], two["hosts"]) == ("2 x NVIDIA H100", 2, 2, 1)
+    assert combine_hardware([one, one], [("a", "0"), ("b", "0")])["hosts"] == 2
+    assert combine_hardware([one, one], [("a", "0"), ("a", "0")])["label"] == "1 x NVIDIA H100, 2 processes"
+    other = one | {"label": "1 x NVIDIA A100"}
+    mixed = combine_hardware([one, other, one], [("a", "0"), ("a", "1"), ("a", "2")])
+    assert mixed["label"] == "1 x NVIDIA A100 + 2 x NVIDIA H100"
+    cpu = {"label": "EPYC, 8 cores"}
+    assert combine_hardware([cpu, cpu], [("a", "cpu"), ("b", "cpu")])["label"] == (
+        "2 processes on EPYC, 8 cores, 2 machines"
+    )
+    assert combine_hardware([cpu], [("a", "cpu")]) == cpu
+
+
+def test_the_highest_memory_counts():
+    assert highest_memory_gib([{"host": 1.0, "device": 3.0}, {"host": 2.0, "device": 1.0}]) == {
+        "host": 2.0,
+        "device": 3.0,
+    }
 
 
 def test_silence():
@@ -96,6 +117,17 @@ def test_silence():
     with progress.task("x", 3) as advance:
         advance(1)
     progress.note("nothing")
+
+
+def test_a_log_tells_what_was_begun_and_what_came_of_it(tmp_path):
+    log = LogProgress(tmp_path / "new" / ".x.rank1.log")
+    with log.task("read rows", 3) as advance:
+        advance(2)
+    log.note("enough")
+    begun, ended, note = (tmp_path / "new" / ".x.rank1.log").read_text().splitlines()
+    assert begun.endswith(" read rows: 3 to do")
+    assert " read rows: 2/3 in " in ended
+    assert note.endswith(" enough")
 
 
 def test_a_large_parent_is_not_charged_to_its_child():
