@@ -215,7 +215,7 @@ def _train_within_memory(
                 raise
             found = first_line(problem)
         del model
-        release_memory()
+        release_memory(cycles=True)
         plan = _smaller(job, plan, found)
 
 
