@@ -72,6 +72,14 @@ def named(work):
     return "-".join(work)
 
 
+SLOW = pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="one more of a kind; P2D_SLOW=1 runs it")
+
+
+def quickly(works, *names):
+    """Mark the pieces of work of other names as slow."""
+    return [work if work[1] in names else pytest.param(work, marks=SLOW, id=named(work)) for work in works]
+
+
 @pytest.fixture
 def words(pipeline, tiny_folder, small):
     """The command of a piece of work, in several batches; training makes 6 updates of two micro-batches."""

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from .conftest import WORK, leftovers, named  # noqa: TID252 - tests are no package
+from .conftest import WORK, leftovers, named, quickly  # noqa: TID252 - tests are no package
 
 NAMED = {"attention": "episode", "generate": "episode", "contrast": "layer", "pad": "step 2"}
 """What is named, where it is not a row by its file and line."""
@@ -20,13 +20,18 @@ def refused(done, out, *words):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize(
-    "work", [("score-heads", "readout"), ("mine-data", "embedding"), ("train", "lora"), ("eval", "answers")], ids=named
+    ("stage", "name", "value"),
+    [
+        ("score-heads", "readout", math.nan),
+        ("mine-data", "embedding", math.inf),
+        ("train", "lora", -math.inf),
+        ("eval", "answers", math.nan),
+    ],
 )
-def test_a_weight_of_the_model(p2d, words, broken_model, work, value, tmp_path):
+def test_a_weight_of_the_model(p2d, words, broken_model, stage, name, value, tmp_path):
     tensor = "model.layers.1.self_attn.v_proj.weight"
-    line = words(work, tmp_path / "out", model=broken_model(tensor, value))
+    line = words((stage, name), tmp_path / "out", model=broken_model(tensor, value))
     refused(p2d(*line), tmp_path / "out", tensor, "broken")
 
 
@@ -47,7 +52,11 @@ def test_a_weight_of_the_adapter(p2d, words, copy_of, tmp_path):
     refused(done, tmp_path / "out", name.removesuffix(".weight"), "loading the adapter")
 
 
-@pytest.mark.parametrize("work", WORK, ids=named)
+@pytest.mark.parametrize(
+    "work",
+    quickly(WORK, "pad", "taylor", "contrast", "readout", "loss", "generate", "lora", "answers", "accuracy"),
+    ids=named,
+)
 def test_an_activation(p2d, words, work, tmp_path):
     """The weights are in order, and one row of the second forward pass is not, as if it had overflowed."""
     seen = 0

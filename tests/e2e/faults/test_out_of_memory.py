@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from p2d_cli.errors import is_out_of_memory
 from p2d_cli.modeling.training import CompletionTrainer
 
-from .conftest import at_forward, leftovers, named, results, send  # noqa: TID252 - tests are no package
+from .conftest import SLOW, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
 
 CPU_ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -53,7 +54,10 @@ def fails_at(monkeypatch, update, rows, error=ERRORS["cuda"]):
     monkeypatch.setattr(CompletionTrainer, "_completion_loss", limited)
 
 
-@pytest.mark.parametrize(("kind", "update"), [("cuda", 1), ("torch", 3), ("cpu", 2), ("python", 5)])
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [("cuda", 3), ("cpu", 2), pytest.param("torch", 1, marks=SLOW), pytest.param("python", 5, marks=SLOW)],
+)
 def test_training_begins_anew_with_a_smaller_micro_batch(p2d, words, undisturbed, kind, update, tmp_path, monkeypatch):
     work = ("train", "heads")
     expected = undisturbed(p2d, words, work, *BATCH_OF_FOUR, "--accumulation", 2)
@@ -67,7 +71,7 @@ def test_training_begins_anew_with_a_smaller_micro_batch(p2d, words, undisturbed
     assert summary["updates"] == manifest_of(expected)["summary"]["updates"] == 6
 
 
-@pytest.mark.parametrize("name", ["lora", "held-out"])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=SLOW), "held-out"])
 def test_down_to_a_single_row(p2d, words, undisturbed, name, tmp_path, monkeypatch):
     """With dropout's random numbers, and with the held-out rows' memory too."""
     work = ("train", name)
@@ -79,6 +83,7 @@ def test_down_to_a_single_row(p2d, words, undisturbed, name, tmp_path, monkeypat
     assert manifest_of(tmp_path / "out")["summary"]["micro_batch"] == 1
 
 
+@SLOW
 def test_a_batch_that_halves_cannot_divide(p2d, words, tmp_path, monkeypatch):
     fails_at(monkeypatch, 1, 2)
     done = p2d(*words(("train", "heads"), tmp_path / "out", "--batch-size", 6, "--epochs", 1))
@@ -114,6 +119,18 @@ def test_what_was_learnt_about_memory_outlives_a_stop(p2d, words, undisturbed, t
     assert not leftovers(tmp_path / "out")
 
 
+@pytest.mark.parametrize("problem", ERRORS.values(), ids=ERRORS)
+def test_what_says_that_memory_ran_out(problem):
+    assert is_out_of_memory(problem)
+
+
+@pytest.mark.parametrize(
+    "problem", [RuntimeError("size mismatch"), ValueError("out of memory"), OSError("disk")], ids=repr
+)
+def test_what_says_something_else(problem):
+    assert not is_out_of_memory(problem)
+
+
 # --- reading rows
 
 READING = [
@@ -140,7 +157,7 @@ def numbers(folder):
     return found
 
 
-@pytest.mark.parametrize("work", READING, ids=named)
+@pytest.mark.parametrize("work", quickly(READING, "pad", "generate", "answers", "accuracy", "embedding"), ids=named)
 def test_batches_are_read_in_parts(p2d, words, undisturbed, work, tmp_path):
     roomy = ("--token-budget", 400) if work[1] == "generate" else ()  # several episodes a batch
     expected = undisturbed(p2d, words, work, *roomy)

@@ -10,7 +10,7 @@ import pytest
 from p2d_cli.artifacts.store import Draft
 from p2d_cli.runtime import signals
 
-from .conftest import WORK, at_forward, leftovers, named, results, send  # noqa: TID252 - tests are no package
+from .conftest import SLOW, WORK, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
 
 GO_ON = "run the same command again to go on"
 QUEUE = {work: (signal.SIGTERM, signal.SIGUSR1)[number % 2] for number, work in enumerate(WORK)}
@@ -22,7 +22,9 @@ def says_one_line(done):
     return len(lines) == 1 and GO_ON in lines[0] and done.err.rstrip().endswith(lines[0])
 
 
-@pytest.mark.parametrize("work", WORK, ids=named)
+@pytest.mark.parametrize(
+    "work", quickly(WORK, "pad", "taylor", "readout", "generate", "heads", "answers", "accuracy"), ids=named
+)
 def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tmp_path):
     expected = undisturbed(p2d, words, work)
     line = words(work, tmp_path / "out")
@@ -37,7 +39,15 @@ def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tm
     assert not leftovers(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "update"), [("held-out", 2), ("held-out", 3), ("lora", 1), ("lora", 5)])
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("held-out", 2),
+        pytest.param("held-out", 3, marks=SLOW),
+        pytest.param("lora", 1, marks=SLOW),
+        ("lora", 5),
+    ],
+)
 def test_a_stop_at_any_update_costs_none(p2d, words, undisturbed, name, update, tmp_path, monkeypatch):
     """Also at the end of an epoch, and where held-out rows are looked at."""
     from p2d_cli.modeling.training import CompletionTrainer
@@ -111,7 +121,7 @@ def test_while_loading(p2d, words, number, code, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("work", [work for work in WORK if work[1] in {"pad", "lora", "answers"}], ids=named)
+@pytest.mark.parametrize("work", [("score-heads", "pad"), ("eval", "answers")], ids=named)
 def test_ctrl_c_does_not_wait_for_the_batch(p2d, words, undisturbed, work, tmp_path):
     expected = undisturbed(p2d, words, work)
     reached = []
