@@ -126,7 +126,7 @@ class Manifest(BaseModel):
         Args:
             sealed: whether a digest of all the other keys is added as the last one.
         """
-        fields = self.model_dump(mode="json", by_alias=True)
+        fields = json.loads(json.dumps(self.model_dump(mode="json", by_alias=True)))
         seal = {SELF_DIGEST: digest_json(fields)} if sealed else {}
         return json.dumps(fields | seal, indent=2, ensure_ascii=False) + "\n"
 

@@ -246,6 +246,7 @@ def reseal(folder: Path) -> None:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name, output in manifest["outputs"].items():
         output["sha256"], output["bytes"] = digest_file(folder / name), (folder / name).stat().st_size
+    manifest.pop("digest", None)
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -349,7 +349,7 @@ def test_in_earnest_memory_stays_bounded(tmp_path, kind):
             for _ in range(1200):
                 stream.write(b"x" * 2**20)
     else:
-        bomb(path, b'{"prompt": "a", "completion": "b"}\n' * 2000 if kind == "bomb" else b"x" * 65536, 50_000)
+        bomb(path, b'{"prompt": "a", "completion": "b"}\n' * 2000 if kind == "bomb" else b"x" * 65536, 12_000)
     code = (
         "import resource, sys\n"
         "from p2d_cli.data.sources import locate, scan_rows\n"
