@@ -2,9 +2,10 @@
 
 Every method turns the pool into one score a row (`pool_scoring`), higher is better; the rest is the same for all.
 
-The pool is never held as a whole: a chunk of its rows at a time (`data.pool`), and up to 40 bytes a row of numbers, of
-scores, ranks, draws and what ranking needs. It is read three to five times: to count it, for the readout to take its
-sample, once or more to score it (not for `random` and `full`), and to write the rows that were chosen.
+The pool is never held as a whole: a chunk of its rows at a time (`data.pool`), and about 60 bytes a row at the peak,
+for scores, ranks, draws and what sorting needs (`tests/benchmarks/pool_memory.py`). It is read two to five times: to
+count it, for the readout to take its sample, once or more to score it (not for `random` and `full`), and to write the
+rows that were chosen.
 Legend: N pool rows.
 """
 
