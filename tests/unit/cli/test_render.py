@@ -40,6 +40,16 @@ def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
         assert capsys.readouterr().err == ""
 
 
+def test_work_of_unknown_length_says_how_far_it_is(capsys, said):
+    clock = FakeClock()
+    with render.LineProgress(clock).task("count rows", None) as advance:
+        clock.now = 12
+        advance(1024)
+    assert capsys.readouterr().err == "count rows: 1024, 12 s\n"
+    with render.BarProgress().task("count rows", None) as advance:
+        advance(3)
+
+
 def test_progress_fits_the_listener(monkeypatch, said):
     assert isinstance(render.progress_for(quiet=True), SilentProgress)
     assert isinstance(render.progress_for(quiet=False), render.LineProgress)
