@@ -7,12 +7,16 @@ import gc
 import torch
 
 
-def release_memory() -> None:
-    """Give back what a piece of work that failed has left: cycles of objects, and what torch keeps for reuse.
+def release_memory(*, cycles: bool) -> None:
+    """Give back what a piece of work that failed has left.
 
     Call it outside of the `except` block; inside, the traceback still holds the tensors of every frame.
+
+    Args:
+        cycles: whether to look for objects that hold each other, as a trainer and its callbacks do; it takes a while.
     """
-    gc.collect()
+    if cycles:
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():

@@ -103,7 +103,7 @@ class AttentionProxy:
                 if not is_out_of_memory(problem) or self._rows_at_a_time(batch) == 1:
                     raise
             self.parts *= 2
-            release_memory()
+            release_memory(cycles=False)
 
     def _rows_at_a_time(self, batch: Batch) -> int:
         return max(1, len(batch["input_ids"]) // self.parts)

@@ -102,7 +102,7 @@ class BatchReader:
                 raise
             found = first_line(problem)
         self._counter.tokens = tokens
-        release_memory()
+        release_memory(cycles=False)
         pieces = self._halve(part)
         if pieces is None:
             raise MemoryExhaustedError(f"{self._label}: out of memory with {self._names(part)} alone: {found}",

@@ -261,7 +261,7 @@ def _train_within_memory(
                 raise
             found = first_line(problem)
         del model
-        release_memory()
+        release_memory(cycles=True)
         plan = _smaller(job, plan, found)
 
 
@@ -284,9 +284,7 @@ def _smaller(job: StageRun[TrainConfig], plan: TrainingPlan, found: str) -> Trai
             hint=f"--accumulation {2 * plan.accumulation}, or {TRAIN_WITH_LESS}",
         )
     if plan.micro_batch == 1:
-        raise MemoryExhaustedError(
-            f"training: out of memory with a micro-batch of one row: {found}", hint=TRAIN_WITH_LESS
-        )
+        raise MemoryExhaustedError(f"training: out of memory with a single row: {found}", hint=TRAIN_WITH_LESS)
     sizes = range(1, plan.micro_batch // 2 + 1)
     size = max(size for size in sizes if plan.batch_size % size == 0)
     job.progress.note(

@@ -1,0 +1,238 @@
+"""Being told to stop: by a batch queue with exit code 75, by Ctrl-C with 130; the same command goes on from there."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from p2d_cli.artifacts.store import Draft
+from p2d_cli.runtime import signals
+
+from .conftest import SLOW, WORK, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
+
+GO_ON = "run the same command again to go on"
+QUEUE = {work: (signal.SIGTERM, signal.SIGUSR1)[number % 2] for number, work in enumerate(WORK)}
+"""The signals take turns."""
+
+
+def says_one_line(done):
+    lines = [line for line in done.err.splitlines() if "interrupted" in line or "stopped" in line]
+    return len(lines) == 1 and GO_ON in lines[0] and done.err.rstrip().endswith(lines[0])
+
+
+@pytest.mark.parametrize(
+    "work", quickly(WORK, "pad", "taylor", "readout", "generate", "heads", "answers", "accuracy"), ids=named
+)
+def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tmp_path):
+    expected = undisturbed(p2d, words, work)
+    line = words(work, tmp_path / "out")
+    with at_forward(2, send(QUEUE[work])):
+        done = p2d(*line)
+    assert done.code == 75, done.said
+    assert says_one_line(done), done.err
+    assert not (tmp_path / "out").exists()
+    again = p2d(*line)
+    assert again.code == 0, again.said
+    assert results(tmp_path / "out") == results(expected)
+    assert not leftovers(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("held-out", 2),
+        pytest.param("held-out", 3, marks=SLOW),
+        pytest.param("lora", 1, marks=SLOW),
+        ("lora", 5),
+    ],
+)
+def test_a_stop_at_any_update_costs_none(p2d, words, undisturbed, name, update, tmp_path, monkeypatch):
+    """Also at the end of an epoch, and where held-out rows are looked at."""
+    from p2d_cli.modeling.training import CompletionTrainer
+
+    work = ("train", name)
+    expected = undisturbed(p2d, words, work)
+    step = CompletionTrainer.training_step
+
+    def step_and_stop(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == update - 1:
+            send(signal.SIGTERM)()
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionTrainer, "training_step", step_and_stop)
+        done = p2d(*words(work, tmp_path / "out"))
+    assert done.code == 75
+    assert f"stopped after update {update} of 6" in done.said
+    again = p2d(*words(work, tmp_path / "out"))
+    assert f"going on from checkpoint-{update}" in again.said
+    assert results(tmp_path / "out") == results(expected)
+
+
+@pytest.mark.parametrize(
+    ("work", "number"),
+    [(("train", "heads"), signal.SIGTERM), (("mine-data", "loss"), signal.SIGINT)],
+    ids=["train-queue", "mine-data-ctrl-c"],
+)
+def test_an_artifact_that_is_being_written_is_completed(p2d, words, work, number, tmp_path, monkeypatch):
+    describe = Draft.describe_outputs
+
+    def described(self, *args):
+        send(number)()
+        return describe(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, "describe_outputs", described)
+        done = p2d(*words(work, tmp_path / "out"))
+    assert done.code == (130 if number == signal.SIGINT else 75)
+    assert says_one_line(done)
+    assert not leftovers(tmp_path / "out")
+    again = p2d(*words(work, tmp_path / "out"))
+    assert again.code == 0
+    assert "up to date" in again.said
+
+
+def test_a_stop_in_the_last_update_loses_nothing(p2d, words, undisturbed, tmp_path):
+    expected = undisturbed(p2d, words, ("train", "heads"))
+    with at_forward(6, send(signal.SIGTERM)):
+        assert p2d(*words(("train", "heads"), tmp_path / "out")).code == 75
+    assert results(tmp_path / "out") == results(expected), "there was nothing left to do but to write it"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
+def test_while_loading(p2d, words, number, code, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    load = AutoTokenizer.from_pretrained
+
+    def loaded(*args, **kwargs):
+        send(number)()
+        return load(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", loaded)
+        done = p2d(*words(("train", "heads"), tmp_path / "out"), "--json")
+    assert done.code == code
+    assert says_one_line(done)
+    assert done.json["exit_code"] == code
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("work", [("score-heads", "pad"), ("eval", "answers")], ids=named)
+def test_ctrl_c_does_not_wait_for_the_batch(p2d, words, undisturbed, work, tmp_path):
+    expected = undisturbed(p2d, words, work)
+    reached = []
+    with at_forward(2, send(signal.SIGINT)), at_forward(3, reached.append):
+        done = p2d(*words(work, tmp_path / "out"))
+    assert done.code == 130
+    assert says_one_line(done)
+    assert not reached
+    assert p2d(*words(work, tmp_path / "out")).code == 0
+    assert results(tmp_path / "out") == results(expected)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
+def test_a_recipe_stops_as_a_whole_and_goes_on(p2d, tiny_folder, small, tmp_path, number, code):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""\
+[defaults]
+model = "{tiny_folder}"
+dtype = "float32"
+[score-heads]
+method = "random"
+[mine-data]
+method = "random"
+pool = "{small["pool"]}"
+[train]
+batch_size = 4
+epochs = 1
+[eval]
+data = "{small["test"]}"
+max_new_tokens = 2
+[grid]
+heads = ["random"]
+data = ["random"]
+"""
+    )
+    line = ("run", recipe, "--out", tmp_path / "out")
+    with at_forward(3, send(number)):
+        done = p2d(*line)
+    assert done.code == code
+    assert says_one_line(done)
+    assert not (tmp_path / "out" / "report").exists()
+    again = p2d(*line, "--json")
+    assert again.code == 0
+    assert "up-to-date" in {stage["status"] for stage in again.json["stages"]}
+    assert (tmp_path / "out" / "report" / "aer.json").exists()
+
+
+def test_several_processes_only_take_note(p2d, words, undisturbed, tmp_path, monkeypatch):
+    """They have to stop at the same batch, so none stops by itself."""
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "works_alone", lambda: False)
+        with at_forward(1, send(signal.SIGTERM)):
+            done = p2d(*words(("eval", "perplexity"), tmp_path / "out"))
+    assert done.code == 0
+    assert signals.stop_requested() == "SIGTERM"
+    assert results(tmp_path / "out") == results(undisturbed(p2d, words, ("eval", "perplexity")))
+
+
+# --- a process of its own: where Python alone would be too late, or say too much
+
+STUCK = {
+    "one long call": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    "swallowed": "\n    try: time.sleep(60)\n    except BaseException: time.sleep(60)",
+    "a destructor": "\n    class Last:\n        def __del__(self): time.sleep(60)\n    Last(); time.sleep(60)",
+    "saving": "\n    with signals.shielded(): time.sleep(60)",
+}
+OWN_PROCESS = """\
+import sys, time
+from p2d_cli import __main__
+from p2d_cli.runtime import signals
+"""
+
+
+def start(code, *words):
+    """Start a command, changed by `code`, and wait until it says that it has begun."""
+    argv = f"sys.argv = {['p2d', *map(str, words)]!r}\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN_PROCESS + code + argv + "__main__.main()\n"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what runs in the background ignore Ctrl-C, and p2d keeps to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def ends_in_one_line(process):
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert said == f"interrupted; what was finished is kept, {GO_ON}\n"
+    return time.monotonic() - started < 10  # two seconds, on a machine that has nothing else to do
+
+
+@pytest.mark.parametrize("where", STUCK)
+def test_ctrl_c_ends_what_does_not_listen(where):
+    code = f"def inspect(_):\n    print('begun', flush=True); {STUCK[where]}\n"
+    code = f"import p2d_cli.stages.inspection\n{code}p2d_cli.stages.inspection.inspect = inspect\n"
+    assert ends_in_one_line(start(code, "inspect", "."))
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6, 1.4])
+def test_ctrl_c_while_importing(tiny_folder, small, tmp_path, seconds):
+    """Whatever module is half imported by then."""
+    code = "own = signals.own_process\ndef begun(say):\n    own(say); print('begun', flush=True)\n"
+    rows = ("--target", small["target"], "--pool", small["pool"])
+    line = ("score-heads", "--model", tiny_folder, *rows, "--out", tmp_path / "out")
+    process = start(code + "signals.own_process = begun\n", *line)
+    time.sleep(seconds)
+    assert ends_in_one_line(process)
