@@ -147,6 +147,9 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
         job.see_through()
     share = trainable_share(model)
+    if is_sharded():
+        # Where accelerate finds no accelerators it shards nothing.
+        job.facts["sharded"] = record.full_state is not None
     summary = {
         "scope": scope,
         "rows": len(rows),

@@ -37,11 +37,29 @@ class Launch:
         return [entry["code"] for entry in self.ended(rank)]
 
 
-def launch(folder, size, commands, **environment):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 8
+mixed_precision: 'no'
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_offload_params: false
+"""
+
+
+def launch(folder, size, commands, launcher=TORCHRUN, **environment):
     folder.mkdir(exist_ok=True)
     words = [([str(word) for word in command], fault) for command, fault in commands]
     (folder / "commands.json").write_text(json.dumps(words))
-    line = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size))
+    line = (sys.executable, *launcher, str(size))
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCHED.parents[2])} | environment
     started = time.monotonic()
     done = subprocess.run(
@@ -126,17 +144,12 @@ def sharded(work, few, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     steps = work(folder)
     commands = [(steps["best"], None), (steps["full"], None), (steps["subset"], ("kill", 3))]
-    return launch(
-        folder,
-        2,
-        commands,
-        ACCELERATE_USE_FSDP="true",
-        ACCELERATE_TORCH_DEVICE="cpu",
-        FSDP_VERSION="2",
-        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
-    )
+    config = folder / "fsdp.yaml"
+    config.write_text(ACCELERATE_CONFIG)
+    # One port for all launches of this test run.
+    port = str(20000 + os.getpid() % 20000)
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port)
+    return launch(folder, 2, commands, (*launcher, "--num_processes"), ACCELERATE_TORCH_DEVICE="cpu")
 
 
 def manifest_of(folder):
@@ -190,6 +203,7 @@ def test_updates_are_the_same(shared, alone, name):
 @pytest.mark.parametrize("name", ["best", "full"])
 def test_updates_of_a_sharded_model_are_the_same(sharded, alone, name):
     assert sharded.codes(0)[:2] == sharded.codes(1)[:2] == [0, 0], sharded.err
+    assert manifest_of(sharded.folder / name)["summary"]["sharded"] is True
     same_weights(sharded.folder / name, alone / name)
     assert losses(sharded.folder / name) == pytest.approx(losses(alone / name), rel=1e-5)
 
@@ -255,3 +269,97 @@ def test_what_a_lost_rank_left_is_taken_up_by_one_process(sharded, work, p2d, al
     assert "batches were finished before" in done.said
     found, expected = (pq.read_table(f / "subset" / "pool_scores.parquet") for f in (sharded.folder, alone))
     assert found.to_pydict() == expected.to_pydict()
+
+
+# --- several machines
+
+
+BATCH_SCRIPT = """\
+#!/bin/bash
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+srun --kill-on-bad-exit=1 p2d run recipe.toml
+code=$?
+if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
+"""
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
+    "p2d": f'exec "{sys.executable}" -m p2d_cli "$@"',
+    "srun": """\
+while [ "${1#--}" != "$1" ]; do shift; done
+export SLURM_NTASKS=2
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" > "out.$task" 2> "err.$task" & tasks="$tasks $!"; done
+code=0
+for task in $tasks; do wait "$task" || { found=$?; [ $found -gt $code ] && code=$found; }; done
+exit $code
+""",
+}
+
+RECIPE = """\
+out = "runs"
+
+[defaults]
+model = "{model}"
+dtype = "float32"
+target = "{target}"
+pool = "{pool}"
+data = "{test}"
+batch-size = 4
+epochs = 1
+max-new-tokens = 4
+
+[reference]
+max-steps = 2
+"""
+
+
+def batch_job(folder, few, model):
+    """Write the script, its recipe, and a stand-in for each of Slurm's commands."""
+    (folder / "bin").mkdir()
+    for name, body in FAKES.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    (folder / "job.sh").write_text(BATCH_SCRIPT)
+    (folder / "recipe.toml").write_text(RECIPE.format(model=model, **few))
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    variables = {name: value for name, value in os.environ.items() if name not in launcher}
+    return variables | {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(LAUNCHED.parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "localhost",
+    }
+
+
+def test_the_batch_script_is_valid(tmp_path):
+    (tmp_path / "job.sh").write_text(BATCH_SCRIPT)
+    done = subprocess.run(("bash", "-n", "job.sh"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not SLOW, reason="P2D_SLOW=1")
+def test_srun_does_a_whole_recipe(tmp_path, few, tiny_folder):
+    variables = batch_job(tmp_path, few, tiny_folder)
+    done = subprocess.run(
+        ("bash", "job.sh"), cwd=tmp_path, env=variables, capture_output=True, check=False, timeout=LIMIT_SECONDS
+    )
+    said = [(tmp_path / f"err.{task}").read_text() for task in (0, 1)]
+    assert done.returncode == 0, said
+    assert (tmp_path / "out.1").read_text() + said[1] == "", "rank 1 says nothing"
+    assert "stages, 0 of them up to date" in (tmp_path / "out.0").read_text()
+    report = json.loads((tmp_path / "runs" / "report" / "manifest.json").read_text())
+    assert report["status"] == "complete"
+    trained = next((tmp_path / "runs" / "adapter").glob("*/manifest.json"))
+    assert json.loads(trained.read_text())["hardware"]["label"].startswith("2 processes on ")
