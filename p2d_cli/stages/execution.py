@@ -32,7 +32,7 @@ from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, RecordSet, read_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError
+from p2d_cli.errors import ArtifactError, CannotCreateError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime.hardware import describe_hardware, package_versions, peak_memory_gib, synchronizer
@@ -253,14 +253,21 @@ class StageRun(Generic[ConfigT]):
             return self._result("would-skip" if self.options.dry_run else "up-to-date", key, current)
         self._ensure_room(identity)
         if self.options.dry_run:
-            unfinished = unfinished_folder(self.config.out, key)
-            return self._result("would-run", key, None, plan(unfinished) if plan is not None else None)
+            return self._result("would-run", key, None, self._plan(plan, key))
         with draft(self.config.out, self.kind, key, resume=not self.options.force) as place:
             self._unfinished = place.unfinished
             outcome = compute(place.folder)
             manifest = self._manifest(key, identity, outcome, place.describe_outputs(outcome.decoration))
             place.commit(manifest)
         return self._result("done", key, manifest)
+
+    def _plan(self, plan: Callable[[Path], StagePlan] | None, key: str) -> StagePlan | None:
+        try:
+            return plan(unfinished_folder(self.config.out, key)) if plan is not None else None
+        except UnavailableError as missing:
+            # What a data set is can be known before its rows are here.
+            self.progress.note(f"no plan: {missing.message}")
+            return None
 
     def _identity(self) -> dict[str, Any]:
         return {

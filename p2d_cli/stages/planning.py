@@ -40,6 +40,7 @@ from p2d_cli.core.cost import (
 )
 from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import resolve_count
+from p2d_cli.data.batching import token_batches
 from p2d_cli.data.episodes import duplicate_groups, plan_contrast, plan_mining, plan_self_mining
 from p2d_cli.data.records import Record
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
@@ -52,6 +53,9 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHECKPOINTS_AT_ONCE = 3
 """Two are kept, and a third is there while it is being written."""
 GENERATED_METRICS = frozenset({"exact_match", "token_f1", "rougeL", "number_match"})
+METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
+MEGABATCHES = 50
+"""Rows are sorted by length within so many batches, as in `p2d_cli.modeling.training`, which imports torch."""
 JOURNAL_OVERHEAD = 4 / 3
 """Arrays stand in journals as base64."""
 _FOUR_BITS = 0.56
@@ -543,10 +547,6 @@ def _micro_batches(planner: Planner, sizes: Sequence[tuple[int, int]]) -> list[B
     return shapes
 
 
-MEGABATCHES = 50
-"""As in `p2d_cli.modeling.training`."""
-
-
 def _look_at(planner: Planner, held_out: Sample, updates: float) -> None:
     """Count the looks at held-out rows, each of which reads all of them."""
     config = planner.config
@@ -649,8 +649,6 @@ def _answer_flops(size: ModelSize, asked: BatchShape) -> float:
 
 def _longest_answers(planner: Planner, prompts: Sequence[tuple[int, int]]) -> list[int]:
     """Return the number of steps that each batch generates."""
-    from p2d_cli.data.batching import token_batches
-
     most = planner.config.max_new_tokens
     batches = token_batches([length + most for length, _ in prompts], token_budget=planner.counter.token_budget)
     return [max(min(prompts[index][1], most) for index in batch) for batch in batches]
@@ -719,9 +717,6 @@ def plan_ahead(
     files = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
     asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
     return _marked(plan_eval(job, files, asked, choices_in(config.choices), None))
-
-
-METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
 
 
 def _marked(plan: StagePlan) -> StagePlan:
