@@ -99,8 +99,8 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
 
 
 def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.plan_tuning import plan_eval
     from p2d_cli.stages.planned_rows import read_sample
-    from p2d_cli.stages.planning import plan_eval
 
     data = read_sample(job, inputs.data, limit=job.config.limit) if inputs.data is not None else None
     return plan_eval(job, inputs.model, data, inputs.choices, inputs.adapter, unfinished)

@@ -43,7 +43,7 @@ from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
+from p2d_cli.errors import ArtifactError, CannotCreateError, DataError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime import distributed, signals
@@ -385,8 +385,7 @@ class StageRun(Generic[ConfigT]):
             return _Decision(self._result("up-to-date", key, current))
         self._ensure_room(identity)
         if self.options.dry_run:
-            unfinished = unfinished_folder(self.config.out, key)
-            return _Decision(self._result("would-run", key, None, plan(unfinished) if plan is not None else None))
+            return _Decision(self._result("would-run", key, None, self._plan(plan, key)))
         self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
         # Another process may have put an artifact there while this one waited for its turn.
         if not self.options.force and (current := self._current(key)) is not None:
@@ -449,6 +448,14 @@ class StageRun(Generic[ConfigT]):
         accelerators = sum(name.startswith("cuda") for name in self.devices)
         hardware = describe_hardware(device, accelerators=max(accelerators, 1))
         return _Here(hardware, whereabouts(device), peak_memory_gib(device))
+
+    def _plan(self, plan: Callable[[Path], StagePlan] | None, key: str) -> StagePlan | None:
+        try:
+            return plan(unfinished_folder(self.config.out, key)) if plan is not None else None
+        except UnavailableError as missing:
+            # What a data set is can be known before its rows are here.
+            self.progress.note(f"no plan: {missing.message}")
+            return None
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -46,8 +46,8 @@ def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -
 
 
 def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.plan_selection import plan_mine_data
     from p2d_cli.stages.planned_rows import read_sample
-    from p2d_cli.stages.planning import plan_mine_data
 
     target = read_sample(job, inputs.target) if inputs.target is not None else None
     return plan_mine_data(job, inputs.model, read_sample(job, inputs.pool), target, inputs.heads_LH, unfinished)

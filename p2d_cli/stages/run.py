@@ -209,7 +209,7 @@ class RecipeRun:
         return not self._planned.keys().isdisjoint(value for value in settings.values() if isinstance(value, str))
 
     def _plan(self, name: str, out: Path, resolved: Resolved[Any]) -> StageResult:
-        from p2d_cli.stages.planning import plan_ahead
+        from p2d_cli.stages.plan_ahead import plan_ahead
 
         started = time.perf_counter()
         plan = plan_ahead(name, resolved, self._options, self._planned)

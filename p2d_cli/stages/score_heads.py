@@ -38,8 +38,8 @@ def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None)
 
 
 def _plan(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.plan_selection import plan_score_heads
     from p2d_cli.stages.planned_rows import read_sample
-    from p2d_cli.stages.planning import plan_score_heads
 
     target = read_sample(job, inputs.target) if inputs.target is not None else None
     pool = read_sample(job, inputs.pool) if inputs.pool is not None else None

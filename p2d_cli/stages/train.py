@@ -95,8 +95,8 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
 
 
 def _plan_ahead(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
+    from p2d_cli.stages.plan_tuning import plan_train
     from p2d_cli.stages.planned_rows import read_sample
-    from p2d_cli.stages.planning import plan_train
 
     held_out = read_sample(job, inputs.eval_data) if inputs.eval_data is not None else None
     return plan_train(job, inputs.model, read_sample(job, inputs.data), held_out, inputs.heads_LH, unfinished)

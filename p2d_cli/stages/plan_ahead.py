@@ -1,0 +1,99 @@
+"""What the stages of a recipe would take whose inputs are still to be made (see `planning`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.head_scores import load_head_scores
+from p2d_cli.config import MineDataConfig, Resolved, ScoreHeadsConfig, StageConfig, TrainConfig
+from p2d_cli.core.cost import (
+    StagePlan,
+    model_size,
+)
+from p2d_cli.core.subset_selection import resolve_count
+from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
+from p2d_cli.stages.execution import RunOptions, StageRun
+from p2d_cli.stages.plan_selection import plan_mine_data
+from p2d_cli.stages.plan_tuning import plan_eval, plan_train
+from p2d_cli.stages.planned_rows import Sample, read_sample
+from p2d_cli.stages.planning import METHODS_WITH_TARGET, assumed_heads
+
+# --- stages whose inputs are still to be made
+
+
+def plan_ahead(
+    stage: str, resolved: Resolved[Any], options: RunOptions, planned: Mapping[str, StageConfig]
+) -> StagePlan:
+    """Plan a stage some of whose inputs are artifacts that are planned themselves.
+
+    Heads stand for themselves by their number, spread over all layers; rows to be mined by others of their pool; a
+    model or an adapter to be trained by the base model.
+
+    Args:
+        stage: its name: mine-data, train or eval.
+        resolved: its settings.
+        options: how to run.
+        planned: the settings of the stages that are planned, by their output folder.
+    """
+    job: StageRun[Any] = StageRun(stage, resolved, options)
+    config = job.config
+    if stage == "mine-data":
+        reader = config.scorer_model or config.model
+        files = locate_model(reader)
+        uses_target = config.method in METHODS_WITH_TARGET and config.target is not None
+        target = _sample(job, "target", config.target, planned) if uses_target else None
+        pool = _sample(job, "pool", config.pool, planned)
+        return _marked(plan_mine_data(job, files, pool, target, _heads_ahead(config.heads, files, planned)))
+    if stage == "train":
+        files = locate_model(config.model)
+        held_out = _sample(job, "eval_data", config.eval_data, planned) if config.eval_data is not None else None
+        data = _sample(job, "data", config.data, planned)
+        heads_LH = _heads_ahead(config.heads, files, planned) if config.resolved_scope == "heads" else None
+        return _marked(plan_train(job, files, data, held_out, heads_LH))
+    trained = planned.get(config.model)
+    files = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
+    asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
+    return _marked(plan_eval(job, files, asked, choices_in(config.choices), None))
+
+
+def _marked(plan: StagePlan) -> StagePlan:
+    return replace(plan, notes=(*plan.notes, "inputs that are still to be made are stood for by others like them"))
+
+
+def _sample(
+    job: StageRun[Any], name: str, spec: str, planned: Mapping[str, StageConfig], *, limit: int | None = None
+) -> Sample:
+    """Read rows; those that are still to be mined are stood for by as many of their pool."""
+    mined = planned.get(spec)
+    if not isinstance(mined, MineDataConfig):
+        return read_sample(job, job.rows(name, spec), limit=limit)
+    pool = read_sample(job, job.rows(name, mined.pool))
+    count = pool.total if mined.method == "full" else resolve_count(pool.total, mined.ratio, mined.count)
+    return pool.reduced_to(count)
+
+
+def _heads_ahead(spec: str | None, files: ModelFiles, planned: Mapping[str, StageConfig]) -> NDArray[np.bool_] | None:
+    if spec is None:
+        return None
+    scored = planned.get(spec)
+    if not isinstance(scored, ScoreHeadsConfig):
+        return load_head_scores(Path(spec).expanduser()).selected_LH
+    return assumed_heads(model_size(files.config, tensor_shapes(files)), scored.ratio)
+
+
+def choices_in(spec: str | None) -> Sequence[str]:
+    """Return the choices in a file, for rows that bring none; none if it cannot be read."""
+    if spec is None:
+        return ()
+    try:
+        found = json.loads(Path(spec).expanduser().read_bytes())
+    except (OSError, ValueError):
+        return ()
+    return [choice for choice in found if isinstance(choice, str)] if isinstance(found, list) else ()
