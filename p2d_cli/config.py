@@ -57,6 +57,7 @@ INPUT_FIELDS = frozenset(
         "chat_template",
         "lm_eval_tasks",
         "recipe",
+        "relevance",
     }
 )
 """Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
@@ -266,6 +267,12 @@ class MineDataConfig(RowOptions):
     pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
     target: PathSpec | None = setting(
         None, "Rows of the target task; without them two halves of the pool query each other.", panel="Input and output"
+    )
+    relevance: PathSpec | None = setting(
+        None,
+        'JSON file {"relevant": [ids]}: pool rows known to be of the target\'s task, for measuring; the choice is made'
+        " without it.",
+        panel="Input and output",
     )
     method: DataMethod = setting("p2d", "p2d, data-whisperer, random, loss, ifd, embedding, lexical or full.")
     ratio: Ratio | None = setting(None, "Share of the pool to keep (0.1 if --count is not given).")

@@ -314,6 +314,11 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
             f"{summary['heads_read']} heads read, told from {summary['rows_background']:,} background rows;"
             f" target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
         )
+    if "precision" in summary:
+        lines.append(
+            f"{summary['precision']:.1%} of them are of the target's task ({summary['rows_relevant']:,} such rows in"
+            f" the pool, {summary['recall']:.1%} found), chance {summary['chance_precision']:.1%}"
+        )
     if summary.get("truncated_rows"):
         lines.append(f"{summary['truncated_rows']} rows were cut to fit the context")
     if summary.get("rows_that_are_targets"):

@@ -28,6 +28,7 @@ from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageErr
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import MiningInputs, PoolScored, PoolTask
+from p2d_cli.stages.relevance import RelevanceTally, open_relevance
 from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
 
 PICTURE_NAME = "scores.png"
@@ -68,6 +69,7 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
         pool=job.rows("pool", config.pool),
         target=job.rows("target", config.target) if uses_target and config.target is not None else None,
         heads_LH=heads_LH,
+        relevance=open_relevance(job),
     )
 
 
@@ -86,8 +88,9 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         cut = float(scored.scores[ranks_N == count - 1][0])
     if job.is_main:
         with job.saving():
-            _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count)
+            _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count, inputs.relevance)
             _draw(job, scored.scores, cut, folder)
+    measured = inputs.relevance.summary(count, pool.num_rows) if inputs.relevance is not None and job.is_main else {}
     return Outcome(
         summary={
             "method": config.method,
@@ -98,12 +101,14 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_without_score": int(np.isnan(scored.scores).sum()),
             "cut_score": cut,
             **scored.notes,
+            **measured,
         },
         settings={
             "method": config.method,
             "ratio": count / pool.num_rows,
             "rows_selected": count,
             "rows_total": pool.num_rows,
+            **({"precision": measured["precision"]} if measured else {}),
         },
         precision=scored.precision,
         device=scored.device,
@@ -136,12 +141,21 @@ def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:
     )
 
 
-def _save(job: StageRun[MineDataConfig], folder: Path, pool: Pool, scores: PoolScores, count: int) -> None:
+def _save(
+    job: StageRun[MineDataConfig],
+    folder: Path,
+    pool: Pool,
+    scores: PoolScores,
+    count: int,
+    relevance: RelevanceTally | None,
+) -> None:
     with job.progress.task("write rows", pool.num_rows) as advance:
 
         def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for place, record in enumerate(pool.read(with_fields=True), start=1):
                 yield record.id, record.fields
+                if relevance is not None:
+                    relevance.add(record.id, chosen=bool(scores.ranks_N[place - 1] < count))
                 if place % ROWS_BETWEEN_REPORTS == 0:
                     advance(ROWS_BETWEEN_REPORTS)
 

@@ -18,6 +18,7 @@ from p2d_cli.data.records import Record
 from p2d_cli.data.sources import RowSource
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
+from p2d_cli.stages.relevance import RelevanceTally
 
 if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
@@ -33,6 +34,8 @@ class MiningInputs:
     target: RowSource | None
     heads_LH: NDArray[np.bool_] | None
     """The selected heads (p2d only)."""
+    relevance: RelevanceTally | None = None
+    """Counts rows that are known to be of the target's task, once the choice is made."""
 
 
 @dataclass(frozen=True)
