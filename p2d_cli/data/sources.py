@@ -58,8 +58,8 @@ _LONGEST_LINE = 64 * 2**20
 """Bytes of a line, or characters of a CSV cell: no row that a model could read is as long."""
 _LARGEST_DOCUMENT = 2**30
 """Bytes of a JSON array, which is held as a whole."""
-_GZIP_BOMB_BYTES = 256 * 2**20
-_GZIP_BOMB_RATIO = 200
+_GZIP_BOMB_BYTES = 64 * 2**20
+_GZIP_BOMB_RATIO = 50
 """A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
 _KNOWN_SUFFIXES = "known are " + ", ".join(_FORMATS) + ", and .gz of the text formats"
 
