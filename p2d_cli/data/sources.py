@@ -58,8 +58,8 @@ _PROBE_SECONDS = 5.0
 _LONGEST_LINE = 64 * 2**20
 """Bytes of a line, or characters of a CSV cell or of an object in a JSON array: no row that a model could read is as
 long."""
-_GZIP_BOMB_BYTES = 256 * 2**20
-_GZIP_BOMB_RATIO = 200
+_GZIP_BOMB_BYTES = 64 * 2**20
+_GZIP_BOMB_RATIO = 50
 """A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
 _BLOCK = 2**18
 _LONGEST_TOKEN = 16

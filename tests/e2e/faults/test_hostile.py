@@ -106,7 +106,9 @@ def test_an_adapter_in_a_pickle(evaluate, golden, canary, tmp_path):
     assert evaluate(adapter=tmp_path / "adapter").code == 0
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", *(["scheduler.pt", "rng_state.pth"] if "P2D_SLOW" in os.environ else [])]
+)
 def test_a_checkpoint_with_a_bait_under_a_good_seal(p2d, short, canary, tmp_path, monkeypatch, name):
     """Whoever can write a checkpoint can seal it too: what protects is that only tensors are loaded."""
     command = [word for word in short["lora"] if word not in {"--max-steps", 1}]
@@ -301,7 +303,7 @@ def test_a_compressed_bomb(evaluate, tmp_path, monkeypatch, ending):
     path = tmp_path / f"rows.{ending}.gz"
     bomb(path, b"\n" * 65536, 2**6)
     assert path.stat().st_size < 2**15
-    refused(evaluate(data=path), 65, path, "expands to more than", "200 times its size", "gzip -dk")
+    refused(evaluate(data=path), 65, path, "expands to more than", "50 times its size", "gzip -dk")
 
 
 def test_honest_compression_is_no_bomb(evaluate, few, tmp_path, monkeypatch):

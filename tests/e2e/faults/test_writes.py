@@ -29,9 +29,10 @@ from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.errors import ArtifactError
 
 STEPS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "truncate", "ftruncate")
-WORK = ("heads", "subset", "adapter", "lora", "attention", "full", "evaluation", "report", "model")
 SLOW = "P2D_SLOW" in os.environ
 """Whether the next run is tried on every image, and not on one of each shape only."""
+WORK = ("heads", "subset", "adapter", "full", "evaluation", "report", "model")
+WORK += ("lora", "attention") if SLOW else ()  # the files of adapter and full over again
 MODULES = {
     "heads": "score_heads",
     "subset": "mine_data",
