@@ -143,13 +143,17 @@ class _Draw:
     repeat: int
 
     def finish(
-        self, label: str, lengths: Sequence[int], compute: Callable[[list[int]], dict[str, NDArray[Any]]]
+        self,
+        label: str,
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], dict[str, NDArray[Any]]],
+        name: Callable[[int], str],
     ) -> Iterator[tuple[list[int], Mapping[str, NDArray[Any]]]]:
         """Compute batches of sequences of these lengths, each once, whatever interrupts it; see `finish_batches`."""
         from p2d_cli.stages.workbench import finish_batches
 
         named = label if self.job.config.repeats == 1 else f"{label} of draw {self.repeat + 1}"
-        return finish_batches(self.job, self.bench, named, self.bench.batches(lengths), compute)
+        return finish_batches(self.job, self.bench, named, self.bench.batches(lengths), compute, name=name)
 
     def recall(self) -> Entry | None:
         """Return what an interrupted run found in this repeat, if it finished it."""
@@ -282,7 +286,8 @@ def _score_taylor(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
 
     shape = layout_geometry(bench.layout)
     total_LH = np.zeros((shape.num_layers, shape.num_heads))
-    for _, reading in draw.finish("read rows", [len(example.input_ids) for example in examples], read):
+    lengths = [len(example.input_ids) for example in examples]
+    for _, reading in draw.finish("read rows", lengths, read, lambda row: rows[row].where):
         total_LH += reading["effect"].sum(axis=0)
     return total_LH / len(rows), {"rows": len(rows)}
 
@@ -309,7 +314,8 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
         return {"target_share": np.stack(shares)}
 
     target_share_EK = np.zeros((len(plan), shape.total_heads))
-    for group, reading in draw.finish("watch episodes", [len(episode.input_ids) for episode in episodes], watch):
+    lengths = [len(episode.input_ids) for episode in episodes]
+    for group, reading in draw.finish("watch episodes", lengths, watch, "episode {}".format):
         target_share_EK[group] = reading["target_share"]
     scores_K = contrast_scores(target_share_EK, demos)
     notes = {
@@ -338,7 +344,8 @@ def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
         return {"outputs": bench.head_outputs([examples[index] for index in group], everyone_LH)}
 
     outputs = np.empty((len(examples), shape.total_heads, shape.head_dim), dtype=np.float32)
-    for group, reading in draw.finish("read rows", [len(example.input_ids) for example in examples], read):
+    lengths = [len(example.input_ids) for example in examples]
+    for group, reading in draw.finish("read rows", lengths, read, lambda row: [*target, *background][row].where):
         outputs[group] = reading["outputs"]
     with job.timer.phase("score"):
         scores_K = separation(outputs[: len(target)], outputs[len(target) :])

@@ -78,7 +78,7 @@ def work(tiny_folder, few, pipeline):
     """The commands by name, for an output folder."""
     common = ("--model", tiny_folder, "--dtype", "float32")
     selection = (*common, "--target", few["target"], "--pool", few["pool"], "--token-budget", 100)
-    training = ("train", *common, "--data", few["test"], "--epochs", 2, "--seed", 3, "--batch-size", 4)
+    training = ("train", *common, "--data", few["test"], "--epochs", 2, "--seed", 3)
     heads = ("--heads", pipeline / "heads", "--projections", "q,k,v,o")
     held_out = ("--eval-data", few["target"], "--eval-steps", 2, "--patience", 2)
 
@@ -93,8 +93,8 @@ def work(tiny_folder, few, pipeline):
                 *("eval", *common, "--data", few["test"], "--token-budget", 60),
                 *("--metric", "exact_match,perplexity", "--max-new-tokens", 4),
             ),
-            "best": (*training, *heads, *held_out, "--packing"),
-            "full": (*training, "--scope", "full", "--accumulation", 2),
+            "best": (*training, *heads, *held_out, "--packing", "--batch-size", 4),
+            "full": (*training, "--scope", "full", "--batch-size", 8, "--accumulation", 2),
         }
         return {name: (*words, "--out", out / name) for name, words in (scoring | others).items()}
 

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .conftest import WORK, leftovers, named, quickly  # noqa: TID252 - tests are no package
 
-NAMED = {"attention": "episode", "generate": "episode", "contrast": "layer", "pad": "step 2"}
+NAMED = {"attention": "episode", "generate": "episode", "contrast": "episode", "pad": "step 2"}
 """What is named, where it is not a row by its file and line."""
 
 
