@@ -39,20 +39,19 @@ class Launch:
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
-ACCELERATE_CONFIG = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-num_machines: 1
-num_processes: 8
-mixed_precision: 'no'
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: FULL_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: true
-  fsdp_offload_params: false
-"""
+README = (LAUNCHED.parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def block_of_readme(language, words):
+    """The fenced block of that language that holds these words."""
+    blocks = [block.split("```", 1)[0] for block in README.split(f"```{language}\n")[1:]]
+    [found] = [block for block in blocks if words in block]
+    return found
+
+
+ACCELERATE_CONFIG = block_of_readme("yaml", "distributed_type: FSDP")
+BATCH_SCRIPT = block_of_readme("bash", "scontrol requeue")
+JOB_ARRAY = block_of_readme("bash", "SLURM_ARRAY_TASK_ID")
 
 
 def launch(folder, size, commands, launcher=TORCHRUN, **environment):
@@ -274,24 +273,6 @@ def test_what_a_lost_rank_left_is_taken_up_by_one_process(sharded, work, p2d, al
 # --- several machines
 
 
-BATCH_SCRIPT = """\
-#!/bin/bash
-#SBATCH --nodes=2
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
-#SBATCH --time=04:00:00
-#SBATCH --signal=TERM@120
-#SBATCH --requeue
-
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-
-srun --kill-on-bad-exit=1 p2d run recipe.toml
-code=$?
-if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit $code
-"""
-
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
     "p2d": f'exec "{sys.executable}" -m p2d_cli "$@"',
@@ -343,8 +324,9 @@ def batch_job(folder, few, model):
     }
 
 
-def test_the_batch_script_is_valid(tmp_path):
-    (tmp_path / "job.sh").write_text(BATCH_SCRIPT)
+@pytest.mark.parametrize("script", [BATCH_SCRIPT, JOB_ARRAY], ids=["nodes", "array"])
+def test_the_batch_scripts_are_valid(tmp_path, script):
+    (tmp_path / "job.sh").write_text(script)
     done = subprocess.run(("bash", "-n", "job.sh"), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -56,7 +56,7 @@ def refused(done, *words):
         ("heads", lambda manifest: manifest.update(ledger=[{}]), "ledger.0.artifact"),
         ("heads", lambda manifest: manifest["seconds"].update(score=float("nan")), "finite"),
         ("heads", lambda manifest: manifest.update(schema="p2d.heads/" + "9" * 5000), "no schema that p2d knows"),
-        ("model", lambda manifest: manifest["summary"].update(base="\ud800"), "no Unicode"),
+        ("model", lambda manifest: manifest["summary"].update(base="\ud800"), "not a valid manifest"),
     ],
 )
 def test_manifests_that_say_something_else(p2d, copy_of_golden, kind, change, words):
@@ -136,12 +136,14 @@ def test_a_metric_without_an_interval_is_reported(p2d, golden, copy_of_golden, t
     [
         ("config.json", "[]", "no JSON object"),
         ("config.json", "[" * 100_000, "not valid JSON"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "../../secret"}}', "no file name"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "no file name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../../secret"}}', "as a weight file"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "as a weight file"),
         ("model.safetensors.index.json", '{"weight_map": {"a": 3, "b": "c"}}', "not a valid index"),
     ],
 )
 def test_model_folders_that_are_none(p2d, tiny_folder, tmp_path, name, text, word):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    if "index" in name:
+        (folder / "model.safetensors").unlink()  # transformers takes a single file where there are both
     (folder / name).write_text(text)
     refused(p2d("score-heads", "--model", folder, "--method", "random", "--out", tmp_path / "out"), name, word)

@@ -107,7 +107,7 @@ def test_a_score(p2d, words, tmp_path, monkeypatch):
 
     def spoilt(task):
         scored = score(task)
-        scored.scores_N[4] = math.nan
+        scored.scores[4] = math.nan
         return scored
 
     monkeypatch.setitem(pool_scoring.METHODS, "lexical", spoilt)
