@@ -304,7 +304,14 @@ class StageRun(Generic[ConfigT]):
             label: what the batches are for; several journals of a stage need different labels.
             plan: the row indices of each batch.
         """
-        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan, work=f"{self.key} {label}")
+        return Journal(self._journal_path(label), plan, work=f"{self.key} {label}")
+
+    def has_journal(self, label: str) -> bool:
+        """Say whether an interrupted run has begun this record."""
+        return self._journal_path(label).exists()
+
+    def _journal_path(self, label: str) -> Path:
+        return self._scratch / f"{label.replace(' ', '-')}.jsonl"
 
     def scratch(self, name: str) -> Path:
         """Return a folder that outlives an interrupted run of this very work, and goes once the artifact is there."""

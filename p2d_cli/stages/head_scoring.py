@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
 
 
+REPEATS = "repeats"
 PROXY_PHASES = ("prepare", "proxy", "score")
 """What a repeat of the proxy is charged to."""
 
@@ -157,6 +158,8 @@ class _Draw:
 
     def recall(self) -> Entry | None:
         """Return what an interrupted run found in this repeat, if it finished it."""
+        if not self.job.has_journal(REPEATS):
+            return None
         with self._repeats() as journal:
             return journal.finished.get(self.repeat)
 
@@ -167,7 +170,7 @@ class _Draw:
                 journal.add(self.repeat, arrays, seconds=float(arrays["spent"].sum()), tokens=tokens)
 
     def _repeats(self) -> Journal:
-        return self.job.journal("repeats", [[repeat] for repeat in range(self.job.config.repeats)])
+        return self.job.journal(REPEATS, [[repeat] for repeat in range(self.job.config.repeats)])
 
     @property
     def others(self) -> Pool:

@@ -139,9 +139,14 @@ class Planner:
             memory={part: size for part, size in self.memory.items() if size},
             disk={part: size for part, size in self.disk.items() if size},
             other_seconds=self.other_seconds,
-            resume=tuple(_unfinished_work(self._unfinished, self.works)),
+            resume=tuple(self._resume()),
             notes=tuple(self.notes),
         )
+
+    def _resume(self) -> list[str]:
+        if self._unfinished is None or not self._unfinished.is_dir():
+            return []
+        return _unfinished_work(self._unfinished, self.works, self.job.key)
 
     def _time(self, heads_LH: NDArray[np.bool_] | None) -> None:
         from p2d_cli.stages.plan_timing import PlanTimer
@@ -219,15 +224,14 @@ def _longest_answers(planner: Planner, prompts: Sequence[tuple[int, int]]) -> li
 # --- unfinished work
 
 
-def _unfinished_work(folder: Path | None, works: Sequence[Work]) -> list[str]:
-    """Say what an interrupted run has finished of each work."""
-    if folder is None or not folder.is_dir():
-        return []
+def _unfinished_work(folder: Path, works: Sequence[Work], key: str) -> list[str]:
+    """Say what an interrupted run of the artifact with this key has finished of each work."""
     found = [f"{name}: {done} of {work.passes} batches" for work in works for name, done in _journals(folder, work)]
-    checkpoint, problems = newest_checkpoint(folder / "checkpoints")
-    found += [f"not from {problem}" for problem in problems]
-    if checkpoint is not None:
-        found.append(f"train: from update {checkpoint.folder.name.rpartition('-')[2]}")
+    for place in sorted((folder / "checkpoints").glob("micro-batch-*")):
+        checkpoint, problems = newest_checkpoint(place, work=key)
+        found += [f"not from {problem}" for problem in problems]
+        if checkpoint is not None:
+            found.append(f"train: from update {checkpoint.folder.name.rpartition('-')[2]}")
     return found
 
 

@@ -224,7 +224,7 @@ def interrupted(p2d, short, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(stage, "seal_checkpoint", seal)
             assert p2d(*command).code == 130
-        root = next(tmp_path.glob(".out.unfinished-*")) / "checkpoints"
+        root = next(tmp_path.glob(".out.unfinished-*/checkpoints/micro-batch-*"))
         assert sorted(path.name for path in root.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
         return command, root
 
