@@ -190,8 +190,11 @@ def compare(one: Path, other: Path) -> list[str]:
 def what_it_says(manifest: dict[str, Any]) -> Any:
     """Return the digests of all that an artifact says (weights, scores, rows, predictions), and its figures."""
     if manifest["schema"].startswith("p2d.report"):
-        rows = manifest["summary"]["rows"]
-        return [{key: row[key] for key in ("name", "metrics", "head_share", "row_share")} for row in rows]
+        # Rows are in the order of their cost, and equal names end in the folder of the cheapest.
+        said = [
+            [row[key] for key in ("path", "metrics", "head_share", "row_share")] for row in manifest["summary"]["rows"]
+        ]
+        return sorted((Path(path).name, *more) for path, *more in said)
     outputs = {name: output["sha256"] for name, output in manifest["outputs"].items() if output["content"]}
     return outputs, manifest["key"], manifest["tokens"], manifest["summary"]
 

@@ -143,9 +143,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
     precision = str(dtype).removeprefix("torch.")
     lesson = _Lesson(rows, eval_rows, tokenizer.pad_token_id)
-    with signals.deferred():
-        model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
-        job.see_through()
+    model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
     share = trainable_share(model)
     if is_sharded():
         # Where accelerate finds no accelerators it shards nothing.
@@ -336,6 +334,8 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
     with (
         job.timer.phase("train"),
         job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
+        # An update is worth finishing; behind the last one there is nothing left but to write the result.
+        signals.deferred(),
     ):
 
         def seal(folder: Path, tokens: int) -> None:
@@ -343,7 +343,7 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
             if job.is_main:
                 seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
 
-        return train(
+        record = train(
             model,
             lesson.rows,
             plan,
@@ -364,6 +364,8 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
                 after_loading=freeze_placing if job.config.resolved_scope == "heads" else lambda _: None,
             ),
         )
+        job.see_through()
+        return record
 
 
 def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:

@@ -227,3 +227,24 @@ def test_flags_that_do_not_go_together(p2d, tiny_folder, tmp_path, words, said):
     done = p2d("eval", "--model", tiny_folder, *words, "--out", tmp_path / "e")
     assert done.code == 2
     assert said in done.said
+
+
+@pytest.mark.parametrize("task", ["p2d_choices", "p2d_answers"])
+def test_logits_that_are_no_numbers(evaluate, tmp_path, task):
+    """lm-eval itself would take the first of them as the likeliest."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    harness()
+
+    def hook(module, inputs, output):
+        return torch.full_like(output, torch.nan) if type(module).__name__ == "Embedding" else None
+
+    handle = register_module_forward_hook(hook)
+    try:
+        done = evaluate(names=task)
+    finally:
+        handle.remove()
+    assert done.code == 70, done.said
+    assert "the logits of row 1 of" in done.said
+    assert not (tmp_path / "e").exists()
