@@ -87,12 +87,7 @@ def separation(
         NonFiniteError: an output is nan or infinite.
     """
     target, background = np.asarray(target_QKd), np.asarray(background_MKd)
-    if len(target) < 2 or len(background) < 4:
-        raise DataError(
-            f"expected at least 2 target rows and 4 pool rows to judge a head, found {len(target)} and "
-            f"{len(background)}",
-            hint="give more rows",
-        )
+    require_halves(len(target), len(background))
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
     return np.concatenate([_separation(target[:, block], background[:, block], shrinkage) for block in blocks])
 
@@ -127,6 +122,19 @@ def _covariance(centred_MKd: NDArray[np.float64], shrinkage: float) -> NDArray[n
         shrinkage * variance_K[:, None, None] * np.eye(size)
     )
     return shrunk
+
+
+def require_halves(target: int, background: int) -> None:
+    """Refuse to judge heads by so few rows that they make no two halves.
+
+    Raises:
+        DataError: there are fewer than 2 target rows or 4 pool rows.
+    """
+    if target < 2 or background < 4:
+        raise DataError(
+            f"expected at least 2 target rows and 4 pool rows to judge a head, found {target} and {background}",
+            hint="give more rows",
+        )
 
 
 def _checked(target: ArrayLike, background: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

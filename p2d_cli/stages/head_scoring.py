@@ -332,13 +332,14 @@ def _score_contrast(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
 
 def _score_readout(draw: _Draw) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """How well each head's output, read alone, tells target rows from pool rows that it was not fitted on."""
-    from p2d_cli.core.readout import separation
+    from p2d_cli.core.readout import require_halves, separation
     from p2d_cli.modeling.layouts import layout_geometry
 
     job, bench = draw.job, draw.bench
     target = draw.sample()
     with job.timer.phase("prepare"):
         background = _background(draw, target)
+        require_halves(len(target), len(background))
         examples = bench.encode_examples([*target, *background])
     shape = layout_geometry(bench.layout)
     everyone_LH = np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
