@@ -56,6 +56,7 @@ def test_progress_fits_the_listener(monkeypatch, said):
     monkeypatch.setattr(render, "err", Console(file=said["err"], force_terminal=True))
     assert isinstance(render.progress_for(quiet=False), render.BarProgress)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert isinstance(render.progress_for(quiet=False), SilentProgress)
 
 
