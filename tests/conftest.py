@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,11 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("P2D_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "p2d-cache"))
     for variable in [name for name in os.environ if name.startswith("P2D_") and name != "P2D_CACHE_DIR"]:
         monkeypatch.delenv(variable)
+
+
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c():
+    """A shell lets what it starts in the background ignore Ctrl-C, these tests too."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,14 +26,6 @@ def _no_pictures(monkeypatch):
 
     for name in ("head_heatmap", "score_histogram", "loss_curve", "aer_scatter"):
         monkeypatch.setattr(f"p2d_cli.reporting.plots.{name}", missing)
-
-
-@pytest.fixture(autouse=True)
-def _hears_ctrl_c():
-    """A shell lets what it starts in the background ignore Ctrl-C, these tests too."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture(scope="session")
