@@ -211,20 +211,23 @@ def start(code, *words):
     return process
 
 
-def ends_in_one_line(process):
+def ends_in_one_line(process, number=signal.SIGINT):
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert said == f"interrupted; what was finished is kept, {GO_ON}\n"
+    code, what = (130, "interrupted") if number == signal.SIGINT else (75, f"stopped by {number.name}")
+    assert process.returncode == code, said
+    assert said == f"{what}; what was finished is kept, {GO_ON}\n"
     return time.monotonic() - started < 10  # two seconds, on a machine that has nothing else to do
 
 
-@pytest.mark.parametrize("where", STUCK)
-def test_ctrl_c_ends_what_does_not_listen(where):
+@pytest.mark.parametrize(
+    ("where", "number"), [*((where, signal.SIGINT) for where in STUCK), ("swallowed", signal.SIGTERM)]
+)
+def test_a_signal_ends_what_does_not_listen(where, number):
     code = f"def inspect(_):\n    print('begun', flush=True); {STUCK[where]}\n"
     code = f"import p2d_cli.stages.inspection\n{code}p2d_cli.stages.inspection.inspect = inspect\n"
-    assert ends_in_one_line(start(code, "inspect", "."))
+    assert ends_in_one_line(start(code, "inspect", "."), number)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.6, 1.4])
