@@ -125,6 +125,8 @@ class CompletionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
+        self.saved_at: int | None = None
+        """The update behind which the last checkpoint was written."""
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_finite
 
@@ -197,7 +199,7 @@ class CompletionTrainer(Trainer):
         if is_last or not self.hooks.should_stop():
             # Behind the last update there is nothing left but to write the result.
             return
-        if not self.control.should_save:
+        if self.saved_at != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise StoppedEarlyError(
@@ -275,6 +277,7 @@ class _Watcher(TrainerCallback):
         if self.trainer is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._hooks.on_checkpoint(folder, self.trainer.tokens_seen)
+            self.trainer.saved_at = state.global_step
 
 
 def train(

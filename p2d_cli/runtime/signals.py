@@ -116,8 +116,11 @@ def own_process(say: Callable[[str], None]) -> None:
 
 
 def finished() -> None:
-    """Take no more notice of signals: the command has ended, and the process is about to."""
+    """Take no more notice of signals: the command has ended, and its process is about to."""
     _state.over = True
+    for number in _state.previous:
+        # On its way out Python would put the default back, and let a signal change the exit code of what is done.
+        signal.signal(number, signal.SIG_IGN)
 
 
 def took_effect() -> bool:
