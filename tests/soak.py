@@ -146,9 +146,9 @@ def disturb(recipe: Path, folder: Path, kills: int, longest: float, chance: rand
                 "artifacts": len(list(out.rglob("manifest.json"))) if out.exists() else 0,
             }
         )
-        print(
-            f"{len(told)}: {signal.Signals(number).name} after {delay:.1f} s -> {process.returncode}", file=sys.stderr
-        )
+        name, took = signal.Signals(number).name, told[-1]["took"]
+        line = f"{len(told)}: {name} after {delay:.1f} s -> {process.returncode} in {took:.2f} s"
+        print(line, *said.splitlines()[-1:], sep="; ", file=sys.stderr, flush=True)
     run(recipe, folder / f"disturbed-{grid}")
     return told
 

@@ -155,6 +155,8 @@ class CompletionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
+        self.saved_at: int | None = None
+        """The update behind which the last checkpoint was written."""
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_finite
 
@@ -260,7 +262,7 @@ class CompletionTrainer(Trainer):
         if is_last or not self.hooks.should_stop():
             # Behind the last update there is nothing left but to write the result.
             return
-        if not self.control.should_save:
+        if self.saved_at != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise StoppedEarlyError(
@@ -372,6 +374,7 @@ class _Watcher(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             # Once all have told their tokens, all have written their part.
             self._hooks.on_checkpoint(folder, self.trainer.tokens_of_all_ranks())
+            self.trainer.saved_at = state.global_step
 
 
 def train(

@@ -29,8 +29,11 @@ from typing import Any, NoReturn
 from p2d_cli.errors import INTERRUPTED_EXIT_CODE, StoppedEarlyError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_CHECK_SECONDS = 0.1
 PATIENCE_SECONDS: dict[int, float] = {signal.SIGINT: 1.5, signal.SIGTERM: 20.0, signal.SIGUSR1: 300.0}
 """How long each signal waits. Slurm sends SIGKILL 30 s after SIGTERM; SIGUSR1 comes minutes before the time is up."""
+CLEANUP_SECONDS = 2.0
+"""How long what an `Interruption` ends may take to do so; longer means that it was caught where nothing should be."""
 SAME_SIGNAL_SECONDS = 1.0
 """Launchers and terminals pass one signal on twice; a second one after this time means what it says."""
 
@@ -69,8 +72,8 @@ class _State:
     """When each signal first came."""
     deferrals: int = 0
     shields: int = 0
-    took_effect: bool = False
-    """Whether an `Interruption` was raised."""
+    took_effect: float | None = None
+    """When an `Interruption` was raised."""
     over: bool = False
     """The command has ended; signals no longer matter."""
     previous: dict[int, Any] = field(default_factory=dict)
@@ -113,13 +116,16 @@ def own_process(say: Callable[[str], None]) -> None:
 
 
 def finished() -> None:
-    """Take no more notice of signals: the command has ended, and the process is about to."""
+    """Take no more notice of signals: the command has ended, and its process is about to."""
     _state.over = True
+    for number in _state.previous:
+        # On its way out Python would put the default back, and let a signal change the exit code of what is done.
+        signal.signal(number, signal.SIG_IGN)
 
 
 def took_effect() -> bool:
     """Say whether a signal ended the command."""
-    return _state.took_effect
+    return _state.took_effect is not None
 
 
 def stop_requested() -> str | None:
@@ -197,7 +203,7 @@ def _act(state: _State) -> None:
 
 
 def _interrupt(state: _State, number: int) -> NoReturn:
-    state.took_effect = True
+    state.took_effect = time.monotonic()
     raise Interruption(number)
 
 
@@ -208,19 +214,19 @@ def _together(number: int) -> bool:
 
 def _watch(read_end: int, say: Callable[[str], None]) -> None:
     """End the process when a signal's patience is over; Python hands over its number as soon as it arrives."""
-    deadline: float | None = None
-    number = 0
+    deadlines: dict[int, float] = {}
     while True:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready, _, _ = select.select([read_end], [], [], left)
+        ready, _, _ = select.select([read_end], [], [], _CHECK_SECONDS if deadlines else None)
+        now = time.monotonic()
         if ready:
-            came = os.read(read_end, 1)[0]
-            patience = PATIENCE_SECONDS.get(came)
-            if patience is not None and (deadline is None or time.monotonic() + patience < deadline):
-                deadline, number = time.monotonic() + patience, came
-        elif _state.over:
-            return
-        else:
+            number = os.read(read_end, 1)[0]
+            if number in PATIENCE_SECONDS:
+                deadlines.setdefault(number, now + PATIENCE_SECONDS[number])
+        number = min(deadlines, key=deadlines.__getitem__, default=0)
+        raised = _state.took_effect
+        if _state.over or number == 0:
+            continue
+        if now > deadlines[number] or (raised is not None and now > raised + CLEANUP_SECONDS):
             interruption = Interruption(number)
             say(interruption.message)
             os._exit(interruption.exit_code)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -137,6 +138,7 @@ def test_an_adapter_is_heard_and_evaluations_compare(p2d, evaluate, pipeline, tm
     assert p2d(*report).code == 0
 
 
+@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_groups_filters_and_figures_that_are_no_means(p2d, evaluate, tasks, tmp_path):
     harness()
     likelihoods = CHOICE_TASK.replace("p2d_choices", "p2d_likelihoods").replace("multiple_choice", "loglikelihood")
@@ -168,6 +170,7 @@ def test_groups_filters_and_figures_that_are_no_means(p2d, evaluate, tasks, tmp_
     assert found["left_out"] == ["p2d_likelihoods/perplexity", "p2d_group/acc"]
 
 
+@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_settings_that_do_not_matter_and_those_that_do(evaluate, tasks):
     harness()
     assert evaluate("--limit", 2, names="p2d_choices").json["summary"]["rows"] == 2
@@ -179,6 +182,7 @@ def test_settings_that_do_not_matter_and_those_that_do(evaluate, tasks):
     assert "input lm_eval_tasks" in refused.said
 
 
+@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_nothing_but_the_result_is_said(p2d, evaluate):
     harness()
     done = evaluate("--quiet", names="p2d_choices")
@@ -230,6 +234,7 @@ def test_flags_that_do_not_go_together(p2d, tiny_folder, tmp_path, words, said):
 
 
 @pytest.mark.parametrize("task", ["p2d_choices", "p2d_answers"])
+@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_logits_that_are_no_numbers(evaluate, tmp_path, task):
     """lm-eval itself would take the first of them as the likeliest."""
     import torch

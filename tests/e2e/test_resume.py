@@ -91,7 +91,7 @@ def test_interrupted_at_any_batch(p2d, words, work, tmp_path, monkeypatch):
     assert sum(disturbed["seconds"].get(phase, 0.0) for phase in phases) >= sum(spent)
 
 
-@pytest.mark.parametrize("work", ["p2d", "answers", "perplexity"])
+@pytest.mark.parametrize("work", ["p2d", "answers"])
 def test_killed_by_the_system(p2d, words, work, tmp_path):
     """A process that cannot clean up leaves a journal, and no artifact; the next one takes it up and says so."""
     code = (

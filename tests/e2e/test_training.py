@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="faults/test_damage.py is quicker; P2D_SLOW=1 runs it")
 def test_a_damaged_checkpoint_is_passed_over(p2d, words, kind, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         done = interrupt_after(patch, 3)
