@@ -264,7 +264,7 @@ def merged(sound, spoilt):
     return both
 
 
-@fuzz(25)
+@fuzz(10)
 @given(
     spoilt=st.dictionaries(st.sampled_from(TABLES) | texts, tables, max_size=3),
     stage=st.sampled_from(sorted(STAGE_CONFIGS)),
