@@ -88,8 +88,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _hears_ctrl_c():
-    """A shell lets what it starts in the background ignore Ctrl-C, these tests too."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _hears_signals():
+    """A shell lets what it starts in the background ignore Ctrl-C, and a command that is done ignores all signals."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGUSR1: signal.SIG_DFL,
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -374,6 +374,10 @@ def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:
         job.progress.note(f"not going on from {problem}")
     if checkpoint is not None:
         job.progress.note(f"going on from {checkpoint.folder.name} of the interrupted run")
+    # The trainer keeps those of the highest numbers, and would drop new checkpoints for what is of no use.
+    for folder in scratch.glob("checkpoint-*"):
+        if checkpoint is None or folder.name in {problem.split(":", 1)[0] for problem in problems}:
+            shutil.rmtree(folder, ignore_errors=True)
     return checkpoint
 
 

@@ -135,8 +135,6 @@ def test_several_processes_take_note_and_agree(number, monkeypatch):
 
 
 def test_handlers_are_given_back():
-    for number in QUEUE:
-        signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in (*QUEUE, signal.SIGINT)]
     with listening():
         assert signal.getsignal(signal.SIGTERM) is not before[0]
