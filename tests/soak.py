@@ -1,7 +1,7 @@
 """A recipe's grid, killed again and again at random moments, ends with the results of one that was left alone.
 
 Not collected by pytest: it takes a quarter of an hour. From the top of the repository:
-    python tests/soak.py --kills 50 --seed 0 --out /tmp/soak
+    python tests/soak.py --kills 50 --seed 0 --out OUT
 It prints one JSON document; exit code 0 says that nothing differed.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,28 @@ def newest_checkpoint(root: Path, *, work: str | None = None) -> tuple[Checkpoin
         work: what they must be a part of, as their `progress` says.
     """
     problems: list[str] = []
-    found = {int(match[1]): path for path in root.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    for updates in sorted(found, reverse=True):
+    for folder in _newest_first(root):
         try:
-            return Checkpoint(found[updates], _verified(found[updates], work)), tuple(problems)
+            return Checkpoint(folder, _verified(folder, work)), tuple(problems)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            problems.append(f"{found[updates].name}: {problem}")
+            problems.append(f"{folder.name}: {problem}")
     return None, tuple(problems)
+
+
+def discard_newer(root: Path, kept: Checkpoint | None) -> None:
+    """Remove the checkpoints below `root` that are newer than the one to go on from, as none of them verifies.
+
+    Trainer keeps those with the highest numbers: for their sake it would remove what it writes next.
+    """
+    for folder in _newest_first(root):
+        if kept is not None and folder == kept.folder:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    found = {int(match[1]): path for path in root.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    return [found[updates] for updates in sorted(found, reverse=True)]
 
 
 def _verified(folder: Path, work: str | None) -> dict[str, Any]:

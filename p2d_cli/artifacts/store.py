@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.flushing import flush_directory, flush_file, flush_tree
 from p2d_cli.artifacts.locking import lock_path, write_lock
@@ -77,17 +78,22 @@ class Draft:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
-def open_artifact(folder: Path, kind: ArtifactKind) -> Manifest:
-    """Return the verified manifest of an artifact that is an input.
+def open_artifact(folder: Path, kind: ArtifactKind | None = None) -> Manifest:
+    """Return the verified manifest of an artifact; of any kind, unless one is asked for.
 
     Raises:
-        ArtifactError: see `read_manifest` and `verify_outputs`.
+        ArtifactError: see `read_manifest`, `verify_outputs` and `check_content`.
         StorageError: see `recover`.
     """
     recover(folder)
     manifest = read_manifest(folder, kind=kind)
-    verify_outputs(folder, manifest)
+    _verify(folder, manifest)
     return manifest
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    verify_outputs(folder, manifest)
+    check_content(folder, manifest)
 
 
 def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
@@ -99,7 +105,7 @@ def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
         manifest = read_manifest(folder, kind=kind)
         if manifest.key != key:
             return None
-        verify_outputs(folder, manifest)
+        _verify(folder, manifest)
     except ArtifactError:
         return None
     return manifest

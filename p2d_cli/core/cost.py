@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOAT32 = 4
+MEGABATCHES = 50
+"""Training sorts rows by length within so many batches; the order of the batches stays random."""
 _LOGIT_ROWS_IN_FP32 = 512
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _BUFFERS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|attention\.bias$")

@@ -72,12 +72,6 @@ def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bo
     return _mask((2 * places + 1) * total // (2 * count), num_layers, num_heads)
 
 
-def select_random(num_layers: int, num_heads: int, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Return `count` heads drawn without replacement, each set equally likely: a control."""
-    total = num_layers * num_heads
-    return _mask(rng.choice(total, size=_checked_count(count, total), replace=False), num_layers, num_heads)
-
-
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's rank correlation of two equally large arrays, with average ranks for ties.
 

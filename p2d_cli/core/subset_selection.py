@@ -47,17 +47,6 @@ def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
     return ranks
 
 
-def select_rows(scores: ArrayLike, count: int) -> NDArray[np.int64]:
-    """Return the indices of the `count` best rows, best first; int64 [count].
-
-    Raises:
-        DataError: no row has a score.
-        UsageError: `count` is not 1 to N.
-    """
-    order = _order(scores)
-    return order[: _checked_count(count, order.size)]
-
-
 def _order(scores: ArrayLike) -> NDArray[np.int64]:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).all():

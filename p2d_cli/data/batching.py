@@ -50,12 +50,6 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor,
     return pad_mask(rows, pad_id), pad_mask([[1] * len(row) for row in rows], 0)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `(input_ids_BT, attention_mask_BT)`, int64, with the padding before each row; the mask is 1 on tokens."""
-    input_ids_BT, attention_mask_BT = pad_right([list(reversed(row)) for row in rows], pad_id)
-    return input_ids_BT.flip(1), attention_mask_BT.flip(1)
-
-
 def pad_mask(rows: Sequence[Sequence[int]] | Sequence[Sequence[bool]], fill: int | bool) -> torch.Tensor:
     """Return rows of masks, labels or segment ids as `[B, T]`, padded on the right with `fill`.
 

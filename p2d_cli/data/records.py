@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from p2d_cli.data.sources import BadRow, RawRow, RowSource, scan_rows
+from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource
+from p2d_cli.data.sources import scan_rows
 from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = ("prompt", "question", "instruction")

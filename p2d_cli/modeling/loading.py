@@ -94,36 +94,19 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite.
         UsageError: the model cannot be used: quantised weights, not a causal language model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    auto_model: Any = AutoModelForCausalLM
     files = locate_model(str(path))
     config = _read_config(files)
     _refuse_quantised(config, files)
     device = torch.device(device)
-    quantization = _four_bits(dtype) if four_bit else None
     whole = None if device.type == "cpu" and not four_bit else {"": device}
-    try:
-        with quiet_transformers():
-            model, report = auto_model.from_pretrained(
-                str(files.folder),
-                config=config,
-                dtype=dtype,
-                attn_implementation=_usable_attention(config, attn_implementation),
-                device_map=device_map or whole,
-                quantization_config=quantization,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
-        if is_out_of_memory(problem):
-            raise
-        raise DataError(
-            f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="copy or download it again"
-        ) from problem
+    model, report = _from_pretrained(
+        files,
+        config=config,
+        dtype=dtype,
+        attn_implementation=_usable_attention(config, attn_implementation),
+        device_map=device_map or whole,
+        quantization_config=_four_bits(dtype) if four_bit else None,
+    )
     _refuse_incomplete(report, files)
     require_finite_weights(
         model.named_parameters(),
@@ -132,6 +115,31 @@ def load_model(
     )
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
     return model.eval()
+
+
+def _from_pretrained(files: ModelFiles, **options: Any) -> tuple[Any, Any]:
+    """Return the model and transformers' report of what it found, from local safetensors alone."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        with quiet_transformers():
+            model, report = auto_model.from_pretrained(
+                str(files.folder),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise DataError(
+            f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="copy or download it again"
+        ) from problem
+    return model, report
 
 
 def placed_on(model: Any) -> dict[str, int]:

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from p2d_cli.core.cost import MEGABATCHES
 from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
@@ -30,7 +31,6 @@ from p2d_cli.modeling.head_adapter import enable_checkpointing
 from p2d_cli.modeling.loading import quiet_transformers
 
 Batch = dict[str, Any]
-_MEGABATCHES = 50  # rows are sorted by length within so many batches; the order of the batches stays random
 _CHECKPOINTS_KEPT = 2
 
 
@@ -305,7 +305,7 @@ class LengthGrouped(Sampler[int]):
         rng = torch.Generator().manual_seed(self._seed + self._epoch)
         order = torch.randperm(len(self._lengths), generator=rng)
         batches: list[torch.Tensor] = []
-        for part in torch.split(order, _MEGABATCHES * self.batch_size):
+        for part in torch.split(order, MEGABATCHES * self.batch_size):
             by_length = part[torch.argsort(self._lengths[part], descending=True, stable=True)]
             batches.extend(torch.split(by_length, self.batch_size))
         # The batch that is not full, if any, stays last.
@@ -433,19 +433,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet_transformers():
         _run(trainer, resume)
-    log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
-    return TrainingRecord(
-        log=log,
-        steps_done=trainer.state.global_step,
-        steps_planned=planned,
-        tokens=trainer.tokens_of_all_ranks(),
-        final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
-        best_step=trainer.state.best_global_step if eval_rows else None,
-        best_eval_loss=trainer.state.best_metric if eval_rows else None,
-        full_state=full_state(trainer.model, ranks.rank, getattr(torch, plan.autocast))
-        if trainer.is_fsdp_enabled
-        else None,
-    )
+    return _record(trainer, plan, planned, evaluates=bool(eval_rows))
 
 
 def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
@@ -458,6 +446,22 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
             f"nothing was run: {first_line(problem)}",
             hint="start anew with --force, and find out who wrote there",
         ) from problem
+
+
+def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, evaluates: bool) -> TrainingRecord:
+    log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+    return TrainingRecord(
+        log=log,
+        steps_done=trainer.state.global_step,
+        steps_planned=planned,
+        tokens=trainer.tokens_of_all_ranks(),
+        final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
+        best_step=trainer.state.best_global_step if evaluates else None,
+        best_eval_loss=trainer.state.best_metric if evaluates else None,
+        full_state=full_state(trainer.model, trainer.ranks.rank, getattr(torch, plan.autocast))
+        if trainer.is_fsdp_enabled
+        else None,
+    )
 
 
 def planned_updates(num_rows: int, plan: TrainingPlan) -> int:

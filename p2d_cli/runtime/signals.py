@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from p2d_cli.errors import INTERRUPTED_EXIT_CODE, StoppedEarlyError
+from p2d_cli.runtime import distributed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _CHECK_SECONDS = 0.1
@@ -133,11 +134,6 @@ def stop_requested() -> str | None:
     return _state.requested
 
 
-def works_alone() -> bool:
-    """Say whether this is the only process of its command."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
 @contextmanager
 def deferred() -> Iterator[None]:
     """Let a batch queue's signals wait for the end of this block, where they raise an `Interruption`; Ctrl-C does not.
@@ -209,7 +205,7 @@ def _interrupt(state: _State, number: int) -> NoReturn:
 
 def _together(number: int) -> bool:
     """Whether to leave a signal to what several processes agree upon."""
-    return number in STOP_SIGNALS and not works_alone()
+    return number in STOP_SIGNALS and distributed.world_size() > 1
 
 
 def _watch(read_end: int, say: Callable[[str], None]) -> None:

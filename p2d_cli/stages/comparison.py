@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.evaluation import load_metrics, load_predictions
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.core.aer import LOWER_IS_BETTER
 from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities
 from p2d_cli.errors import ArtifactError
 from p2d_cli.runtime.seeding import generator
-from p2d_cli.stages.execution import identity_differences
+from p2d_cli.stages.identity import identity_differences
 
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
@@ -71,8 +70,6 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
         ArtifactError: one is not an evaluation or is damaged, or they are of other rows.
     """
     manifests = [open_artifact(folder.expanduser(), "evaluation") for folder in (first, second)]
-    for folder, manifest in zip((first, second), manifests, strict=True):
-        check_content(folder, manifest)
     tables = [load_predictions(folder.expanduser()) for folder in (first, second)]
     named = [load_metrics(folder.expanduser()) for folder in (first, second)]
     _ensure_same_rows((first, second), tables)

@@ -27,8 +27,8 @@ from p2d_cli.core.metrics import (
     rouge_l,
     token_f1,
 )
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import generator
@@ -88,7 +88,7 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         model=model,
         adapter=open_adapter(job, config.adapter) if config.adapter is not None else None,
         data=job.rows("data", config.data) if config.data is not None else None,
-        choices=_open_choices(job, config.choices) if config.choices is not None else None,
+        choices=open_choices(job, config.choices) if config.choices is not None else None,
     )
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
@@ -106,7 +106,12 @@ def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> Stage
     return plan_eval(job, inputs.model, data, inputs.choices, inputs.adapter, unfinished)
 
 
-def _open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
+def open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
+    """Read the answers that rows without their own choose from, and register the file as an input.
+
+    Raises:
+        DataError: it is not a JSON list of at least two texts.
+    """
     path = Path(spec).expanduser()
     if path.exists() and not path.is_file():
         raise DataError(f"--choices {spec} is no file", hint="give a file with a JSON list")

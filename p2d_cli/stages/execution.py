@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from p2d_cli.artifacts.content import check_content
-from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
+from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import (
     SCHEMA_VERSIONS,
@@ -24,7 +23,6 @@ from p2d_cli.artifacts.manifest import (
     ModelIdentity,
     artifact_key,
     is_artifact,
-    read_manifest,
 )
 from p2d_cli.artifacts.store import (
     clear_leftovers,
@@ -41,9 +39,10 @@ from p2d_cli.core.aer import StageCost
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.prompts import read_chat_template
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
-from p2d_cli.data.sources import RowSource, hub_commit, locate
-from p2d_cli.errors import ArtifactError, CannotCreateError, DataError, UnavailableError
+from p2d_cli.data.sources import locate
+from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime import distributed, signals
@@ -58,6 +57,7 @@ from p2d_cli.runtime.hardware import (
 )
 from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
+from p2d_cli.stages.identity import changes_of, digest_rows, ensure_same_model, identify_model, identity_differences
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,7 @@ class StageRun(Generic[ConfigT]):
         recover(Path(spec).expanduser())
         files = locate_model(spec)
         if is_artifact(files.folder):
-            self.manifests[name] = open_artifact(files.folder, _kind_of(files.folder))
-            check_content(files.folder, self.manifests[name])
+            self.manifests[name] = open_artifact(files.folder)
             self._inherit(self.manifests[name])
         identity = distributed.from_main(lambda: identify_model(files))
         entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
@@ -203,7 +202,7 @@ class StageRun(Generic[ConfigT]):
             source = locate(str(folder / SUBSET_NAME))
         else:
             source = locate(spec, split=config.split, revision=config.revision)
-            self.inputs[name] = InputEntry(kind="rows", digest=_digest_rows(source), source=spec)
+            self.inputs[name] = InputEntry(kind="rows", digest=digest_rows(source), source=spec)
         self._names[source] = name
         return source
 
@@ -227,7 +226,6 @@ class StageRun(Generic[ConfigT]):
             ArtifactError: not such an artifact, or made with another model.
         """
         manifest = open_artifact(Path(spec).expanduser(), kind)
-        check_content(Path(spec), manifest)
         if same_model and self.model_identity is not None:
             ensure_same_model(manifest, self.model_identity, spec)
         self._inherit(manifest)
@@ -384,7 +382,7 @@ class StageRun(Generic[ConfigT]):
         held: ExitStack,
     ) -> _Decision:
         """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
-        current = None if self.options.force else self._current(key)
+        current = None if self.options.force else find_current(self.config.out, self.kind, key)
         if current is not None and self.options.dry_run:
             return _Decision(self._result("would-skip", key, current))
         if current is not None:
@@ -395,7 +393,7 @@ class StageRun(Generic[ConfigT]):
             return _Decision(self._result("would-run", key, None, self._plan(plan, key)))
         self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
         # Another process may have put an artifact there while this one waited for its turn.
-        if not self.options.force and (current := self._current(key)) is not None:
+        if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
             return _Decision(self._result("up-to-date", key, current))
         self._ensure_room(identity)
         return _Decision(folder=self._draft.folder, unfinished=self._draft.unfinished)
@@ -442,15 +440,6 @@ class StageRun(Generic[ConfigT]):
         self._draft.commit(manifest)
         return manifest
 
-    def _current(self, key: str) -> Manifest | None:
-        manifest = find_current(self.config.out, self.kind, key)
-        try:
-            if manifest is not None:
-                check_content(self.config.out, manifest)
-        except ArtifactError:
-            return None
-        return manifest
-
     def _here(self, device: str) -> _Here:
         accelerators = sum(name.startswith("cuda") for name in self.devices)
         hardware = describe_hardware(device, accelerators=max(accelerators, 1))
@@ -477,7 +466,7 @@ class StageRun(Generic[ConfigT]):
             if entry.kind != "rows" and Path(entry.source).expanduser().resolve() == out.resolve():
                 raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")
         replace = self.options.force or self.options.replace_stale
-        ensure_replaceable(out, self.kind, replace=replace, changes=_changes(out, identity))
+        ensure_replaceable(out, self.kind, replace=replace, changes=changes_of(out, identity))
 
     def _inherit(self, manifest: Manifest) -> None:
         self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
@@ -551,12 +540,6 @@ class StageRun(Generic[ConfigT]):
         )
 
 
-def _digest_rows(source: RowSource) -> str:
-    if source.files:
-        return digest_files(source.files)
-    return digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
-
-
 @dataclass(frozen=True)
 class _Here:
     """What one rank ran on, and the most memory that it had in use."""
@@ -572,65 +555,3 @@ def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:
         return None
     records = (job.manifests[name].summary.get("template") for name in ("adapter", "model") if name in job.manifests)
     return next((record for record in records if record is not None), None)
-
-
-def identify_model(files: ModelFiles) -> ModelIdentity:
-    """Digest a model's config and weights, and apart from them its tokenizer and chat template."""
-    weights = sorted((path.name, digest_file(path)) for path in files.weights)
-    return ModelIdentity(
-        source=files.spec,
-        revision=files.revision,
-        digest=digest_json([digest_file(files.config_path), weights]),
-        tokenizer_digest=digest_files(files.tokenizer) if files.tokenizer else None,
-        model_type=files.model_type,
-    )
-
-
-def ensure_same_model(manifest: Manifest, model: ModelIdentity, spec: str, flag: str = "--model") -> None:
-    """Refuse an artifact that was made with another model or tokenizer.
-
-    Args:
-        manifest: the artifact's.
-        model: what it should have been made with.
-        spec: where the artifact lies.
-        flag: the flag that named the model.
-
-    Raises:
-        ArtifactError: naming both.
-    """
-    made_with = manifest.model
-    if made_with is None:
-        return
-    tokenizers = {made_with.tokenizer_digest, model.tokenizer_digest} - {None}
-    if made_with.digest != model.digest or len(tokenizers) > 1:
-        raise ArtifactError(
-            f"{spec} was made with another model\n  it was made with: {made_with.describe()}\n"
-            f"  {flag + ' is:':<17} {model.describe()}",
-            hint=f"give {flag} {made_with.source}, or make it again with this model",
-        )
-
-
-def _kind_of(folder: Path) -> ArtifactKind:
-    kind: Any = read_manifest(folder).kind
-    return kind  # type: ignore[no-any-return]  # read_manifest accepts no other kinds
-
-
-def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return what differs between the identities of two artifacts, as `setting limit` or `input data`."""
-    return [
-        f"{part[:-1]} {name}"
-        for part in ("settings", "inputs")
-        for name in sorted({*identity[part], *other.get(part, {})})
-        if identity[part].get(name) != other.get(part, {}).get(name)
-    ]
-
-
-def _changes(out: Path, identity: dict[str, Any]) -> str:
-    """Say in what the artifact at `out` differs from the one that would be made."""
-    try:
-        manifest = read_manifest(out)
-        check_content(out, manifest)
-        differences = identity_differences(identity, manifest.identity)
-    except ArtifactError:
-        return "it is damaged"
-    return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"

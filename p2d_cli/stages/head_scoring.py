@@ -17,8 +17,8 @@ from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.data.episodes import duplicate_groups
 from p2d_cli.data.pool import Pool
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import DataError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
-from p2d_cli.artifacts.manifest import Manifest, is_artifact, read_manifest, verify_outputs
-from p2d_cli.artifacts.store import recover
+from p2d_cli.artifacts.manifest import Manifest, is_artifact
+from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import load_extreme_rows
 from p2d_cli.errors import ArtifactError
 
@@ -43,9 +42,7 @@ def inspect(folder: Path) -> Inspection:
         raise ArtifactError(
             f"{folder} is not an artifact: it has no manifest.json", hint="give a folder that p2d wrote"
         )
-    manifest = read_manifest(folder)
-    verify_outputs(folder, manifest)
-    check_content(folder, manifest)
+    manifest = open_artifact(folder)
     if manifest.kind == "heads":
         heads = load_head_scores(folder)
         return Inspection(folder, manifest, heads=heads, warnings=_ranking_warnings(manifest))

@@ -27,7 +27,7 @@ from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
-from p2d_cli.stages.pool_task import MiningInputs, PoolScored, PoolTask
+from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
 from p2d_cli.stages.relevance import RelevanceTally, open_relevance
 from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
 
@@ -63,7 +63,7 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     if config.method == "p2d" and config.heads is not None:
         ensure_own_heads(job, config.heads)
         heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
-    uses_target = config.method in {"p2d", "data-whisperer", "embedding", "lexical"}
+    uses_target = config.method in METHODS_WITH_TARGET
     return MiningInputs(
         model=model,
         pool=job.rows("pool", config.pool),

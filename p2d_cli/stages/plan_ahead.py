@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,16 @@ from numpy.typing import NDArray
 
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import MineDataConfig, Resolved, ScoreHeadsConfig, StageConfig, TrainConfig
-from p2d_cli.core.cost import (
-    StagePlan,
-    model_size,
-)
+from p2d_cli.core.cost import StagePlan, model_size
 from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
+from p2d_cli.stages.evaluate import open_choices
 from p2d_cli.stages.execution import RunOptions, StageRun
 from p2d_cli.stages.plan_selection import plan_mine_data
 from p2d_cli.stages.plan_tuning import plan_eval, plan_train
 from p2d_cli.stages.planned_rows import Sample, read_sample
-from p2d_cli.stages.planning import METHODS_WITH_TARGET, assumed_heads
-
-# --- stages whose inputs are still to be made
+from p2d_cli.stages.planning import assumed_heads
+from p2d_cli.stages.pool_task import METHODS_WITH_TARGET
 
 
 def plan_ahead(
@@ -60,7 +56,8 @@ def plan_ahead(
     trained = planned.get(config.model)
     files = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
     asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
-    return _marked(plan_eval(job, files, asked, choices_in(config.choices), None))
+    choices = open_choices(job, config.choices) if config.choices is not None else None
+    return _marked(plan_eval(job, files, asked, choices, None))
 
 
 def _marked(plan: StagePlan) -> StagePlan:
@@ -86,14 +83,3 @@ def _heads_ahead(spec: str | None, files: ModelFiles, planned: Mapping[str, Stag
     if not isinstance(scored, ScoreHeadsConfig):
         return load_head_scores(Path(spec).expanduser()).selected_LH
     return assumed_heads(model_size(files.config, tensor_shapes(files)), scored.ratio)
-
-
-def choices_in(spec: str | None) -> Sequence[str]:
-    """Return the choices in a file, for rows that bring none; none if it cannot be read."""
-    if spec is None:
-        return ()
-    try:
-        found = json.loads(Path(spec).expanduser().read_bytes())
-    except (OSError, ValueError):
-        return ()
-    return [choice for choice in found if isinstance(choice, str)] if isinstance(found, list) else ()

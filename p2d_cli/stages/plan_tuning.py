@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from p2d_cli.config import EvalConfig, TrainConfig
 from p2d_cli.core.cost import (
     FLOAT32,
+    MEGABATCHES,
     BatchShape,
     ModelSize,
     StagePlan,
@@ -28,13 +29,12 @@ from p2d_cli.core.cost import (
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import derive_seed
+from p2d_cli.stages.evaluate import GENERATED
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.planned_rows import Sample, stretch
 from p2d_cli.stages.planning import (
     CHECKPOINTS_AT_ONCE,
     FOUR_BITS,
-    GENERATED_METRICS,
-    MEGABATCHES,
     Planner,
     add_answers,
     assumed_heads,
@@ -196,7 +196,7 @@ def plan_eval(
         return planner.plan()
     planner.rows["data"] = data.total
     planner.counter.is_exact = data.is_whole
-    if GENERATED_METRICS & set(config.metric):
+    if GENERATED.keys() & set(config.metric):
         room = max(1, planner.counter.max_length - config.max_new_tokens)
         add_answers(planner, "answer rows", planner.counter.prompts(data.records, data.total, room))
     if "accuracy" in config.metric:

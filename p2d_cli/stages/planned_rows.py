@@ -17,8 +17,9 @@ from p2d_cli.core.cost import BatchShape
 from p2d_cli.data.batching import token_batches
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, LossOn
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource, scan_rows
+from p2d_cli.data.sources import scan_rows
 from p2d_cli.modeling.light_tokenizer import load_light_tokenizer
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun

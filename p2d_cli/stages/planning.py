@@ -41,10 +41,6 @@ from p2d_cli.stages.planned_rows import RowCounter
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHECKPOINTS_AT_ONCE = 3
 """Two are kept, and a third is there while it is being written."""
-GENERATED_METRICS = frozenset({"exact_match", "token_f1", "rougeL", "number_match"})
-METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
-MEGABATCHES = 50
-"""Rows are sorted by length within so many batches, as in `p2d_cli.modeling.training`, which imports torch."""
 JOURNAL_OVERHEAD = 4 / 3
 """Arrays stand in journals as base64."""
 FOUR_BITS = 0.56

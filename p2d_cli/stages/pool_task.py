@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 
 from p2d_cli.config import MineDataConfig
 from p2d_cli.data.pool import Chunk, Pool
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.relevance import RelevanceTally
 
 if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
+
+
+METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
 
 
 @dataclass(frozen=True)

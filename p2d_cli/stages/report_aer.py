@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.evaluation import metric_values
 from p2d_cli.artifacts.manifest import InputEntry, Manifest
@@ -56,7 +55,6 @@ def _read_recipe(spec: str) -> str:
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
     manifest = open_artifact(Path(spec).expanduser(), "evaluation")
-    check_content(Path(spec), manifest)
     # Costs are what a report says, so here the whole manifest counts, seconds included.
     job.inputs[name] = InputEntry(
         kind="evaluation", digest=digest_json(manifest.model_dump(mode="json", exclude={"inputs"})), source=spec
@@ -172,8 +170,3 @@ def _draw(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) -> No
         aer_scatter(report, folder / REPORT_PICTURE_NAME)
     except UnavailableError as missing:
         job.progress.note(f"no {REPORT_PICTURE_NAME}: {missing.message}")
-
-
-def report_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the comparison that a report's manifest carries."""
-    return manifest.summary

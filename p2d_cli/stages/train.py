@@ -24,12 +24,12 @@ from p2d_cli.artifacts.adapter import (
     save_model_card,
     save_training_log,
 )
-from p2d_cli.artifacts.checkpoints import Checkpoint, newest_checkpoint, seal_checkpoint
+from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.core.cost import StagePlan
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
-from p2d_cli.data.sources import RowSource
 from p2d_cli.errors import (
     DataError,
     MemoryExhaustedError,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
     from p2d_cli.data.prompts import PromptTemplate
+    from p2d_cli.modeling.head_adapter import TrainableShare
     from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
@@ -148,23 +149,10 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     if is_sharded():
         # Where accelerate finds no accelerators it shards nothing.
         job.facts["sharded"] = record.full_state is not None
-    summary = {
-        "scope": scope,
+    summary = _summary(config, plan, record, share) | {
         "rows": len(rows),
         "rows_truncated": truncated,
-        "learning_rate": plan.learning_rate,
-        "updates": record.steps_done,
-        "updates_planned": record.steps_planned,
-        "micro_batch": plan.micro_batch,
-        "micro_batch_asked": config.batch_size // config.accumulation,
-        "first_loss": record.log[0]["loss"],
-        "final_loss": record.final_loss,
         "eval_rows": len(eval_rows),
-        "best_update": record.best_step,
-        "best_eval_loss": record.best_eval_loss,
-        "trained_parameters": share.trained,
-        "total_parameters": share.total,
-        "trainable_share": share.share,
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
     if job.is_main:
@@ -190,6 +178,24 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_planned=record.steps_planned,
         decoration=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
     )
+
+
+def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, share: TrainableShare) -> dict[str, Any]:
+    return {
+        "scope": config.resolved_scope,
+        "learning_rate": plan.learning_rate,
+        "updates": record.steps_done,
+        "updates_planned": record.steps_planned,
+        "micro_batch": plan.micro_batch,
+        "micro_batch_asked": config.batch_size // config.accumulation,
+        "first_loss": record.log[0]["loss"],
+        "final_loss": record.final_loss,
+        "best_update": record.best_step,
+        "best_eval_loss": record.best_eval_loss,
+        "trained_parameters": share.trained,
+        "total_parameters": share.total,
+        "trainable_share": share.share,
+    }
 
 
 def _open(job: StageRun[TrainConfig], files: ModelFiles) -> tuple[str, torch.dtype, Any]:
@@ -300,7 +306,7 @@ def _smaller(job: StageRun[TrainConfig], plan: TrainingPlan, found: str) -> Trai
     Raises:
         MemoryExhaustedError: it is a single row already, or other processes would go on with theirs.
     """
-    if not signals.works_alone():
+    if distributed.world_size() > 1:
         raise MemoryExhaustedError(
             f"training: out of memory with micro-batches of {plan.micro_batch} rows: {found}",
             hint=f"--accumulation {2 * plan.accumulation}, or {TRAIN_WITH_LESS}",
@@ -374,10 +380,7 @@ def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:
         job.progress.note(f"not going on from {problem}")
     if checkpoint is not None:
         job.progress.note(f"going on from {checkpoint.folder.name} of the interrupted run")
-    # The trainer keeps those of the highest numbers, and would drop new checkpoints for what is of no use.
-    for folder in scratch.glob("checkpoint-*"):
-        if checkpoint is None or folder.name in {problem.split(":", 1)[0] for problem in problems}:
-            shutil.rmtree(folder, ignore_errors=True)
+    discard_newer(scratch, checkpoint)
     return checkpoint
 
 

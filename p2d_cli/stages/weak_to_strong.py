@@ -11,7 +11,8 @@ from p2d_cli.artifacts.manifest import ModelIdentity
 from p2d_cli.config import MineDataConfig
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles, vocabulary
-from p2d_cli.stages.execution import StageRun, ensure_same_model, identify_model
+from p2d_cli.stages.execution import StageRun
+from p2d_cli.stages.identity import ensure_same_model
 
 METHODS_WITHOUT_MODEL = frozenset({"random", "lexical", "full"})
 
@@ -29,7 +30,7 @@ def open_reader(job: StageRun[MineDataConfig]) -> ModelFiles:
     if config.scorer_model is None or config.method in METHODS_WITHOUT_MODEL:
         return model
     reader = job.model(config.scorer_model, name="scorer_model")
-    job.scorer = identify_model(reader)
+    job.scorer = ModelIdentity.model_validate(job.inputs["scorer_model"].details)
     job.facts["scorer_model"] = job.scorer.model_dump(mode="json")
     job.facts["scorer_tokenizer"] = _compare_tokenizers(job, model, reader, job.scorer)
     return reader

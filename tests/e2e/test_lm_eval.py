@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +42,24 @@ aggregate_metric_list:
 
 def harness():
     return pytest.importorskip("lm_eval")
+
+
+INDEXED = {}
+
+
+@pytest.fixture(autouse=True)
+def _indexed_once(monkeypatch):
+    """Looking through the tasks that lm-eval brings takes a quarter of a minute; they stay the same."""
+    index = pytest.importorskip("lm_eval.tasks._index").TaskIndex
+    build = index.build
+
+    def known(folders):
+        own = [folder for folder in folders if folder.name != "tasks" or folder.parent.name != "lm_eval"]
+        for folder in set(folders) - set(own) - INDEXED.keys():
+            INDEXED[folder] = build([folder])
+        return {name: entry for found in (*INDEXED.values(), build(own)) for name, entry in found.items()}
+
+    monkeypatch.setattr(index, "build", staticmethod(known))
 
 
 @pytest.fixture
@@ -138,7 +155,6 @@ def test_an_adapter_is_heard_and_evaluations_compare(p2d, evaluate, pipeline, tm
     assert p2d(*report).code == 0
 
 
-@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_groups_filters_and_figures_that_are_no_means(p2d, evaluate, tasks, tmp_path):
     harness()
     likelihoods = CHOICE_TASK.replace("p2d_choices", "p2d_likelihoods").replace("multiple_choice", "loglikelihood")
@@ -170,7 +186,6 @@ def test_groups_filters_and_figures_that_are_no_means(p2d, evaluate, tasks, tmp_
     assert found["left_out"] == ["p2d_likelihoods/perplexity", "p2d_group/acc"]
 
 
-@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_settings_that_do_not_matter_and_those_that_do(evaluate, tasks):
     harness()
     assert evaluate("--limit", 2, names="p2d_choices").json["summary"]["rows"] == 2
@@ -182,7 +197,6 @@ def test_settings_that_do_not_matter_and_those_that_do(evaluate, tasks):
     assert "input lm_eval_tasks" in refused.said
 
 
-@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_nothing_but_the_result_is_said(p2d, evaluate):
     harness()
     done = evaluate("--quiet", names="p2d_choices")
@@ -234,7 +248,6 @@ def test_flags_that_do_not_go_together(p2d, tiny_folder, tmp_path, words, said):
 
 
 @pytest.mark.parametrize("task", ["p2d_choices", "p2d_answers"])
-@pytest.mark.skipif("P2D_SLOW" not in os.environ, reason="slow in lm-eval; P2D_SLOW=1 runs it")
 def test_logits_that_are_no_numbers(evaluate, tmp_path, task):
     """lm-eval itself would take the first of them as the likeliest."""
     import torch

@@ -299,7 +299,7 @@ def bomb(path, line, count):
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_a_compressed_bomb(evaluate, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("p2d_cli.data.sources._GZIP_BOMB_BYTES", 2**20)
+    monkeypatch.setattr("p2d_cli.data.row_files._GZIP_BOMB_BYTES", 2**20)
     path = tmp_path / f"rows.{ending}.gz"
     bomb(path, b"\n" * 65536, 2**6)
     assert path.stat().st_size < 2**15
@@ -307,7 +307,7 @@ def test_a_compressed_bomb(evaluate, tmp_path, monkeypatch, ending):
 
 
 def test_honest_compression_is_no_bomb(evaluate, few, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.data.sources._GZIP_BOMB_BYTES", 0)
+    monkeypatch.setattr("p2d_cli.data.row_files._GZIP_BOMB_BYTES", 0)
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(few["test"].read_bytes()))
     assert evaluate(data=path).code == 0
@@ -315,7 +315,7 @@ def test_honest_compression_is_no_bomb(evaluate, few, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_line_without_end(evaluate, few, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("p2d_cli.data.sources._LONGEST_LINE", 4096)
+    monkeypatch.setattr("p2d_cli.data.row_files._LONGEST_LINE", 4096)
     path = tmp_path / f"rows.{ending}"
     good = few["test"].read_text().splitlines()[0] if ending == "jsonl" else "prompt,completion\na,b"
     path.write_text(f"{good}\n{'x' * 100_000}\n{good}\n")
@@ -328,15 +328,15 @@ def test_a_line_without_end(evaluate, few, tmp_path, monkeypatch, ending):
 
 
 def test_a_cell_without_end(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.data.sources._LONGEST_LINE", 4096)
+    monkeypatch.setattr("p2d_cli.data.row_files._LONGEST_LINE", 4096)
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"never closed,b\n' + "x,y\n" * 5000)
     refused(evaluate(data=path), 65, "rows.csv:2", "field limit")
 
 
 def test_an_object_without_end_in_an_array(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.data.sources._LONGEST_LINE", 4096)
-    monkeypatch.setattr("p2d_cli.data.sources._BLOCK", 1024)
+    monkeypatch.setattr("p2d_cli.data.row_files._LONGEST_LINE", 4096)
+    monkeypatch.setattr("p2d_cli.data.row_files._BLOCK", 1024)
     path, row = tmp_path / "rows.json", {"prompt": "x", "completion": "y"}
     path.write_text(json.dumps([row] * 200))
     assert evaluate(data=path).code == 0

@@ -19,6 +19,15 @@ from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, ope
 from p2d_cli.errors import ArtifactError, CannotCreateError, StoppedEarlyError, StorageError
 from p2d_cli.pipeline import EXPORT, STAGES
 
+SUMMARY = {
+    "method": "random",
+    "heads_selected": 1,
+    "heads_total": 4,
+    "groups_touched": 1,
+    "groups_total": 2,
+    "layers_touched": 1,
+}
+
 
 def make_manifest(outputs, kind="heads", **changes):
     identity = {"schema": f"p2d.{kind}/1", "settings": {"seed": 0}, "inputs": {}}
@@ -40,7 +49,7 @@ def make_manifest(outputs, kind="heads", **changes):
         "hardware": {"label": "test"},
         "precision": "float32",
         "versions": {},
-        "summary": {},
+        "summary": SUMMARY,
         "ledger": [],
     }
     return Manifest(**(fields | changes))

@@ -15,7 +15,6 @@ from p2d_cli.core.head_selection import (
     expected_jaccard,
     jaccard,
     repeatability,
-    select_random,
     select_spread,
     select_top,
     select_uniform,
@@ -61,7 +60,6 @@ def test_an_impossible_number_of_heads_is_refused(count: int):
     for select in (
         lambda: select_top(np.zeros((2, 3)), count),
         lambda: select_uniform(2, 3, count),
-        lambda: select_random(2, 3, count, np.random.default_rng(0)),
     ):
         with pytest.raises(UsageError, match=f"from 1 to 6, found {count}"):
             select()
@@ -85,15 +83,6 @@ def test_uniform_spreads_heads_evenly_over_layers_and_within_them(layers: int, h
 
 def test_a_single_uniform_head_is_the_middle_one():
     assert np.argwhere(select_uniform(5, 3, 1)).tolist() == [[2, 1]]
-
-
-def test_random_draws_every_head_equally_often_and_repeats_with_its_seed():
-    rng = np.random.default_rng(0)
-    draws = np.stack([select_random(2, 5, 3, rng) for _ in range(4000)])
-    assert (draws.sum(axis=(1, 2)) == 3).all()
-    assert draws.mean(axis=0) == pytest.approx(np.full((2, 5), 0.3), abs=0.03)
-    again = [select_random(2, 5, 3, np.random.default_rng(7)) for _ in range(2)]
-    assert (again[0] == again[1]).all()
 
 
 @settings(deadline=None)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.core.subset_selection import rank_rows, resolve_count, select_rows
+from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.errors import DataError, UsageError
 
 _scores = st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 2.5, math.inf, math.nan]), min_size=1, max_size=12)
@@ -32,8 +32,6 @@ def test_an_impossible_share_is_refused(ratio: float):
 def test_an_impossible_number_is_refused(count: int):
     with pytest.raises(UsageError, match=f"from 1 to 10, the size of the pool, found {count}"):
         resolve_count(10, count=count)
-    with pytest.raises(UsageError, match=f"found {count}"):
-        select_rows(np.arange(10.0), count)
 
 
 def test_share_and_number_exclude_each_other_and_an_empty_pool_is_data_error():
@@ -56,12 +54,10 @@ def test_ranking_is_a_plain_sort_with_ties_in_row_order_and_nan_last(scores: lis
     ranks = rank_rows(scores)
     assert ranks.dtype == np.int64
     assert [int(np.flatnonzero(ranks == rank)[0]) for rank in range(len(scores))] == order
-    for count in range(1, len(scores) + 1):
-        assert select_rows(scores, count).tolist() == order[:count]
 
 
 def test_no_rows_cannot_be_ranked():
     with pytest.raises(DataError, match="none of the 0 rows"):
         rank_rows([])
     with pytest.raises(DataError, match="none of the 2 rows"):
-        select_rows([math.nan, math.nan], 1)
+        rank_rows([math.nan, math.nan])

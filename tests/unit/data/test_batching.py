@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.data.batching import pad_left, pad_mask, pad_right, token_batches
+from p2d_cli.data.batching import pad_mask, pad_right, token_batches
 from p2d_cli.errors import UsageError
 
 ROWS = st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1, max_size=6)
@@ -39,16 +39,12 @@ def test_impossible_limits_are_refused(limits):
 @given(ROWS)
 def test_padding_keeps_the_rows_and_marks_the_rest(rows):
     right, right_mask = pad_right(rows, 7)
-    left, left_mask = pad_left(rows, 7)
-    assert right.dtype == left.dtype == right_mask.dtype == torch.long
+    assert right.dtype == right_mask.dtype == torch.long
     for index, row in enumerate(rows):
         count = len(row)
         assert right[index].tolist()[:count] == row
         assert set(right[index].tolist()[count:]) <= {7}
-        assert left[index].tolist()[left.shape[1] - count :] == row
-        assert set(left[index].tolist()[: left.shape[1] - count]) <= {7}
         assert right_mask[index].tolist() == [1] * count + [0] * (right.shape[1] - count)
-        assert left_mask[index].tolist() == right_mask[index].tolist()[::-1]
 
 
 def test_masks_take_the_type_of_their_fill():

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.data import sources
-from p2d_cli.data.sources import BadRow, locate, read_rows, scan_rows
+from p2d_cli.data import row_files
+from p2d_cli.data.raw_rows import BadRow
+from p2d_cli.data.sources import locate, read_rows, scan_rows
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError
 
 SAME_FOLDER = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -129,7 +130,7 @@ def test_json_is_an_array_or_json_lines(tmp_path, rows, indent):
 )
 @pytest.mark.parametrize("block", [3, 2**20])
 def test_json_that_is_no_table(tmp_path, content, message, block, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK", block)
+    monkeypatch.setattr(row_files, "_BLOCK", block)
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "a.json", content))
 
@@ -140,7 +141,7 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(tmp_path, rows, indent, b
     text = blanks + json.dumps(rows, indent=indent, ensure_ascii=False) + blanks
     path = write(tmp_path / "a.json", "\ufeff" + text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
+        patch.setattr(row_files, "_BLOCK", block)
         assert fields(path) == rows
         write(path, text + "x")
         last_line = text.count("\n") + 1
@@ -152,7 +153,7 @@ def test_an_array_may_be_cut_anywhere_while_it_is_read(tmp_path, rows, indent, b
 def test_a_number_in_an_array_may_be_cut_anywhere(tmp_path, number, monkeypatch):
     path = write(tmp_path / "a.json", f'[{{"a": {number}}}, {number}, {{"a": 2}}]')
     for block in range(1, 30):
-        monkeypatch.setattr(sources, "_BLOCK", block)
+        monkeypatch.setattr(row_files, "_BLOCK", block)
         found = list(scan_rows(locate(str(path))))
         assert [type(row).__name__ for row in found] == ["RawRow", "BadRow", "RawRow"]
 

@@ -124,6 +124,7 @@ def test_a_warning_and_the_order_are_two():
 @pytest.mark.usefixtures("later")
 @pytest.mark.parametrize("number", QUEUE)
 def test_several_processes_take_note_and_agree(number, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with listening(), deferred():
         send(number)

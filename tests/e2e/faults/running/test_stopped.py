@@ -176,7 +176,7 @@ data = ["random"]
 def test_several_processes_only_take_note(p2d, words, undisturbed, tmp_path, monkeypatch):
     """They have to stop at the same batch, so none stops by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "works_alone", lambda: False)
+        patch.setattr(signals, "_together", lambda number: number in signals.STOP_SIGNALS)
         with at_forward(1, send(signal.SIGTERM)):
             done = p2d(*words(("eval", "perplexity"), tmp_path / "out"))
     assert done.code == 0
