@@ -1,11 +1,12 @@
 """What each scope reaches with its own best learning rate: a search on held-out rows, then the test rows.
 
     python tests/benchmarks/scopes.py --model MODEL --task NAME TRAIN TEST METRIC ROWS [--task ...]
-        --out OUT [--held-out 128] [--test-rows 200] [--epochs 3] [--seeds 0] [--no-sweep NAME ...]
+        --out OUT [--held-out 128] [--test-rows 200] [--epochs 3] [--batch-size 16] [--max-new-tokens 256]
+        [--seeds 0] [--scopes heads attention lora full] [--no-sweep NAME ...]
 
 TRAIN and TEST are shuffled once. From the default on, learning rates of `LADDER` are tried on ROWS rows of TRAIN, and
 judged by the loss on others of TRAIN, until the best one has a worse one on either side; the test rows are looked at
-once, with the best. A task named by `--no-sweep` takes the rates of the one before it, the first one the defaults.
+once, with the best; without --seeds, not at all. A task named by `--no-sweep` takes the rates of the one before it, the first one the defaults.
 The heads are `uniform`, a tenth of them. Everything runs through the command line, and what is there already is kept.
 `OUT/scopes.json` holds all figures.
 """
@@ -24,6 +25,7 @@ from typing import Any
 from p2d_cli.stages.train import DEFAULT_LEARNING_RATE
 
 SCOPES = ("heads", "attention", "lora", "full")
+SETTINGS = ("held_out", "test_rows", "epochs", "batch_size", "max_new_tokens", "seeds")
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -38,12 +40,12 @@ def main() -> None:
     for name, train, test, metric, count in options.task:
         rows = cut(options, name, train, test, int(count))
         if name not in options.no_sweep:
-            for scope in SCOPES:
+            for scope in options.scopes:
                 tried, best[scope] = climb(DEFAULT_LEARNING_RATE[scope], partial(try_rate, options, name, rows, scope))
                 sweep += tried
                 write(options, sweep, results)
         for seed in options.seeds:
-            results += [judge(options, name, rows, scope, best[scope], seed, metric) for scope in SCOPES]
+            results += [judge(options, name, rows, scope, best[scope], seed, metric) for scope in options.scopes]
             write(options, sweep, results)
     for row in results:
         print(row)
@@ -76,6 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--no-sweep", nargs="*", default=[])
     return parser.parse_args()
@@ -121,7 +126,7 @@ def judge(
     )
     evaluation = p2d(
         "eval", *model, "--template", "plain", "--data", str(rows["test"]), "--metric", metric,
-        "--max-new-tokens", "256", "--out", f"{out}-evaluation",
+        "--max-new-tokens", str(options.max_new_tokens), "--out", f"{out}-evaluation",
     )  # fmt: skip
     return {
         "task": name,
@@ -143,7 +148,8 @@ def train(
     heads = ("--heads", str(options.out / "heads")) if scope == "heads" else ()
     return p2d(
         "train", "--model", options.model, "--template", "plain", "--data", str(rows["train"]), "--scope", scope,
-        *heads, "--lr", f"{lr:g}", "--epochs", f"{options.epochs:g}", "--seed", str(seed), *more, "--out", str(out),
+        *heads, "--lr", f"{lr:g}", "--epochs", f"{options.epochs:g}", "--batch-size", str(options.batch_size),
+        "--seed", str(seed), *more, "--out", str(out),
     )  # fmt: skip
 
 
@@ -157,7 +163,7 @@ def p2d(*words: str) -> dict[str, Any]:
 
 def write(options: argparse.Namespace, sweep: Iterable[Any], results: Iterable[Any]) -> None:
     document = {
-        "settings": {name: getattr(options, name) for name in ("held_out", "test_rows", "epochs", "seeds")},
+        "settings": {name: getattr(options, name) for name in SETTINGS},
         "sweep": list(sweep),
         "results": list(results),
     }
