@@ -6,9 +6,9 @@
 
 TRAIN and TEST are shuffled once. From the default on, learning rates of `LADDER` are tried on ROWS rows of TRAIN, and
 judged by the loss on others of TRAIN, until the best one has a worse one on either side; the test rows are looked at
-once, with the best; without --seeds, not at all. A task named by `--no-sweep` takes the rates of the one before it, the first one the defaults.
-The heads are `uniform`, a tenth of them. Everything runs through the command line, and what is there already is kept.
-`OUT/scopes.json` holds all figures.
+once, with the best; without --seeds, not at all. A task named by `--no-sweep` takes the rates of the one before it, the
+first one the defaults. The heads are `uniform`, a tenth of them. Everything runs through the command line, and what is
+there already is kept. `OUT/scopes.json` holds all figures.
 """
 
 from __future__ import annotations
