@@ -305,6 +305,16 @@ class MineDataConfig(RowOptions):
     background: Annotated[int, Field(ge=2)] = setting(
         1000, "Pool rows that the readout tells the target's rows from.", panel="readout"
     )
+    shortlist: Ratio = setting(
+        1.0,
+        "Share of the pool, most like the target rows in its words (TF-IDF), that the model reads and chooses from "
+        "(for p2d, data-whisperer and embedding).",
+    )
+
+    @property
+    def has_shortlist(self) -> bool:
+        """Whether words choose which rows the model reads."""
+        return self.shortlist < 1 and self.method in {"p2d", "data-whisperer", "embedding"}
 
     @property
     def resolved_affinity(self) -> Literal["readout", "attention"]:
@@ -317,6 +327,14 @@ class MineDataConfig(RowOptions):
     def _readout_has_target(self) -> MineDataConfig:
         if self.method == "p2d" and self.affinity == "readout" and self.target is None:
             raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
+        return self
+
+    @model_validator(mode="after")
+    def _shortlist_is_long_enough(self) -> MineDataConfig:
+        if self.has_shortlist and self.target is None:
+            raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
+        if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
+            raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")
         return self
 
     @model_validator(mode="after")

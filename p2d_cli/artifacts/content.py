@@ -64,6 +64,7 @@ class _Subset(_Summary):
     rows_total: int
     rows_without_score: int
     rows_that_are_targets: int = 0
+    rows_not_listed: int = 0
     episodes: int = 0
     heads_read: int = 0
     rows_background: int = 0

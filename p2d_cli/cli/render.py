@@ -321,13 +321,16 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
         )
     if summary.get("truncated_rows"):
         lines.append(f"{summary['truncated_rows']} rows were cut to fit the context")
+    if summary.get("rows_not_listed"):
+        lines.append(f"{summary['rows_not_listed']:,} rows share too few words with the target and were not read")
     if summary.get("rows_that_are_targets"):
         lines.append(f"{summary['rows_that_are_targets']} pool rows are target rows as well and were left out")
     if summary.get("truncated_demos"):
         lines.append(f"{summary['truncated_demos']} demos were cut to fit the context")
     if summary.get("unparsed_answers"):
         lines.append(f"{summary['unparsed_answers']} generated answers could not be parsed and were left out")
-    if unscored := summary["rows_without_score"] - summary.get("rows_that_are_targets", 0):
+    unread = summary.get("rows_that_are_targets", 0) + summary.get("rows_not_listed", 0)
+    if unscored := summary["rows_without_score"] - unread:
         lines.append(f"{unscored} rows could not be scored and come last")
     return lines
 

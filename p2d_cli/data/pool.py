@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Protocol
@@ -66,7 +66,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows of a pool; those that are target rows as well are there, but not to be chosen."""
+    """The rows of a pool; those that are target rows as well, or not listed, are there, but not to be chosen."""
 
     scan: Scan
     num_rows: int
@@ -83,6 +83,8 @@ class Pool:
     """Which of the target's groups each of them belongs to (`duplicate_groups` of the target)."""
     held: tuple[Record, ...] | None
     """All rows, without their columns, where they are few."""
+    unlisted: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Positions of other rows that are not to be chosen, ascending."""
 
     def read(self, *, with_fields: bool = False) -> Iterator[Record]:
         """Yield all rows in order, under unique ids.
@@ -107,20 +109,31 @@ class Pool:
     @property
     def size(self) -> int:
         """Number of rows to choose from, M."""
-        return self.num_rows - len(self.twins)
+        return self.num_rows - len(self._excluded)
 
     @cached_property
-    def is_twin_N(self) -> NDArray[np.bool_]:
-        """Which rows are target rows as well."""
-        is_twin_N = np.zeros(self.num_rows, dtype=np.bool_)
-        is_twin_N[self.twins] = True
-        return is_twin_N
+    def is_excluded_N(self) -> NDArray[np.bool_]:
+        """Which rows are not to be chosen."""
+        is_excluded_N = np.zeros(self.num_rows, dtype=np.bool_)
+        is_excluded_N[self._excluded] = True
+        return is_excluded_N
+
+    @cached_property
+    def _excluded(self) -> NDArray[np.int64]:
+        return np.sort(np.concatenate([self.twins, self.unlisted]))
+
+    def only(self, chosen: ArrayLike) -> Pool:
+        """Return the same pool with some of the rows to choose from, by their positions among these."""
+        is_unlisted_N = ~self.is_excluded_N
+        is_unlisted_N[self.places(chosen)] = False
+        unlisted = np.concatenate([self.unlisted, np.flatnonzero(is_unlisted_N)])
+        return replace(self, unlisted=np.sort(unlisted))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the rows to choose from in chunks of nearly equal size."""
         count = max(-(-self.num_rows // CHUNK_ROWS), -(-self.characters // CHUNK_CHARACTERS), 1)
         count = min(count, self.size)
-        rows = (record for record, is_twin in zip(self.read(), self.is_twin_N, strict=True) if not is_twin)
+        rows = (record for record, is_excluded in zip(self.read(), self.is_excluded_N, strict=True) if not is_excluded)
         start = 0
         for number in range(1, count + 1):
             stop = self.size * number // count
@@ -130,8 +143,9 @@ class Pool:
     def places(self, chosen: ArrayLike) -> NDArray[np.int64]:
         """Return where in the pool some of the rows to choose from stand, by their positions among these."""
         positions = np.asarray(chosen, dtype=np.int64)
-        # So many twins stand before a row as have at most as many others before them.
-        return positions + np.searchsorted(self.twins - np.arange(len(self.twins)), positions, side="right")
+        # So many excluded rows stand before a row as have at most as many others before them.
+        excluded = self._excluded
+        return positions + np.searchsorted(excluded - np.arange(len(excluded)), positions, side="right")
 
     def take(self, places: ArrayLike) -> list[Record]:
         """Return the rows at these places of the pool, in the order asked for; reading ends with the last of them."""

@@ -1,4 +1,4 @@
-"""Scoring a pool by the words that its rows share with the target's.
+"""Scoring a pool by the words that its rows share with the target's, or shortening it by them.
 
 TF-IDF with `1 + ln tf` and scikit-learn's smoothed `1 + ln((1 + n) / (1 + df))`, as its `TfidfVectorizer` has them, but
 a chunk at a time: what is held of the whole pool is 16 bytes for each different word (24 without a target).
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.data.pool import digest64
+from p2d_cli.core.subset_selection import rank_rows
+from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record
 from p2d_cli.stages.pool_task import PoolScored, PoolTask, measured
 
@@ -24,20 +25,26 @@ Terms = NDArray[np.uint64]
 """Digests of words."""
 
 
-def score_by_words(task: PoolTask) -> PoolScored:
+def shortlist(task: PoolTask, count: int) -> Pool:
+    """Return the pool with only those `count` rows to choose from that share most words with the target's."""
+    scores_M = score_by_words(task, phase="shortlist").scores
+    return task.pool.only(np.flatnonzero(rank_rows(scores_M) < count))
+
+
+def score_by_words(task: PoolTask, *, phase: str = "score") -> PoolScored:
     """Return the cosine of each row's TF-IDF vector to the mean of the target rows', or without these of the pool's."""
     job, pool = task.job, task.pool
     frequencies = _Frequencies()
-    with job.timer.phase("score"), job.progress.task("count words of rows", pool.size) as advance:
+    with job.timer.phase(phase), job.progress.task("count words of rows", pool.size) as advance:
         for chunk in pool.chunks():
             frequencies.add(*_count_words(chunk.records))
             advance(len(chunk.records))
         if task.target:
             frequencies.add(*_count_words(task.target))
-    with job.timer.phase("score"):
+    with job.timer.phase(phase):
         centre_W = _centre_of_target(task, frequencies) if task.target else _centre_of_pool(task, frequencies)
     scores_M = np.empty(pool.size)
-    with job.timer.phase("score"), job.progress.task("weigh words of rows", pool.size) as advance:
+    with job.timer.phase(phase), job.progress.task("weigh words of rows", pool.size) as advance:
         for chunk in pool.chunks():
             terms_V, rows_BV = frequencies.weigh(*_count_words(chunk.records))
             scores_M[chunk.places] = np.asarray(rows_BV @ centre_W[frequencies.find(terms_V)]).ravel()

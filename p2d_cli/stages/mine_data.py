@@ -5,7 +5,7 @@ Every method turns the pool into one score a row (`pool_scoring`), higher is bet
 The pool is never held as a whole: a chunk of its rows at a time (`data.pool`), and about 60 bytes a row at the peak,
 for scores, ranks, draws and what sorting needs (`tests/benchmarks/pool_memory.py`). It is read two to five times: to
 count it, for the readout to take its sample, once or more to score it (not for `random` and `full`), and to write the
-rows that were chosen.
+rows that were chosen; twice more for a shortlist, which leaves most of it unread by the model.
 Legend: N pool rows.
 """
 
@@ -22,6 +22,7 @@ from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.subset import PoolScores, save_subset
 from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.cost import StagePlan
+from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
@@ -80,6 +81,8 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         pool = job.pool(inputs.pool, target)
         count = pool.num_rows if config.method == "full" else resolve_count(pool.num_rows, config.ratio, config.count)
         _tell_twins(job, pool)
+    if config.has_shortlist:
+        pool = _shorten(PoolTask(job, inputs, pool, target), count)
     scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
     count = min(count, pool.size)
     _require_finite(config.method, pool, scored)
@@ -97,7 +100,8 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_selected": count,
             "rows_total": pool.num_rows,
             "rows_target": len(target),
-            "rows_that_are_targets": pool.num_rows - pool.size,
+            "rows_that_are_targets": len(pool.twins),
+            "rows_not_listed": len(pool.unlisted),
             "rows_without_score": int(np.isnan(scored.scores).sum()),
             "cut_score": cut,
             **scored.notes,
@@ -108,6 +112,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "ratio": count / pool.num_rows,
             "rows_selected": count,
             "rows_total": pool.num_rows,
+            **({"shortlist": config.shortlist} if config.has_shortlist else {}),
             **({"precision": measured["precision"]} if measured else {}),
         },
         precision=scored.precision,
@@ -124,8 +129,28 @@ def _tell_twins(job: StageRun[MineDataConfig], pool: Pool) -> None:
             f"all {pool.num_rows} rows of the pool are target rows as well: there is nothing to choose from",
             hint="give a pool of other rows, or train on the target rows themselves",
         )
-    if twins := pool.num_rows - pool.size:
+    if twins := len(pool.twins):
         job.progress.note(f"{twins} pool rows are target rows as well and are left out")
+
+
+def _shorten(task: PoolTask, count: int) -> Pool:
+    """Let words choose the rows that the model reads: at least as many as are to be kept.
+
+    Raises:
+        UsageError: `count` rows are to be kept of fewer.
+    """
+    from p2d_cli.stages.lexical_scoring import shortlist
+
+    listed = min(share_count(task.job.config.shortlist, task.pool.num_rows), task.pool.size)
+    if listed < min(count, task.pool.size):
+        raise UsageError(
+            f"--shortlist leaves {listed} rows of the pool, of which {count} are to be chosen",
+            hint="give a greater --shortlist or a smaller --count",
+        )
+    task.job.progress.note(
+        f"the model reads {listed} of {task.pool.num_rows} rows: those most like the target in words"
+    )
+    return shortlist(task, listed)
 
 
 def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:
@@ -155,7 +180,11 @@ def _save(
             for place, record in enumerate(pool.read(with_fields=True), start=1):
                 yield record.id, record.fields
                 if relevance is not None:
-                    relevance.add(record.id, chosen=bool(scores.ranks_N[place - 1] < count))
+                    relevance.add(
+                        record.id,
+                        chosen=bool(scores.ranks_N[place - 1] < count),
+                        listed=not pool.is_excluded_N[place - 1],
+                    )
                 if place % ROWS_BETWEEN_REPORTS == 0:
                     advance(ROWS_BETWEEN_REPORTS)
 

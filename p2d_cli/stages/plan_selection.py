@@ -23,6 +23,7 @@ from p2d_cli.core.cost import (
     forward_flops,
     learn_bytes,
 )
+from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.data.episodes import duplicate_groups, plan_contrast, plan_mining, plan_self_mining
 from p2d_cli.data.records import Record
@@ -200,7 +201,10 @@ def plan_mine_data(
     pool_groups, target_groups = duplicate_groups(pool.records, shown)
     others = [pool.records[index] for index in np.flatnonzero(~np.isin(pool_groups, target_groups))]
     total = round(len(others) * pool.total / len(pool.records))
-    planner.counter.is_exact = pool.is_whole
+    if config.has_shortlist:  # which rows it holds, and how long they are, only the words tell
+        total = min(total, share_count(config.shortlist, pool.total))
+        others = others[: share_count(config.shortlist, len(others))]
+    planner.counter.is_exact = pool.is_whole and not config.has_shortlist
     if config.method in {"p2d", "data-whisperer"}:
         heads_LH = _middle_layer(planner.size, config.layer) if config.method != "p2d" else heads_LH
         heads_LH = assumed_heads(planner.size, 0.1) if heads_LH is None else heads_LH

@@ -1,6 +1,6 @@
 """A pool to be scored, and what a method of mine-data makes of it.
 
-Legend: N pool rows, M rows to choose from (those that are no target rows), L layers, H query heads a layer.
+Legend: N pool rows, M rows to choose from (those that are listed, and no target rows), L layers, H query heads a layer.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class PoolScored:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def spread(self, pool: Pool) -> PoolScored:
-        """Return the same for all N rows of the pool; those that are target rows have no score."""
+        """Return the same for all N rows of the pool; those that are not to be chosen have no score."""
         if pool.size == pool.num_rows:
             return self
-        others_N = ~pool.is_twin_N
+        others_N = ~pool.is_excluded_N
         scores_N = np.full(pool.num_rows, np.nan)
         draws_N = np.zeros(pool.num_rows, dtype=np.int64)
         scores_N[others_N], draws_N[others_N] = self.scores, self.draws

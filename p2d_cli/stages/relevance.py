@@ -22,11 +22,13 @@ class RelevanceTally:
     """Ids of the rows that are of the target's task."""
     in_pool: int = 0
     found: int = 0
+    listed: int = 0
 
-    def add(self, name: str, *, chosen: bool) -> None:
-        """Take note of a row of the pool, by its id."""
+    def add(self, name: str, *, chosen: bool, listed: bool = True) -> None:
+        """Take note of a row of the pool, by its id: whether it was chosen, and whether it could be."""
         if name in self.relevant:
             self.in_pool += 1
+            self.listed += listed
             self.found += chosen
 
     def summary(self, chosen: int, rows: int) -> dict[str, Any]:
@@ -39,6 +41,7 @@ class RelevanceTally:
         return {
             "precision": self.found / chosen,
             "recall": self.found / self.in_pool,
+            "listed_recall": self.listed / self.in_pool,
             "rows_relevant": self.in_pool,
             "chance_precision": self.in_pool / rows,
         }

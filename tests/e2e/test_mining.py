@@ -52,6 +52,39 @@ def test_attention_needs_the_right_heads(mine, skills):
     assert precision(mine("random", "--preset", "paper"), skills) < 0.5
 
 
+def test_a_shortlist_holds_the_rows_that_share_most_words(mine, p2d, rows, tiny_folder, tmp_path, skills):
+    """Of which the heads choose; the model reads no others."""
+    scored = pq.read_table(mine("readout", "--shortlist", 0.5) / "pool_scores.parquet").to_pylist()
+    words = ("--method", "lexical", "--pool", rows["pool"], "--target", rows["target"], "--ratio", 0.5)
+    assert p2d("mine-data", "--model", tiny_folder, *words, "--out", tmp_path / "words").code == 0
+    listed = set(pq.read_table(tmp_path / "words" / "subset.parquet")["id"].to_pylist())
+    assert {row["id"] for row in scored if row["score"] is not None and not np.isnan(row["score"])} == listed
+    assert all(row["draws"] == (row["id"] in listed) for row in scored)
+    whole, half = (
+        json.loads((mine("readout", *options) / "manifest.json").read_text()) for options in ((), ("--shortlist", 0.5))
+    )
+    assert half["tokens"] < 0.7 * whole["tokens"]
+    assert half["summary"]["rows_not_listed"] == len(scored) - len(listed)
+    assert half["seconds"]["shortlist"] > 0
+    assert precision(mine("readout", "--shortlist", 0.5), skills) >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--shortlist", 0.05), "--shortlist 0.05 is less than the share of rows to keep, 0.1"),
+        (("--shortlist", 0.01, "--count", 1000), "of which 1000 are to be chosen"),
+        (("--shortlist", 0), "greater than 0"),
+    ],
+)
+def test_a_shortlist_that_is_too_short(p2d, tiny_folder, rows, tmp_path, options, told):
+    where = ("--model", tiny_folder, "--pool", rows["pool"], "--target", rows["target"], "--method", "embedding")
+    done = p2d("mine-data", *where, *options, "--out", tmp_path / "out")
+    assert (done.code, told in done.said) == (2, True), done.said
+    done = p2d("mine-data", *where[:4], *where[6:], "--shortlist", 0.5, "--out", tmp_path / "out")
+    assert (done.code, "--shortlist needs --target" in done.said) == (2, True), done.said
+
+
 def test_scores_do_not_depend_on_the_batches(mine):
     whole, small = (
         pq.read_table(mine("readout", "--dtype", "float32", "--token-budget", budget) / "pool_scores.parquet")

@@ -33,6 +33,7 @@ def test_precision_and_recall_by_hand(mine, tmp_path):
     found = {name: manifest["summary"][name] for name in ("precision", "recall", "rows_relevant", "chance_precision")}
     assert found == {"precision": 0.75, "recall": 0.5, "rows_relevant": 6, "chance_precision": 6 / len(every)}
     assert manifest["ledger"][-1]["settings"]["precision"] == 0.75
+    assert manifest["summary"]["listed_recall"] == 1.0
     for name in ("subset.parquet", "pool_scores.parquet"):
         assert (tmp_path / "known" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 

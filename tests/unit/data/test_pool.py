@@ -50,7 +50,7 @@ def test_chunks_are_the_rows_that_are_no_target_rows(words, target, size):
     assert [row.id for chunk in chunks for row in chunk.records] == [f"r{place}" for place in others]
     assert (pool.num_rows, pool.size) == (len(rows), len(others))
     assert pool.places(range(pool.size)).tolist() == others
-    assert [rows[place].id for place in np.flatnonzero(pool.is_twin_N)] == [
+    assert [rows[place].id for place in np.flatnonzero(pool.is_excluded_N)] == [
         row.id for place, row in enumerate(rows) if place not in others
     ]
     assert [chunk.start for chunk in chunks] == np.cumsum([0, *(len(c.records) for c in chunks)])[:-1].tolist()
@@ -59,6 +59,24 @@ def test_chunks_are_the_rows_that_are_no_target_rows(words, target, size):
     assert max(sizes, default=0) - min(sizes, default=0) <= 1, "no chunk is too small for an episode"
     same_text = {row.plain_text: group for row, group in zip(shown, duplicate_groups(shown)[0], strict=True)}
     assert pool.twin_groups.tolist() == [same_text[rows[place].plain_text] for place in pool.twins]
+
+
+@settings(deadline=None)
+@given(words=WORDS, target=st.lists(st.sampled_from(["a", "c", "x"]), max_size=3), data=st.data())
+def test_a_pool_of_some_rows_only(words, target, data):
+    rows, shown = records(words), records(target)
+    whole = open_pool(scan_of(rows), shown)
+    listed = sorted(data.draw(st.sets(st.integers(0, whole.size - 1)))) if whole.size else []
+    pool = whole.only(listed)
+    places = whole.places(listed).tolist()
+    assert (pool.num_rows, pool.size) == (len(rows), len(listed))
+    assert pool.places(range(pool.size)).tolist() == places
+    assert [row.id for chunk in pool.chunks() for row in chunk.records] == [f"r{place}" for place in places]
+    assert np.flatnonzero(~pool.is_excluded_N).tolist() == places
+    half = listed[::2]
+    again = pool.only(range(0, len(listed), 2))
+    assert again.places(range(again.size)).tolist() == whole.places(half).tolist()
+    assert again.twins.tolist() == whole.twins.tolist()
 
 
 def test_a_small_pool_is_read_once_and_again_for_its_columns():
