@@ -524,7 +524,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 
 
 class Grid(BaseModel):
-    """The axes of a cross-ablation; every combination is one run."""
+    """The axes of a cross-ablation; every combination is one run. A recipe may unite several."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -534,6 +534,20 @@ class Grid(BaseModel):
     data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
     seed: tuple[Seed, ...] = Field((), description="Seeds; by default the recipe's own.")
     scope: tuple[Scope, ...] = Field((), description="Scopes; by default `heads`.")
+    head_ratio: tuple[Ratio, ...] = Field(
+        (), description="Shares of all heads to train; by default [score-heads] ratio."
+    )
+    data_ratio: tuple[Ratio, ...] = Field((), description="Shares of the pool to keep; by default [mine-data] ratio.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dashes(cls, given: Any) -> Any:
+        return {key.replace("-", "_"): value for key, value in given.items()} if isinstance(given, dict) else given
+
+
+def _as_several(grids: Any) -> Any:
+    """Take a single `[grid]` for a list of one."""
+    return (grids,) if isinstance(grids, (Mapping, Grid)) else grids
 
 
 class Recipe(BaseModel):
@@ -549,7 +563,9 @@ class Recipe(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
     report_aer: dict[str, Any] = Field(default_factory=dict, alias="report-aer")
-    grid: Grid = Grid()
+    grid: Annotated[tuple[Grid, ...], BeforeValidator(_as_several)] = Field(
+        (Grid(),), min_length=1, description="What to combine; several tables, [[grid]], are done one after the other."
+    )
     reference: dict[str, Any] = Field(
         default_factory=dict, description="[train] settings of the full fine-tuning that is the reference."
     )
@@ -734,8 +750,10 @@ def _check_recipe_keys(table: Mapping[str, Any]) -> None:
             _known_keys(table, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
     if isinstance(reference := table.get("reference"), dict):
         _known_keys(reference, TrainConfig.model_fields, where="recipe's [reference]")
-    if isinstance(grid := table.get("grid"), dict):
-        _known_keys(grid, Grid.model_fields, where="recipe's [grid]")
+    grids = table.get("grid")
+    for grid in grids if isinstance(grids, list) else [grids]:
+        if isinstance(grid, dict):
+            _known_keys(grid, Grid.model_fields, where="recipe's [grid]")
     if isinstance(defaults := table.get("defaults"), dict):
         every_field = {name: None for config in STAGE_CONFIGS.values() for name in config.model_fields}
         _known_keys(defaults, every_field, where="recipe's [defaults]")

@@ -376,9 +376,9 @@ def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
         speedup=seconds / run.total_seconds if run.total_seconds > 0 else None,
         str_ratio=run.selection_seconds / seconds,
         metrics=run.metrics,
-        head_share=_trained(run, "head_share"),
-        row_share=_trained(run, "row_share"),
-        trainable_share=_trained(run, "trainable_share"),
+        head_share=trained_setting(run, "head_share"),
+        row_share=trained_setting(run, "row_share"),
+        trainable_share=trained_setting(run, "trainable_share"),
         peak_gib=max(peaks, default=None),
         is_control=_is_control(run),
         is_reference=False,
@@ -392,7 +392,7 @@ def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
 
 def seed_of(run: RunCost) -> int | None:
     """Return the seed of a run's training, where it says one."""
-    seed: int | None = _trained(run, "seed")
+    seed: int | None = trained_setting(run, "seed")
     return seed
 
 
@@ -415,7 +415,7 @@ def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
     )
 
 
-def _trained(run: RunCost, key: str) -> Any:
+def trained_setting(run: RunCost, key: str) -> Any:
     """Return a setting of the run's training, or None.
 
     What heads and rows were trained stands with the training itself: the heads that mined the rows may be others.
@@ -425,12 +425,12 @@ def _trained(run: RunCost, key: str) -> Any:
 
 
 def _is_control(run: RunCost) -> bool:
-    return _trained(run, "heads_method") in CONTROL_HEADS or _trained(run, "data_method") in CONTROL_DATA
+    return trained_setting(run, "heads_method") in CONTROL_HEADS or trained_setting(run, "data_method") in CONTROL_DATA
 
 
 def _reference_warnings(reference: RunCost) -> list[str]:
     found = []
-    scope, row_share = _trained(reference, "scope"), _trained(reference, "row_share")
+    scope, row_share = trained_setting(reference, "scope"), trained_setting(reference, "row_share")
     if scope not in (None, "full"):
         found.append(f"the reference '{reference.name}' is no full fine-tuning: it was trained with scope '{scope}'")
     if row_share is not None and row_share < 1.0:

@@ -5,6 +5,7 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,10 +18,14 @@ from p2d_cli.artifacts.manifest import InputEntry, Manifest
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare, seed_of
+from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare, seed_of, trained_setting
 from p2d_cli.core.report_views import with_views
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, first_line
+from p2d_cli.reporting.table import share_text
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+
+SHARES = ("head_share", "row_share")
+"""Settings of a training that its run is named after where they differ."""
 
 
 def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) -> StageResult:
@@ -116,20 +121,22 @@ class _Entry(BaseModel):
     settings: _Settings = _Settings()
 
 
-def _describe(stages: tuple[StageCost, ...]) -> str:
-    """Name a run after what was trained on what: `contrast heads, p2d rows`."""
+def _describe(stages: tuple[StageCost, ...], *, shares: frozenset[str] = frozenset()) -> str:
+    """Name a run after what was trained on what: `contrast heads, p2d rows`, with some of its `SHARES` if asked for."""
     trained = next((cost.settings for cost in stages if cost.stage == "train"), None)
     if trained is None:
         return "base model"
+    share = {name: f" {share_text(trained.get(name))}" if name in shares else "" for name in SHARES}
     scope = trained.get("scope")
     if scope == "heads":
         scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
     data = trained.get("data_method")
-    return f"{scope}, {'all' if data in {None, 'full'} else data} rows"
+    return f"{scope}{share['head_share']}, {'all' if data in {None, 'full'} else data} rows{share['row_share']}"
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
-    """Tell apart runs that would be called the same: by their seeds, else by the names of their folders."""
+    """Tell apart runs that would be called the same: by their shares, their seeds, else the names of their folders."""
+    runs = [_with_shares(run, [other for other in runs if other.name == run.name]) for run in runs]
     seeded = [f"{run.name}, seed {seed}" if (seed := seed_of(run)) is not None else run.name for run in runs]
     named = [f"{run.name} ({Path(run.path).name})" for run in runs]
     names = [run.name for run in runs]
@@ -137,6 +144,15 @@ def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
         replace(run, name=seed if seeded.count(seed) == 1 else folder) if names.count(run.name) > 1 else run
         for run, seed, folder in zip(runs, seeded, named, strict=True)
     ]
+
+
+def _with_shares(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
+    """Add to a run's name the shares in which others of that name differ from it."""
+    shares = frozenset(name for name in SHARES if len({trained_setting(other, name) for other in namesakes}) > 1)
+    if not shares:
+        return run
+    name = _describe(run.stages, shares=shares)
+    return replace(run, name=name, label=name)
 
 
 def _named_like(reference: RunCost, runs: list[RunCost]) -> RunCost:

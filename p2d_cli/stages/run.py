@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -21,6 +21,7 @@ from p2d_cli.config import (
     SCOPES,
     STAGE_CONFIGS,
     DataMethod,
+    Grid,
     HeadMethod,
     Recipe,
     Resolved,
@@ -44,12 +45,26 @@ class Point:
     data: str
     scope: Scope
     seed: int
+    head_ratio: float | None = None
+    """Share of all heads that is trained; None is that of the recipe's own table."""
+    data_ratio: float | None = None
+    """Share of the pool that is kept, likewise."""
 
     @property
     def name(self) -> str:
         """The run's folder name."""
-        parts = [self.scope, self.heads, self.data, f"s{self.seed}"]
-        return "-".join(part for part in parts if part is not None)
+        heads = None if self.heads is None else self.heads_name
+        return "-".join(part for part in (self.scope, heads, self.data_name, f"s{self.seed}") if part is not None)
+
+    @property
+    def heads_name(self) -> str:
+        """What tells its heads from those of other runs of its seed."""
+        return f"{self.heads}" if self.head_ratio is None else f"{self.heads}-h{self.head_ratio:g}"
+
+    @property
+    def data_name(self) -> str:
+        """What tells its rows from those of other runs of its seed."""
+        return self.data if self.data_ratio is None else f"{self.data}-d{self.data_ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -118,23 +133,36 @@ class RecipeRun:
         return RunResult(self._out, tuple(self._done.values()))
 
     def points(self) -> list[Point]:
-        """Return the grid's runs; scopes without selected heads appear once, whatever the heads."""
-        grid, recipe = self._recipe.grid, self._recipe
+        """Return the runs of all grids; scopes without selected heads appear once, whatever the heads."""
+        points = [point for grid in self._recipe.grid for point in self._points_of(grid)]
+        return list(dict.fromkeys([*points, *self._controls(points)]))
+
+    def _points_of(self, grid: Grid) -> Iterator[Point]:
+        recipe = self._recipe
         heads = grid.heads or (self._head_method(),)
         data = grid.data or (_one_of("mine-data", recipe.mine_data, "method", "p2d", get_args(DataMethod)),)
         seeds = (self._overrides["seed"],) if "seed" in self._overrides else grid.seed or (self._seed(),)
         scopes = grid.scope or (_one_of("train", recipe.train, "scope", "heads", SCOPES),)
-        combined = itertools.product(seeds, scopes, heads, data)
-        points = [
-            Point(heads=head if scope == "heads" else None, data=rows, scope=scope, seed=seed)
-            for seed, scope, head, rows in combined
-        ]
-        return list(dict.fromkeys([*points, *self._controls(seeds)]))
+        sizes = itertools.product(grid.head_ratio or (None,), grid.data_ratio or (None,))
+        for seed, scope, head, rows, (head_ratio, data_ratio) in itertools.product(seeds, scopes, heads, data, sizes):
+            yield Point(
+                heads=head if scope == "heads" else None,
+                data=rows,
+                scope=scope,
+                seed=seed,
+                head_ratio=head_ratio if scope == "heads" and head != "all" else None,
+                data_ratio=data_ratio if rows != "full" else None,
+            )
 
-    def _controls(self, seeds: tuple[int, ...]) -> Iterator[Point]:
-        if self._recipe.controls:
-            for seed in seeds:
-                yield Point(heads="random", data="random", scope="heads", seed=seed)
+    def _controls(self, points: Sequence[Point]) -> Iterator[Point]:
+        """Yield random heads on random rows for every seed, at every size that another run of it has."""
+        if not self._recipe.controls:
+            return
+        sized = [point for point in points if point.heads != "all" and point.data != "full"]
+        bare = [replace(point, head_ratio=None, data_ratio=None) for point in points]
+        seeds = {point.seed for point in sized}
+        for point in [*sized, *(point for point in bare if point.seed not in seeds)]:
+            yield replace(point, heads="random", data="random", scope="heads")
 
     def _reference_point(self) -> Point:
         seed = self.points()[0].seed
@@ -156,7 +184,7 @@ class RecipeRun:
         data = self._subset(point)
         inputs: dict[str, Any] = {"data": str(data), "scope": point.scope, "seed": point.seed}
         if point.heads is not None:
-            inputs["heads"] = str(self._heads(point.heads, point.seed))
+            inputs["heads"] = str(self._heads(point.heads, point.seed, point.heads_name, point.head_ratio))
         table = self._recipe.table("train", point.scope) | {
             key.replace("-", "_"): value for key, value in (extra or {}).items()
         }
@@ -166,9 +194,11 @@ class RecipeRun:
             return self._stage("eval", out, adapter=str(adapter), seed=point.seed)
         return self._stage("eval", out, model=str(adapter), seed=point.seed)
 
-    def _heads(self, method: str, seed: int) -> Path:
+    def _heads(self, method: str, seed: int, name: str | None = None, ratio: float | None = None) -> Path:
         chosen: dict[str, Any] = {"method": "uniform", "ratio": 1.0} if method == "all" else {"method": method}
-        return self._stage("score-heads", self._out / "heads" / f"{method}-s{seed}", seed=seed, **chosen)
+        if ratio is not None:
+            chosen["ratio"] = ratio
+        return self._stage("score-heads", self._out / "heads" / f"{name or method}-s{seed}", seed=seed, **chosen)
 
     def _mining_heads(self, seed: int) -> Path:
         """Return the heads that mine: those of the model that reads the rows."""
@@ -184,7 +214,9 @@ class RecipeRun:
         inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
         if point.data == "p2d":
             inputs["heads"] = str(self._mining_heads(point.seed))
-        return self._stage("mine-data", self._out / "subset" / f"{point.data}-s{point.seed}", **inputs)
+        if point.data_ratio is not None:
+            inputs["ratio"] = point.data_ratio
+        return self._stage("mine-data", self._out / "subset" / f"{point.data_name}-s{point.seed}", **inputs)
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
         """Do one stage unless it was done in this run already, and return its folder."""

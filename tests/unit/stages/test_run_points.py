@@ -35,6 +35,42 @@ def test_scopes_without_selected_heads_appear_once_for_all_heads():
     assert names(grid=grid, controls=False) == ["heads-contrast-p2d-s0", "heads-pad-p2d-s0", "lora-p2d-s0"]
 
 
+def test_several_grids_are_united():
+    grids = (Grid(data=("p2d",), scope=("heads", "lora")), Grid(data=("full",), scope=("full",), seed=(0, 1)))
+    assert names(grid=grids, **{"score-heads": {"method": "pad"}}) == [
+        "heads-pad-p2d-s0",
+        "lora-p2d-s0",
+        "full-full-s0",
+        "full-full-s1",
+        "heads-random-random-s0",
+        "heads-random-random-s1",
+    ]
+    assert names(grid=[{"seed": [1]}, {"seed": [1, 2]}], controls=False) == ["heads-auto-p2d-s1", "heads-auto-p2d-s2"]
+
+
+def test_sizes_are_axes_too():
+    grid = {"heads": ["pad", "all"], "data": ["p2d", "full"], "head-ratio": [0.05, 0.5], "data-ratio": [0.1, 0.2]}
+    assert names(grid=grid) == [
+        "heads-pad-h0.05-p2d-d0.1-s0",
+        "heads-pad-h0.05-p2d-d0.2-s0",
+        "heads-pad-h0.5-p2d-d0.1-s0",
+        "heads-pad-h0.5-p2d-d0.2-s0",
+        "heads-pad-h0.05-full-s0",
+        "heads-pad-h0.5-full-s0",
+        "heads-all-p2d-d0.1-s0",
+        "heads-all-p2d-d0.2-s0",
+        "heads-all-full-s0",
+        "heads-random-h0.05-random-d0.1-s0",
+        "heads-random-h0.05-random-d0.2-s0",
+        "heads-random-h0.5-random-d0.1-s0",
+        "heads-random-h0.5-random-d0.2-s0",
+    ]
+    assert names(grid={"scope": ["lora"], "head_ratio": [0.5], "data_ratio": [0.2]}) == [
+        "lora-p2d-d0.2-s0",
+        "heads-random-random-d0.2-s0",
+    ]
+
+
 def test_a_seed_given_as_a_flag_goes_over_the_grid():
     assert names({"seed": 7}, grid=Grid(seed=(0, 1)), controls=False) == ["heads-auto-p2d-s7"]
     assert names(defaults={"seed": 5}, controls=False) == ["heads-auto-p2d-s5"]

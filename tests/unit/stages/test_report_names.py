@@ -1,0 +1,46 @@
+"""Runs that would be called the same are told apart by what differs: shares first, then seeds, then folders."""
+
+from p2d_cli.core.aer import RunCost, StageCost
+from p2d_cli.stages.report_aer import _distinct_names
+
+
+def run(name="pad heads, p2d rows", path="evaluation/a", **settings):
+    settings = {"scope": "heads", "heads_method": "pad", "data_method": "p2d"} | settings
+    training = StageCost(
+        stage="train", artifact=path, seconds={"train": 1.0}, hardware="cpu", precision="float32", settings=settings
+    )
+    return RunCost(name=name, stages=(training,), metrics={}, path=path, label=name)
+
+
+def named(*runs):
+    return [(found.name, found.label) for found in _distinct_names(list(runs))]
+
+
+def test_a_name_of_its_own_stays():
+    assert named(run(head_share=0.1), run("lora, p2d rows", head_share=None)) == [
+        ("pad heads, p2d rows", "pad heads, p2d rows"),
+        ("lora, p2d rows", "lora, p2d rows"),
+    ]
+
+
+def test_shares_that_differ_are_told():
+    found = named(run(head_share=0.1, row_share=0.1), run(head_share=0.05, row_share=0.1))
+    assert [name for name, _ in found] == ["pad heads 10%, p2d rows", "pad heads 5%, p2d rows"]
+    assert all(name == label for name, label in found), "runs of several seeds are grouped by their labels"
+    found = named(*(run(head_share=heads, row_share=rows) for heads in (0.1, 0.125) for rows in (0.1, 0.5)))
+    assert [name for name, _ in found] == [
+        f"pad heads {heads}, p2d rows {rows}" for heads in ("10%", "12.5%") for rows in ("10%", "50%")
+    ]
+
+
+def test_seeds_and_folders():
+    seeds = named(run(seed=0, row_share=0.1), run(seed=1, row_share=0.1), run(seed=0, row_share=0.2))
+    assert seeds == [
+        ("pad heads, p2d rows 10%, seed 0", "pad heads, p2d rows 10%"),
+        ("pad heads, p2d rows 10%, seed 1", "pad heads, p2d rows 10%"),
+        ("pad heads, p2d rows 20%", "pad heads, p2d rows 20%"),
+    ]
+    assert [name for name, _ in named(run(seed=0, path="e/a"), run(seed=0, path="e/b"))] == [
+        "pad heads, p2d rows (a)",
+        "pad heads, p2d rows (b)",
+    ]
