@@ -10,7 +10,7 @@ from html import escape
 
 from p2d_cli.core.aer import AerReport, AerRow
 from p2d_cli.reporting.head_maps import HEAD_MAP_STYLE, head_maps_html
-from p2d_cli.reporting.scatter import KIND_NAMES, Label, Layout, Point, scatter_layout, tick_texts
+from p2d_cli.reporting.scatter import KIND_NAMES, Label, Layout, Point, scatter_layout, shown_rows, tick_texts
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
@@ -228,16 +228,19 @@ def _group_table(report: AerReport) -> str:
     shown = group_columns(report)
     headings = "".join(f"<th>{escape(column.heading)}</th>" for column in shown)
     lines = []
-    for group in report.groups:
+    for number, group in enumerate(report.groups, start=1):
         mark = group_mark(group)
         name = escape(group.name) + (f' <span class="mark">{mark}</span>' if mark else "")
         cells = "".join(
             f'<td data-label="{escape(column.heading)}">{escape(column.cell(group))}</td>' for column in shown
         )
-        lines.append(f'<tr{_class("is-reference", group.is_reference)}><td class="name">{name}</td>{cells}</tr>\n')
+        kind = _class("is-reference", group.is_reference)
+        numbered = f'<td class="number">{number}</td><td class="name" data-number="{number}">{name}</td>'
+        lines.append(f'<tr id="group-{number}"{kind}>{numbered}{cells}</tr>\n')
     return (
-        f'<p class="muted">{escape(SEEDS_EXPLAINED)}</p>\n<div class="scroll"><table class="main seeds">\n<thead><tr>'
-        f'<th class="name">Runs</th>{headings}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n</table></div>\n'
+        f'<p class="muted">{escape(SEEDS_EXPLAINED)}</p>\n<div class="scroll"><table class="main seeds">\n'
+        f'<thead><tr><th></th><th class="name">Runs</th>{headings}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n'
+        "</table></div>\n"
     )
 
 
@@ -300,9 +303,9 @@ def _scatter(report: AerReport) -> str:
         return '<p class="muted">No run has a score.</p>\n'
     wide = scatter_layout(report, (64.0, 12.0, 1108.0, 424.0))
     narrow = scatter_layout(report, (46.0, 10.0, 348.0, 330.0))
-    metric = wide.metric or ""
+    metric, rows = wide.metric or "", "group" if report.groups else "run"
     return (
-        f"<figure>\n{_svg(wide, 'wide', 1120, 478)}{_svg(narrow, 'narrow', 358, 384)}{_plot_legend(wide)}"
+        f"<figure>\n{_svg(wide, rows, 'wide', 1120, 478)}{_svg(narrow, rows, 'narrow', 358, 384)}{_plot_legend(wide)}"
         f"<figcaption>{better_is(metric).capitalize()} and further left is better. Lines through points are 95%"
         f" intervals.{_plot_notes(report, wide)}</figcaption>\n</figure>\n"
     )
@@ -312,13 +315,15 @@ def _plot_notes(report: AerReport, layout: Layout) -> str:
     notes = []
     if any(not layout.up.holds(point.score) for point in layout.points):
         notes.append("An arrow head marks a run whose score is off the scale.")
-    if missing := len(report.rows) - len(layout.points):
-        notes.append(f"{missing} of the {len(report.rows)} runs have no such score and are not shown.")
+    if missing := len(shown_rows(report)) - len(layout.points):
+        notes.append(f"{missing} of the {len(shown_rows(report))} runs have no such score and are not shown.")
+    if report.groups:
+        notes.append("Runs that differ in their seed alone are one point, at their means.")
     return "".join(f" {note}" for note in notes)
 
 
-def _svg(layout: Layout, width_class: str, width: int, height: int) -> str:
-    parts = "".join((*_axes(layout), *_reference_lines(layout), _front(layout), *_points(layout)))
+def _svg(layout: Layout, rows: str, width_class: str, width: int, height: int) -> str:
+    parts = "".join((*_axes(layout), *_reference_lines(layout), _front(layout), *_points(layout, rows)))
     metric = escape(layout.metric or "")
     return (
         f'<svg class="{width_class}" viewBox="0 0 {width} {height}" role="img" '
@@ -364,15 +369,15 @@ def _front(layout: Layout) -> str:
     return f'<polyline class="front" points="{corners}"/>\n'
 
 
-def _points(layout: Layout) -> Iterator[str]:
-    """Yield each run as a link to its row in the table, with a title that a pointer over it shows."""
+def _points(layout: Layout, rows: str) -> Iterator[str]:
+    """Yield each run as a link to its row in the table of `rows`, with a title that a pointer over it shows."""
     labels = layout.labels(lambda text: _LETTER_WIDTH * len(text), height=_LINE_HEIGHT, radius=_RADIUS)
     for point, text, label in zip(layout.points, labels.texts, labels.places, strict=True):
         x = layout.x(point.cost)
         interval = f'<line class="interval {point.kind}" x1="{x:.1f}" x2="{x:.1f}" '
         interval += f'y1="{layout.y(point.high):.1f}" y2="{layout.y(point.low):.1f}"/>'
         yield (
-            f'<a href="#run-{point.number}"><title>{escape(_hover(point, layout))}</title>{interval}'
+            f'<a href="#{rows}-{point.number}"><title>{escape(_hover(point, layout))}</title>{interval}'
             f"{_marker(point, layout)}{_label(point, layout, text, label)}</a>\n"
         )
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, pareto_front
+from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, SeedGroup, pareto_front
 from p2d_cli.reporting.table import main_metric, number_text, shortened
 
 WIDE_SPAN = 8.0
@@ -37,10 +37,10 @@ KIND_NAMES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One run in the plot."""
+    """One run in the plot, or the mean of several that differ in their seed alone."""
 
     number: int
-    """The run's place in the report's table, from 1."""
+    """Its place in the report's table of runs, or of groups, from 1."""
     row: AerRow
     kind: Kind
     cost: float
@@ -167,16 +167,34 @@ def scatter_layout(report: AerReport, frame: Box) -> Layout:
 
 
 def scatter_points(report: AerReport) -> tuple[Point, ...]:
-    """Return the runs that have the report's main metric, cheapest first."""
+    """Return the runs, or groups of runs, that have the report's main metric, cheapest first."""
     metric = main_metric(report)
     found = []
-    for number, row in enumerate(report.rows, start=1):
+    for number, row in enumerate(shown_rows(report), start=1):
         value = row.metrics.get(metric) if metric is not None else None
         if value is None or not math.isfinite(value.value) or not math.isfinite(row.aer):
             continue
         ends = [value.value, *(end for end in (value.low, value.high) if math.isfinite(end))]
         found.append(Point(number, row, _kind(row), row.aer, value.value, min(ends), max(ends)))
     return tuple(found)
+
+
+def shown_rows(report: AerReport) -> tuple[AerRow, ...]:
+    """Return what the plot shows: the report's groups, where it has some, each like its first run; else its runs."""
+    return tuple(_mean_row(group, report.rows[group.members[0]]) for group in report.groups) or report.rows
+
+
+def _mean_row(group: SeedGroup, first: AerRow) -> AerRow:
+    return replace(
+        first,
+        name=group.name,
+        aer=group.aer,
+        speedup=group.speedup,
+        str_ratio=group.str_ratio,
+        metrics=group.metrics,
+        is_reference=group.is_reference,
+        is_control=group.is_control,
+    )
 
 
 def front_corners(points: Sequence[Point], metric: str | None) -> tuple[tuple[float, float], ...]:

@@ -156,6 +156,16 @@ def test_runs_of_several_seeds_stand_first(row, make_report):
     assert titles.index("Over seeds") < titles.index("All runs, lowest AER first")
 
 
+def test_runs_of_several_seeds_are_one_point(row, make_report):
+    page = Page(aer_html(make_report(row("p2d, seed 0"), row("p2d, seed 1"), groups=(GROUP,))))
+    points = [e for e in page.all("a") if e["attributes"]["href"].startswith("#group-")]
+    assert len(points) == 2, "one in each of the two sizes of the plot"
+    assert all(e["text"].startswith("p2d\nAER 0.120 (8.33×)\nexact_match 0.600 [0.500, 0.700]") for e in points)
+    [line] = [e for e in page.all("tr") if e["attributes"].get("id") == "group-1"]
+    assert "p2d" in line["text"]
+    assert any("are one point" in e["text"] for e in page.all("figcaption"))
+
+
 def test_heads_are_drawn_side_by_side(row, make_report):
     maps = (
         HeadMap("pad", "a", 2, 3, (4,), "013589", ("one", "two", "three", "four")),
