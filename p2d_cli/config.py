@@ -704,6 +704,15 @@ def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
     return "several settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe; `quickstart`, unless a file has that name, is the recipe that comes with p2d."""
+    if name != "quickstart" or Path(name).exists():
+        return Path(name)
+    package = Path(__file__).parent
+    places = [folder / "fixtures" / "quickstart.toml" for folder in (package, package.parent)]
+    return next((place for place in places if place.is_file()), Path(name))
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe and make its relative input paths relative to the recipe's own folder.
 

@@ -32,7 +32,9 @@ app = typer.Typer(
 class RunSettings(StageConfig):
     """The flags of `p2d run`; they hold for every stage that has them."""
 
-    recipe: str = setting(REQUIRED, "Recipe, a TOML file.", panel="Input and output")
+    recipe: str = setting(
+        REQUIRED, "Recipe, a TOML file, or quickstart, which comes with p2d.", panel="Input and output"
+    )
     out: str | None = Field(  # type: ignore[assignment]  # a recipe may name the folder itself
         None, description="Folder for all artifacts.", json_schema_extra={"panel": "Input and output"}
     )

@@ -17,7 +17,7 @@ import typer
 
 from p2d_cli.cli.options import Invocation
 from p2d_cli.cli.streams import abandon_unwritable_streams
-from p2d_cli.config import STAGE_CONFIGS, Resolved, read_recipe, resolve
+from p2d_cli.config import STAGE_CONFIGS, Resolved, find_recipe, read_recipe, resolve
 from p2d_cli.errors import (
     EXIT_CODES,
     LESS_MEMORY,
@@ -163,7 +163,7 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     from p2d_cli.stages.run import run
 
     overrides = dict(settings)
-    source = Path(overrides.pop("recipe"))
+    source = find_recipe(overrides.pop("recipe"))
     recipe = read_recipe(source)
     if invocation.print_config:
         print_json(recipe.model_dump(mode="json", by_alias=True))

@@ -1,6 +1,7 @@
 """Settings: where they come from, what they refuse, and that flags, models and documents agree."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -15,6 +16,7 @@ from p2d_cli.config import (
     ReportAerConfig,
     ScoreHeadsConfig,
     TrainConfig,
+    find_recipe,
     read_recipe,
     resolve,
 )
@@ -201,3 +203,17 @@ def test_the_first_two_blocks_are_the_only_set_up(readme):
     assert len(blocks) == 2
     assert "p2d run fixtures/quickstart.toml" in blocks[0]
     assert "pytest" in blocks[1]
+
+
+def test_the_quickstart_has_a_name_that_a_file_goes_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(find_recipe("quickstart")).name == "quickstart"
+    assert find_recipe("quickstar") == Path("quickstar")
+    (tmp_path / "quickstart").write_text('name = "mine"\n')
+    assert read_recipe(find_recipe("quickstart")).name == "mine"
+
+
+def test_a_typo_in_one_of_several_grids(tmp_path):
+    with pytest.raises(UsageError, match="unknown key 'head-ration' in the recipe's \\[grid\\]") as caught:
+        read_recipe(write(tmp_path, "[[grid]]\n[[grid]]\nhead-ration = [0.1]\n"))
+    assert "head" in caught.value.hint
