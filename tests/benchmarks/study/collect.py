@@ -1,0 +1,67 @@
+"""Keep what a recipe of the study gave: its report, and how each method differs from full fine-tuning, row by row.
+
+    python tests/benchmarks/study/collect.py study/banking77 banking77
+
+writes `results/banking77.json` and `results/banking77.png` beside this file. For the paired differences the scores of a
+test row are averaged over a method's seeds, likewise the reference's, and rows are resampled jointly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.evaluation import load_predictions
+from p2d_cli.core.metrics import compare_means
+from p2d_cli.runtime.seeding import generator
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    report = json.loads((folder / "report" / "aer.json").read_text(encoding="utf-8"))
+    groups = report["groups"] or [
+        {"name": row["name"], "members": [place], "is_reference": row["is_reference"]}
+        for place, row in enumerate(report["rows"])
+    ]
+    scores = {
+        group["name"]: row_scores([report["rows"][place]["path"] for place in group["members"]]) for group in groups
+    }
+    [reference] = [group["name"] for group in groups if group["is_reference"]]
+    document = {
+        "recipe": name,
+        "report": report,
+        "reference": reference,
+        "differences": {
+            method: {metric: difference(scores[reference][metric], found[metric]) for metric in found}
+            for method, found in scores.items()
+            if method != reference
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / "report" / "aer.png", RESULTS / f"{name}.png")
+
+
+def row_scores(evaluations: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the mean over some evaluations of each test row's score, by metric; rows in the order of their ids."""
+    tables = [sorted(load_predictions(Path(path)), key=lambda row: row["id"]) for path in evaluations]
+    metrics = [name for name, value in tables[0][0].items() if isinstance(value, float) and name != "log_likelihood"]
+    return {name: np.mean([[row[name] for row in table] for table in tables], axis=0) for name in metrics}
+
+
+def difference(reference: NDArray[np.float64], method: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the method's score less the reference's, with its 95% interval."""
+    paired = compare_means(reference, method, rng=generator(0, "study", "paired"))
+    return {"difference": paired.difference, "low": paired.low, "high": paired.high, "rows": paired.count}
+
+
+if __name__ == "__main__":
+    main()
