@@ -175,7 +175,7 @@ class RowOptions(StageConfig):
     )
     system: str | None = setting(None, "System prompt of the rows that bring none.", panel="Rows")
     token_budget: Positive = setting(
-        8192, "Tokens of one forward batch, padding included.", identity=False, panel="Run"
+        8192, "Tokens of one forward batch, padding included (not for train).", identity=False, panel="Run"
     )
 
     device_map: Literal["auto"] | None = setting(
@@ -215,13 +215,17 @@ class ScoreHeadsConfig(RowOptions):
     pool: PathSpec | None = setting(None, "Pool rows, for contrast and readout.", panel="Input and output")
     preset: Literal["paper"] | None = setting(None, "paper: the published recipe, pad.", identity=False)
     method: HeadMethod = setting(
-        "auto", "pad, taylor, contrast, readout, random or uniform; auto is readout with a pool, else pad."
+        "auto",
+        "pad, taylor, contrast, readout, random or uniform; auto is readout with a pool and no --task-model, else pad.",
     )
     ratio: Ratio = setting(0.1, "Share of all heads to select.")
     selection: Literal["auto", "top", "spread"] = setting(
         "auto",
         "top: the highest scores; spread: the highest with an even share of each layer and one head a KV group; auto: "
         "spread for readout and contrast, top for the others.",
+    )
+    layers: Annotated[str, Field(pattern=r"^\d{1,6}-\d{1,6}$")] | None = setting(
+        None, "Select among these layers only, from 0, such as 15-29: the upper ones are cheaper to train."
     )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
     task_model: PathSpec | None = setting(
@@ -266,7 +270,10 @@ class MineDataConfig(RowOptions):
     )
     pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
     target: PathSpec | None = setting(
-        None, "Rows of the target task; without them two halves of the pool query each other.", panel="Input and output"
+        None,
+        "Rows of the target task. Without them attention lets two halves of the pool query each other, embedding and "
+        "lexical take the pool's mean.",
+        panel="Input and output",
     )
     relevance: PathSpec | None = setting(
         None,
@@ -355,7 +362,7 @@ class TrainConfig(RowOptions):
         "all", "Learn every answer of a conversation, or the last alone.", panel="Rows"
     )
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
-        ("q", "k", "v"), "Projections of the selected heads to train, of q,k,v,o."
+        ("q", "k", "v"), "Projections of the selected heads to train, or LoRA's targets, of q,k,v,o."
     )
     epochs: Annotated[float, Field(gt=0)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
     max_steps: Positive | None = setting(
@@ -461,7 +468,7 @@ class EvalConfig(RowOptions):
     allow_template_mismatch: bool = setting(
         False, "Evaluate with other prompts than the model was trained with.", identity=False, panel="Rows"
     )
-    confidence: Annotated[float, Field(gt=0, lt=1)] = setting(0.95, "Level of the bootstrap intervals.")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = setting(0.95, "Level of the intervals.")
 
     lm_eval: Annotated[tuple[str, ...], CommaList] = setting(
         (),
@@ -501,7 +508,9 @@ class ReportAerConfig(StageConfig):
     evaluations: tuple[PathSpec, ...] = setting(REQUIRED, "evaluation artifacts to compare.", panel="Input and output")
     reference: PathSpec = setting(REQUIRED, "evaluation artifact of the full fine-tuning.", panel="Input and output")
     recipe: PathSpec | None = setting(None, "Recipe that made the runs, to be shown.", panel="Input and output")
-    allow_mixed: bool = setting(False, "Compare runs of other hardware, precision or epochs too, flagged.")
+    allow_mixed: bool = setting(
+        False, "Compare runs of another model, hardware, precision or number of epochs too, flagged."
+    )
 
 
 class ExportConfig(StageConfig):
@@ -523,6 +532,10 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
+def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
 class Grid(BaseModel):
     """The axes of a cross-ablation; every combination is one run. A recipe may unite several."""
 
@@ -533,7 +546,7 @@ class Grid(BaseModel):
     )
     data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
     seed: tuple[Seed, ...] = Field((), description="Seeds; by default the recipe's own.")
-    scope: tuple[Scope, ...] = Field((), description="Scopes; by default `heads`.")
+    scope: tuple[Scope, ...] = Field((), description="Scopes; by default that of [train], else heads.")
     head_ratio: tuple[Ratio, ...] = Field(
         (), description="Shares of all heads to train; by default [score-heads] ratio."
     )
@@ -542,7 +555,7 @@ class Grid(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _dashes(cls, given: Any) -> Any:
-        return {key.replace("-", "_"): value for key, value in given.items()} if isinstance(given, dict) else given
+        return _underscored(given) if isinstance(given, dict) else given
 
 
 def _as_several(grids: Any) -> Any:
@@ -581,12 +594,12 @@ class Recipe(BaseModel):
             scope: for train, the scope whose own table, as `[train.full]`, goes over `[train]`.
         """
         fields = STAGE_CONFIGS[stage].model_fields
-        shared = {key: value for key, value in self.defaults.items() if key.replace("-", "_") in fields}
-        own: dict[str, Any] = getattr(self, stage.replace("-", "_"), {})
-        settings = shared | {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
+        own = _underscored(getattr(self, stage.replace("-", "_"), {}))
+        settings = {key: value for key, value in _underscored(self.defaults).items() if key in fields}
+        settings |= {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
         if stage == "train" and (chosen := scope or settings.get("scope")) in SCOPES:
-            settings |= own.get(chosen, {})
-        return {key.replace("-", "_"): value for key, value in settings.items()}
+            settings |= _underscored(own.get(chosen, {}))
+        return settings
 
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -750,13 +763,13 @@ def _check_recipe_keys(table: Mapping[str, Any]) -> None:
             raise UsageError(f"unknown key '{key}' in the recipe", hint=suggestion(key, known))
         if key not in STAGE_CONFIGS or not isinstance(value, dict):
             continue
-        by_scope = {name: table for name, table in value.items() if key == "train" and name in SCOPES}
+        by_scope = {name: own for name, own in value.items() if key == "train" and name in SCOPES}
         own = {name: setting for name, setting in value.items() if name not in by_scope}
         _known_keys(own, STAGE_CONFIGS[key].model_fields, where=f"recipe's [{key}]")
-        for name, table in by_scope.items():
-            if not isinstance(table, dict):
-                raise UsageError(f"the recipe's [train.{name}] must be a table; found {_shown(table)}")
-            _known_keys(table, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
+        for name, of_scope in by_scope.items():
+            if not isinstance(of_scope, dict):
+                raise UsageError(f"the recipe's [train.{name}] must be a table; found {_shown(of_scope)}")
+            _known_keys(of_scope, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
     if isinstance(reference := table.get("reference"), dict):
         _known_keys(reference, TrainConfig.model_fields, where="recipe's [reference]")
     grids = table.get("grid")
@@ -768,13 +781,15 @@ def _check_recipe_keys(table: Mapping[str, Any]) -> None:
         _known_keys(defaults, every_field, where="recipe's [defaults]")
 
 
-def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
+def _anchor_paths(table: Mapping[str, Any], folder: Path) -> None:
+    """Take input paths from the recipe's folder, in place; those of `[train.full]` and its like too."""
     for settings in table.values():
         if not isinstance(settings, dict):
             continue
         for key, value in settings.items():
             if key.replace("-", "_") in INPUT_FIELDS and isinstance(value, str):
                 settings[key] = _anchored(value, folder)
+        _anchor_paths({key: value for key, value in settings.items() if key in SCOPES}, folder)
 
 
 def _anchored(spec: str, folder: Path) -> str:

@@ -109,6 +109,7 @@ def without_secrets(text: str) -> str:
     return _CREDENTIALS.sub("***@", text)
 
 
+NOT_FINITE_HINT = "look for NaN in the model's weights, or try --dtype float32"
 LESS_MEMORY = "lower --token-budget or --max-length, or take a device with more memory"
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc", re.IGNORECASE

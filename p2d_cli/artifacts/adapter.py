@@ -19,22 +19,24 @@ def save_training_log(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Non
     (folder / TRAINING_LOG_NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def save_model_card(folder: Path, *, base: str, scope: str, figures: Mapping[str, Any]) -> None:
+def save_model_card(folder: Path, base: str, revision: str | None, *, scope: str, figures: Mapping[str, Any]) -> None:
     """Write the card that model hubs show.
 
     Args:
         folder: the artifact's folder.
         base: the base model as the user named it.
+        revision: that of the base model on its hub, if the user named one.
         scope: heads, attention, lora or full.
         figures: rows of the card's table.
     """
     adapter = scope in {"heads", "lora"}
     library = "peft" if adapter else "transformers"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    pinned = "" if revision is None else f', revision="{revision}"'
     use = (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{pinned})\n'
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
         if adapter
         else "from transformers import AutoModelForCausalLM\n\n"
@@ -42,7 +44,8 @@ def save_model_card(folder: Path, *, base: str, scope: str, figures: Mapping[str
     )
     (folder / CARD_NAME).write_text(
         f"---\nlibrary_name: {library}\ntags:\n- p2d\n---\n\n"
-        f"# Fine-tuned with p2d, scope `{scope}`\n\nBase model: `{base}`\n\n"
+        f"# Fine-tuned with p2d, scope `{scope}`\n\n"
+        f"Base model: `{base if revision is None else f'{base}@{revision}'}`\n\n"
         f"| | |\n|---|---|\n{table}\n\n```python\n{use}```\n\n"
         "`manifest.json` records the inputs with their digests, every setting with its origin, and the cost.\n",
         encoding="utf-8",

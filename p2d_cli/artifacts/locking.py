@@ -72,19 +72,16 @@ def _acquire(path: Path) -> int | None:
         BlockingIOError: another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
+    with contextlib.ExitStack() as unless_taken:
+        unless_taken.callback(os.close, descriptor)
         if not _flock(descriptor):
-            os.close(descriptor)
+            unless_taken.close()
             return _create(path)
         if not _is_named(descriptor, path):
-            os.close(descriptor)
             return None
         os.ftruncate(descriptor, 0)
         _describe_holder(descriptor)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-        raise
+        unless_taken.pop_all()
     return descriptor
 
 
@@ -126,8 +123,13 @@ def _create(path: Path) -> int | None:
             return None
         fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        _describe_holder(descriptor)
-        fresh.replace(path)
+        try:
+            _describe_holder(descriptor)
+            fresh.replace(path)
+        except BaseException:
+            os.close(descriptor)
+            fresh.unlink(missing_ok=True)
+            raise
     finally:
         replacing.rmdir()
     return descriptor

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from pydantic import Field
 
 from p2d_cli import __version__
-from p2d_cli.cli.commands import compare_command, guarded, inspect_command, run_body, stage_body
+from p2d_cli.cli.commands import RunSettings, compare_command, guarded, inspect_command, run_body, stage_body
 from p2d_cli.cli.options import command_for
 from p2d_cli.cli.streams import prepare_streams
-from p2d_cli.config import REQUIRED, STAGE_CONFIGS, StageConfig, setting
+from p2d_cli.config import STAGE_CONFIGS
 from p2d_cli.errors import EXIT_CODES
 from p2d_cli.pipeline import EXPORT, STAGES
 
@@ -27,17 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-
-
-class RunSettings(StageConfig):
-    """The flags of `p2d run`; they hold for every stage that has them."""
-
-    recipe: str = setting(
-        REQUIRED, "Recipe, a TOML file, or quickstart, which comes with p2d.", panel="Input and output"
-    )
-    out: str | None = Field(  # type: ignore[assignment]  # a recipe may name the folder itself
-        None, description="Folder for all artifacts.", json_schema_extra={"panel": "Input and output"}
-    )
 
 
 def _show_version(wanted: bool) -> None:

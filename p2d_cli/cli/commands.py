@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
+from pydantic import Field
 
 from p2d_cli.cli.options import Invocation
 from p2d_cli.cli.streams import abandon_unwritable_streams
-from p2d_cli.config import STAGE_CONFIGS, Resolved, find_recipe, read_recipe, resolve
+from p2d_cli.config import (
+    REQUIRED,
+    STAGE_CONFIGS,
+    Resolved,
+    StageConfig,
+    TrainConfig,
+    find_recipe,
+    read_recipe,
+    resolve,
+    setting,
+)
 from p2d_cli.errors import (
     EXIT_CODES,
     LESS_MEMORY,
@@ -32,6 +43,18 @@ from p2d_cli.errors import (
 )
 from p2d_cli.pipeline import stage_named
 from p2d_cli.runtime import signals
+
+
+class RunSettings(StageConfig):
+    """The flags of `p2d run`; they hold for every stage that has them."""
+
+    recipe: str = setting(
+        REQUIRED, "Recipe, a TOML file, or quickstart, which comes with p2d.", panel="Input and output"
+    )
+    out: str | None = Field(  # type: ignore[assignment]  # a recipe may name the folder itself
+        None, description="Folder for all artifacts.", json_schema_extra={"panel": "Input and output"}
+    )
+
 
 Parameters = ParamSpec("Parameters")
 DEBUG_VARIABLE = "P2D_DEBUG"
@@ -114,8 +137,7 @@ def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
     """Return what the command of one stage does with its flags."""
 
     def body(settings: dict[str, Any], invocation: Invocation) -> None:
-        table = read_recipe(invocation.config).table(name) if invocation.config is not None else {}
-        resolved = resolve(STAGE_CONFIGS[name], flags=settings, recipe=table)
+        resolved = _resolve_stage(name, settings, invocation.config)
         if invocation.print_config:
             _print_config(resolved, as_json=invocation.json)
             return
@@ -131,6 +153,16 @@ def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
     return body
 
 
+def _resolve_stage(name: str, settings: dict[str, Any], source: Path | None) -> Resolved[Any]:
+    """Merge flags with the stage's part of a recipe; for train, with the part that is for its scope."""
+    recipe = read_recipe(source) if source is not None else None
+    table = {} if recipe is None else recipe.table(name)
+    if recipe is None or name != "train":
+        return resolve(STAGE_CONFIGS[name], flags=settings, recipe=table)
+    table = recipe.table(name, resolve(TrainConfig, flags=settings, recipe=table).config.resolved_scope)
+    return resolve(TrainConfig, flags=settings, recipe=table)
+
+
 def _run_options(invocation: Invocation) -> Any:
     from p2d_cli.cli.render import progress_for
     from p2d_cli.stages.execution import RunOptions
@@ -142,7 +174,7 @@ def _run_options(invocation: Invocation) -> Any:
         dry_run=invocation.dry_run,
         timed=invocation.time,
         progress=progress_for(quiet=invocation.quiet),
-        rank_logs=bool(invocation.verbose),
+        rank_logs=invocation.verbose,
     )
 
 
@@ -153,8 +185,8 @@ def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
     if as_json:
         print_json(provenance)
         return
-    for name, setting in provenance.items():
-        out.print(f"{name:<20} {setting['value']!s:<32} [dim]{setting['origin']}[/]", soft_wrap=True)
+    for name, known in provenance.items():
+        out.print(f"{name:<20} {known['value']!s:<32} [dim]{known['origin']}[/]", soft_wrap=True)
 
 
 def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
@@ -162,8 +194,13 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     from p2d_cli.cli.render import plan_totals, print_json, print_plan_totals, print_result, result_document
     from p2d_cli.stages.run import run
 
-    overrides = dict(settings)
-    source = find_recipe(overrides.pop("recipe"))
+    if invocation.config is not None:
+        raise UsageError("p2d run takes its settings from its recipe", hint="leave --config out")
+    given = resolve(RunSettings, flags=settings)
+    # Variables go over the recipe: those of the stages' settings in each stage, these here.
+    variables = {name: getattr(given.config, name) for name in ("seed", "out") if given.origins[name] == "variable"}
+    overrides = {name: value for name, value in settings.items() if name != "recipe"} | variables
+    source = find_recipe(given.config.recipe)
     recipe = read_recipe(source)
     if invocation.print_config:
         print_json(recipe.model_dump(mode="json", by_alias=True))

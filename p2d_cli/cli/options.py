@@ -31,7 +31,7 @@ class Invocation:
     force: bool
     config: Path | None
     quiet: bool
-    verbose: int
+    verbose: bool
 
 
 _INVOCATION_FLAGS: dict[str, Any] = {
@@ -66,8 +66,13 @@ _INVOCATION_FLAGS: dict[str, Any] = {
     ],
     "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Run")],
     "verbose": Annotated[
-        int,
-        typer.Option("--verbose", "-v", count=True, show_default=False, help="More on stderr.", rich_help_panel="Run"),
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Every stage's result, not the last one's alone (run); a log of each rank (on many processes).",
+            rich_help_panel="Run",
+        ),
     ],
 }
 
@@ -80,7 +85,6 @@ def command_for(
     *,
     doc: str,
     arguments: tuple[str, ...] = (),
-    only: frozenset[str] | None = None,
 ) -> Callable[..., None]:
     """Return a Typer command with one flag for each field of `model`, and those that every command has.
 
@@ -89,7 +93,6 @@ def command_for(
         body: called with the settings that were given, by field, and with the invocation.
         doc: the command's help text.
         arguments: fields that are positional.
-        only: restrict the flags to these fields.
     """
 
     def command(**given: Any) -> None:
@@ -97,7 +100,7 @@ def command_for(
         settings = {name: _plain(value) for name, value in given.items() if value is not None and value != []}
         body(settings, invocation)
 
-    fields = {name: field for name, field in model.model_fields.items() if only is None or name in only}
+    fields = model.model_fields
     ordered = [*arguments, *(name for name in fields if name not in arguments)]
     parameters = [_parameter(name, fields[name], positional=name in arguments) for name in ordered]
     parameters += [
@@ -111,7 +114,7 @@ def command_for(
 
 
 def _absent(name: str) -> Any:
-    return {"config": None, "verbose": 0}.get(name, False)
+    return None if name == "config" else False
 
 
 def _plain(value: Any) -> Any:

@@ -373,7 +373,7 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
         lines = [_seeds_table(summary["groups"], metric), "", table]
     if summary["reference"]["extrapolated"]:
         lines.append("the reference's time is extrapolated from measured steps")
-    lines.append("* control, = reference, ! other hardware, precision or epochs")
+    lines.append("* control, = reference, ! another model, hardware, precision or number of epochs")
     if any(row.get("scorer_model") for row in summary["rows"]):
         lines.append("^ a smaller model chose the rows; its seconds are charged")
     lines += [f"warning: {warning}" for warning in summary["warnings"]]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from p2d_cli.core.metrics import lower_is_better
 from p2d_cli.errors import ArtifactError, UsageError
 
 StageName = Literal["score-heads", "mine-data", "train", "eval"]
@@ -22,7 +23,7 @@ STEPS_PHASE = "train"
 """The phase of the train stage whose time grows with the optimizer's updates."""
 CONTROL_HEADS = frozenset({"random", "uniform"})
 CONTROL_DATA = frozenset({"random", "full"})
-LOWER_IS_BETTER = frozenset({"perplexity"})
+DEFAULT_CONFIDENCE = 0.95
 _RELATIVE_EPOCHS = 1e-6  # epochs that differ by less are the same number, written differently
 
 
@@ -236,6 +237,8 @@ class AerReport:
     groups: tuple[SeedGroup, ...] = ()
     """Runs of several seeds as one, by AER; empty where no run was repeated with another seed."""
     head_maps: tuple[HeadMap, ...] = ()
+    confidence: float | None = DEFAULT_CONFIDENCE
+    """Level of the scores' intervals; None where they are of several."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report in plain JSON types; a number that JSON cannot hold (nan, infinity) becomes None."""
@@ -308,8 +311,22 @@ def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = 
         for run, found in zip(runs, differences, strict=True)
     ]
     rows.sort(key=lambda row: (row.aer, row.name, row.path))
+    levels = {level for run in runs for level in _confidence(run)}
+    if len(levels) > 1:
+        flags.append("the scores' intervals are of several levels: " + ", ".join(f"{x:g}" for x in sorted(levels)))
     warnings = [*_reference_warnings(reference), *_unfinished_warnings(runs, reference), *control_warnings(rows)]
-    return AerReport(denominator, tuple(rows), tuple(flags), tuple(warnings))
+    return AerReport(
+        denominator,
+        tuple(rows),
+        tuple(flags),
+        tuple(warnings),
+        confidence=None if len(levels) > 1 else min(levels, default=DEFAULT_CONFIDENCE),
+    )
+
+
+def _confidence(run: RunCost) -> set[float]:
+    """Return the level of the intervals of a run's scores, where it has any."""
+    return {cost.settings.get("confidence", DEFAULT_CONFIDENCE) for cost in run.stages_of("eval")[-1:]}
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> tuple[int, ...]:
@@ -468,4 +485,4 @@ def _as_good(control: AerRow | SeedGroup, row: AerRow | SeedGroup, metric: str) 
     if metric not in control.metrics:
         return False
     ours, theirs = control.metrics[metric].value, row.metrics[metric].value
-    return ours <= theirs if metric in LOWER_IS_BETTER else ours >= theirs
+    return ours <= theirs if lower_is_better(metric) else ours >= theirs

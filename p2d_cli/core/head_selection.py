@@ -6,6 +6,7 @@ Axes: L layers, H query heads a layer, E episodes, K heads, R repeats. A head is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -72,6 +73,30 @@ def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bo
     return _mask((2 * places + 1) * total // (2 * count), num_layers, num_heads)
 
 
+def candidate_layers(text: str | None, num_layers: int) -> range:
+    """Return the layers that `text` names, first and last as in `15-29`; all without it.
+
+    Raises:
+        UsageError: the model has no such layers.
+    """
+    if text is None:
+        return range(num_layers)
+    first, last = (int(end) for end in text.split("-"))
+    if not first <= last < num_layers:
+        raise UsageError(
+            f"expected the first and the last of layers 0 to {num_layers - 1}, found {text}",
+            hint=f"write --layers 0-{num_layers - 1} for all of them",
+        )
+    return range(first, last + 1)
+
+
+def among_layers(selected: NDArray[np.bool_], layers: range, num_layers: int) -> NDArray[np.bool_]:
+    """Return a selection among some layers, bool [len(layers), H], as one of the whole model, bool [L, H]."""
+    selected_LH = np.zeros((num_layers, selected.shape[1]), dtype=np.bool_)
+    selected_LH[layers.start : layers.stop] = selected
+    return selected_LH
+
+
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's rank correlation of two equally large arrays, with average ranks for ties.
 
@@ -133,12 +158,14 @@ class Repeatability:
     """Number of repeats."""
 
 
-def repeatability(repeats_RLH: ArrayLike, count: int) -> Repeatability | None:
-    """Compare the rankings and the selections of `count` heads between repeats.
+def repeatability(
+    repeats_RLH: ArrayLike, select: Callable[[NDArray[np.float64]], NDArray[np.bool_]]
+) -> Repeatability | None:
+    """Compare the rankings and the selections between repeats.
 
     Args:
         repeats_RLH: Scores of each repeat, [R, L, H].
-        count: Heads that a selection takes.
+        select: makes a selection of as many heads each time, bool [L, H], from scores [L, H].
 
     Returns:
         The agreement, or None if there are fewer than two repeats.
@@ -149,7 +176,8 @@ def repeatability(repeats_RLH: ArrayLike, count: int) -> Repeatability | None:
     repeats = np.asarray(repeats_RLH, dtype=np.float64)
     if len(repeats) < 2:
         return None
-    selections = [select_top(scores_LH, count) for scores_LH in repeats]
+    selections = [select(scores_LH) for scores_LH in repeats]
+    count = int(selections[0].sum())
     correlations = [spearman(a, b) for a, b in combinations(repeats, 2)]
     known = [value for value in correlations if not math.isnan(value)]
     return Repeatability(

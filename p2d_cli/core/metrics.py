@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -20,6 +20,8 @@ NumberMode = Literal["strict", "flexible"]
 ANSWER_MARKER = "####"
 """What stands before the final number in GSM8K."""
 
+LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"})
+
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _WORDS = re.compile(r"[a-z0-9]+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -31,6 +33,11 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _BOOTSTRAP_ENTRIES = 1 << 20  # drawn at once: 8 MiB of indices
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say which way a metric improves; those of lm-eval are named `task/metric,filter`."""
+    return metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -99,6 +106,23 @@ def number_match(prediction: str, reference: str, mode: NumberMode) -> bool | No
         )
     found = parse_number(prediction, mode)
     return None if found is None else found == expected
+
+
+def _number(prediction: str, reference: str, mode: NumberMode) -> float | None:
+    matched = number_match(prediction, reference, mode)
+    return None if matched is None else float(matched)
+
+
+ANSWER_METRICS: dict[str, dict[str, Callable[[str, str], float | None]]] = {
+    "exact_match": {"exact_match": lambda answer, reference: float(exact_match(answer, reference))},
+    "token_f1": {"token_f1": token_f1},
+    "rougeL": {"rougeL": rouge_l},
+    "number_match": {
+        "number_match": lambda answer, reference: _number(answer, reference, "flexible"),
+        "number_match_strict": lambda answer, reference: _number(answer, reference, "strict"),
+    },
+}
+"""For each metric of a generated answer, the figures it gives; None marks an answer that cannot be parsed."""
 
 
 def bootstrap_interval(

@@ -197,6 +197,20 @@ class SkippedRows:
             self.first.append(problem)
 
 
+def require_number(record: Record) -> None:
+    """Refuse a row whose answer states no number, for metrics that compare numbers.
+
+    Raises:
+        DataError: naming the row.
+    """
+    from p2d_cli.core.metrics import number_match  # which needs numpy
+
+    try:
+        number_match("", record.completion, "flexible")
+    except DataError as problem:
+        raise DataError(f"{record.where}: {problem.message}", hint=problem.hint) from None
+
+
 def _with_unique_ids(records: list[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
     [(commonest, times)] = Counter(record.id for record in records).most_common(1)
     if times == 1:

@@ -98,10 +98,10 @@ class _Unzipped(io.RawIOBase):
         super().close()
 
 
-def _text_lines(path: Path, start: int = 1) -> Iterator[tuple[str, str | BadRow]]:
+def _text_lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
     """Yield `(file:line, text)`, split at line feeds only: U+2028 and the like may stand inside a JSON string."""
     with _open(path) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=start):
+        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=1):
             where = f"{path.name}:{number}"
             if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
                 message = f"{where}: a line of more than {_LONGEST_LINE:,} bytes"

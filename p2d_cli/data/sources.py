@@ -19,6 +19,7 @@ from typing import Any
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import json_kind, read_files
 from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
 _NOT_ROWS = frozenset({"dataset_info.json", "state.json", "dataset_dict.json", "manifest.json"})
 _SPLIT_NAMES = frozenset({"train", "training", "validation", "valid", "val", "dev", "eval", "test"})
@@ -34,7 +35,6 @@ _SPLIT_WORDS = {
 _SPLIT_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}")
 _SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PROBE_SECONDS = 5.0
 _KNOWN_SUFFIXES = "known are " + ", ".join(FORMATS) + ", and .gz of the text formats"
 
 
@@ -323,7 +323,7 @@ def hub_commit(source: RowSource) -> str | None:
     if not constants.HF_HUB_OFFLINE:
         try:
             _probe_hub(source)
-            return HfApi().dataset_info(str(source.repo), revision=revision, timeout=_PROBE_SECONDS).sha
+            return HfApi().dataset_info(str(source.repo), revision=revision, timeout=PROBE_SECONDS).sha
         except (UnavailableError, OSError, client_error):
             pass  # then the cache may know it
     reference = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "refs" / revision
@@ -331,21 +331,10 @@ def hub_commit(source: RowSource) -> str | None:
 
 
 def _probe_hub(source: RowSource) -> None:
-    """Fail within seconds where there is no network; the hub's own client tries again for half a minute."""
-    import ssl
-    import urllib.error
-    import urllib.request
-
     from huggingface_hub.constants import ENDPOINT
 
-    try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as answer:
-        answer.close()  # an answer all the same
-    except OSError as problem:
-        reason = getattr(problem, "reason", problem)
-        if not isinstance(reason, ssl.SSLError):  # a certificate is the hub client's affair, not ours
-            raise _unavailable(source, f"{ENDPOINT} cannot be reached ({reason})", offline=False) from None
+    if (reason := why_unreachable(ENDPOINT)) is not None:
+        raise _unavailable(source, reason, offline=False)
 
 
 def _unavailable(source: RowSource, reason: str, *, offline: bool) -> UnavailableError:

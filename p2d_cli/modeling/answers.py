@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2d_cli.errors import NonFiniteError, UsageError
+from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
 
 _ROWS_IN_FP32 = 512  # rows of logits that are upcast at a time
 
@@ -126,7 +126,7 @@ def require_finite_logits(logits_BTV: Tensor, names: Sequence[str] = ()) -> None
         named = names[rows[0]] if names else f"row {rows[0] + 1} of {len(logits_BTV)}"
         raise NonFiniteError(
             f"the logits of {named} are not finite; nothing was written",
-            hint="look for NaN in the model's weights, or try --dtype float32",
+            hint=NOT_FINITE_HINT,
         )
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from p2d_cli.errors import UsageError
 from p2d_cli.modeling.answers import answer_logits_only, input_device, log_normalizer
-from p2d_cli.modeling.layouts import model_layout
+from p2d_cli.modeling.layouts import model_layout, plain_model
 
 _PADDING, _PROMPT = -1, 0
 # These take a mask for each pair of tokens; flash attention does not.
@@ -58,7 +58,7 @@ def can_pack(model: Any, longest: int) -> bool:
         model_layout(model)
     except UsageError:
         return False
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     if getattr(plain, "_is_stateful", False):  # transformers' mark of recurrent states, beside attention or without it
         return False
     config = plain.config.get_text_config()

@@ -20,6 +20,7 @@ from p2d_cli.modeling.answers import (
     input_device,
     output_embedding,
 )
+from p2d_cli.modeling.layouts import plain_model
 
 # A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
 _TOKENS_PER_CHARACTER = 4
@@ -56,7 +57,7 @@ def generate_greedy(
         NonFiniteError: The logits of a token are not finite.
         UsageError: The model has no output embedding.
     """
-    plain = _without_adapter(model)
+    plain = plain_model(model)
     stop = tuple(string for string in stop if string)
     config = _greedy_config(plain, tokenizer, max_new_tokens)
     input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
@@ -175,11 +176,6 @@ def _neutral_defaults(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _without_adapter(model: Any) -> Any:
-    """Unwrap the Hugging Face model inside a PEFT model; its adapter layers stay in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _cut(text: str, stop: tuple[str, ...]) -> str:

@@ -67,7 +67,8 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     folder: Path | None,
-    chat: bool,
+    chat_template: str | None,
+    system: str | None,
     limit: int | None,
     max_length: int,
     batch_size: int,
@@ -80,7 +81,8 @@ def run_tasks(
         tokenizer: The model's tokenizer.
         tasks: Names of tasks or groups; `*` stands for any letters.
         folder: A folder with task files of one's own, beside those that lm-eval brings.
-        chat: Whether prompts go through the tokenizer's chat template.
+        chat_template: The chat template that prompts go through; None for plain text.
+        system: The system prompt, if any.
         limit: Only the first so many documents of each task.
         max_length: Longest sequence in tokens.
         batch_size: Rows of one forward.
@@ -94,6 +96,8 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     with _quiet(), _counted_tokens(model) as counted:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         manager = TaskManager(include_path=None if folder is None else str(folder))
         _ensure_known(manager, tasks)
         harness = _harness_class(progress)(
@@ -105,7 +109,8 @@ def run_tasks(
                 tasks=list(tasks),
                 limit=limit,
                 task_manager=manager,
-                apply_chat_template=chat,
+                apply_chat_template=chat_template is not None,
+                system_instruction=system,
                 log_samples=True,
             )
         except OSError as problem:

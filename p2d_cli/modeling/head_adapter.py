@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
 from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.finite import require_finite_weights
-from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout
+from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
 
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -193,7 +193,7 @@ def enable_checkpointing(model: Any) -> None:
         model: plain or a PeftModel, after what is trained has been chosen.
     """
     settings = {"use_reentrant": False}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = plain_model(model)
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # the name that older releases of transformers 5 have for it
@@ -202,7 +202,12 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def save_adapter(
-    model: Any, folder: Path, base_model: str | None, state: dict[str, torch.Tensor] | None = None
+    model: Any,
+    folder: Path,
+    base_model: str | None,
+    state: dict[str, torch.Tensor] | None = None,
+    *,
+    revision: str | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and nothing else, the same bytes each time.
 
@@ -211,13 +216,15 @@ def save_adapter(
         folder: where to; created if it is not there.
         base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
         state: the adapter's weights under the model's names, if the model itself holds only a part of them.
+        revision: that of the base model on its hub; None says nothing.
 
     Raises:
         NonFiniteError: it holds NaN or infinity; nothing was written.
     """
     weights = _factors_of(model) if state is None else state.items()
     require_finite_weights(weights, "saving the adapter", hint="lower --lr, or try --dtype float32")
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model
+    saved = model.peft_config[ADAPTER_NAME]
+    saved.base_model_name_or_path, saved.revision = base_model, revision
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from p2d_cli.modeling.answers import forward_inputs
-from p2d_cli.modeling.layouts import LayerLayout
+from p2d_cli.modeling.layouts import LayerLayout, plain_model
 
 
 class _ForwardStopped(Exception):
@@ -45,7 +45,7 @@ def mean_head_outputs(
     Returns:
         `[B, K, d]` float32 on the CPU.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     weight_BT = token_mask_BT / token_mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
     chosen = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
     means: dict[int, Tensor] = {}

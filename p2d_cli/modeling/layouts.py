@@ -90,6 +90,11 @@ class LayerLayout:
         return tuple(sorted(set(chosen)))
 
 
+def plain_model(model: Any) -> Any:
+    """Return the Hugging Face model inside a PEFT model, adapter layers in place; another model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def model_layout(model: Any) -> tuple[LayerLayout, ...]:
     """Read from a model's modules where each head's weights are, layer by layer.
 
@@ -102,7 +107,7 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
     Raises:
         UsageError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = plain_model(model)
     config = model.config.get_text_config()
     for model_type in (model.config.model_type, config.model_type):
         if model_type in _REFUSED:

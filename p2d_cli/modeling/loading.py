@@ -67,7 +67,6 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    attn_implementation: str = "sdpa",
     four_bit: bool = False,
     device_map: str | Mapping[str, str] | None = None,
 ) -> Any:
@@ -77,8 +76,6 @@ def load_model(
         path: model folder, or hub id with an optional `@revision`.
         dtype: of all weights.
         device: where the model goes.
-        attn_implementation: wanted attention kernel; a family that cannot use `sdpa` (Gemma 2, for its
-            soft-capping) gets its own eager attention instead.
         four_bit: quantise the linear layers to 4 bits (NF4 with quantised constants, as QLoRA, arXiv:2305.14314, does);
             they are multiplied in `dtype`.
         device_map: `auto` divides the model over all devices, then main memory, then the disk; or a device (`disk` is
@@ -103,7 +100,7 @@ def load_model(
         files,
         config=config,
         dtype=dtype,
-        attn_implementation=_usable_attention(config, attn_implementation),
+        attn_implementation=_usable_attention(config),
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else None,
     )
@@ -113,7 +110,7 @@ def load_model(
         f"loading the weights of {files.spec}",
         hint="copy or download it again; if it is whole, float16 cannot hold it: try --dtype float32",
     )
-    model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.spec.partition("@")[0]
+    model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.name
     return model.eval()
 
 
@@ -253,11 +250,12 @@ def _read_config(files: ModelFiles) -> Any:
     return config
 
 
-def _usable_attention(config: Any, wanted: str) -> str:
+def _usable_attention(config: Any) -> str:
+    """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "eager" if wanted == "sdpa" and not model_class._supports_sdpa else wanted
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def _four_bits(dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d_cli.errors import DataError, UnavailableError, first_line
+from p2d_cli.hub import why_unreachable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,7 +22,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_PROBE_SECONDS = 5.0
 _PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -37,6 +37,16 @@ class ModelFiles:
     weights: tuple[Path, ...]
     tokenizer: tuple[Path, ...]
     config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder, or the hub id without its revision."""
+        return self.spec if self.revision is None else self.spec.partition("@")[0]
+
+    @property
+    def asked_revision(self) -> str | None:
+        """The revision of a hub id, as it was asked for."""
+        return None if self.revision is None else self.spec.partition("@")[2] or None
 
     @property
     def config_path(self) -> Path:
@@ -120,7 +130,7 @@ def _snapshot(spec: str) -> Path:
     name, _, revision = spec.partition("@")
     # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
     client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
-    unreachable = None if constants.HF_HUB_OFFLINE else _why_unreachable(constants.ENDPOINT)
+    unreachable = None if constants.HF_HUB_OFFLINE else why_unreachable(constants.ENDPOINT)
     try:
         return Path(
             snapshot_download(
@@ -140,24 +150,6 @@ def _snapshot(spec: str) -> Path:
             f"model {spec} is neither a folder here nor in the local hub cache, and the hub was not reached: {reason}",
             hint="check the path, or download it where there is a network: hf download " + name,
         ) from None
-
-
-def _why_unreachable(endpoint: str) -> str | None:
-    """Say within seconds why the hub does not answer, if so; its own client tries again for minutes."""
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as answer:
-        answer.close()  # an answer all the same
-    except (OSError, http.client.HTTPException) as problem:
-        reason = getattr(problem, "reason", problem)
-        if not isinstance(reason, ssl.SSLError):  # a certificate is the hub client's affair, not ours
-            return f"{endpoint} does not answer ({reason})"
-    return None
 
 
 def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:

@@ -19,6 +19,7 @@ from p2d_cli.reporting.table import (
     columns,
     group_columns,
     group_mark,
+    interval_name,
     main_metric,
     marks_of,
     marks_used,
@@ -306,8 +307,8 @@ def _scatter(report: AerReport) -> str:
     metric, rows = wide.metric or "", "group" if report.groups else "run"
     return (
         f"<figure>\n{_svg(wide, rows, 'wide', 1120, 478)}{_svg(narrow, rows, 'narrow', 358, 384)}{_plot_legend(wide)}"
-        f"<figcaption>{better_is(metric).capitalize()} and further left is better. Lines through points are 95%"
-        f" intervals.{_plot_notes(report, wide)}</figcaption>\n</figure>\n"
+        f"<figcaption>{better_is(metric).capitalize()} and further left is better. Each line through a point is its"
+        f" {interval_name(report)}.{_plot_notes(report, wide)}</figcaption>\n</figure>\n"
     )
 
 

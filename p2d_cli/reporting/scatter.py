@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, SeedGroup, pareto_front
+from p2d_cli.core.aer import AerReport, AerRow, SeedGroup, pareto_front
+from p2d_cli.core.metrics import lower_is_better
 from p2d_cli.reporting.table import main_metric, number_text, shortened
 
 WIDE_SPAN = 8.0
@@ -199,7 +200,7 @@ def _mean_row(group: SeedGroup, first: AerRow) -> AerRow:
 
 def front_corners(points: Sequence[Point], metric: str | None) -> tuple[tuple[float, float], ...]:
     """Return the staircase through the points that no other one beats: the best score that each cost buys."""
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if metric is not None and lower_is_better(metric) else 1.0
     front = [points[index] for index in pareto_front((point.cost, sign * point.score) for point in points)]
     corners: list[tuple[float, float]] = []
     for point in front:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from p2d_cli.core.aer import LOWER_IS_BETTER, AerReport, AerRow, MetricValue, SeedGroup
+from p2d_cli.core.aer import AerReport, AerRow, MetricValue, SeedGroup
+from p2d_cli.core.metrics import lower_is_better
 
 MISSING = "–"
 SEEDS_EXPLAINED = (
@@ -57,10 +58,16 @@ def other_metrics(report: AerReport) -> tuple[str, ...]:
     return tuple(name for name in names if name != main_metric(report))
 
 
+def interval_name(report: AerReport) -> str:
+    """Return what the scores' intervals are: `95% interval`."""
+    return "interval" if report.confidence is None else f"{100 * report.confidence:.6g}% interval"
+
+
 def columns(report: AerReport) -> tuple[Column, ...]:
     """Return the columns that stand to the right of the run's name, most important first."""
     metric = main_metric(report)
-    score = () if metric is None else (Column(metric, "95% interval", lambda row: score_text(row.metrics.get(metric))),)
+    unit = interval_name(report)
+    score = () if metric is None else (Column(metric, unit, lambda row: score_text(row.metrics.get(metric))),)
     knows_truth = any(row.precision is not None for row in report.rows)
     precision = (Column("Precision", "", lambda row: precision_text(row.precision)),) if knows_truth else ()
     return (
@@ -94,7 +101,9 @@ def group_columns(report: AerReport) -> tuple[GroupColumn, ...]:
     score: tuple[GroupColumn, ...] = ()
     if metric is not None:
         score = (
-            GroupColumn(f"{metric} (mean, 95% interval)", lambda group: score_text(group.metrics.get(metric))),
+            GroupColumn(
+                f"{metric} (mean, {interval_name(report)})", lambda group: score_text(group.metrics.get(metric))
+            ),
             GroupColumn("lowest to highest seed", lambda group: range_text(group.ranges.get(metric))),
         )
     return (
@@ -146,7 +155,7 @@ def reference_sentence(report: AerReport) -> str:
 
 def better_is(metric: str) -> Literal["lower", "higher"]:
     """Say which way a metric improves."""
-    return "lower" if metric in LOWER_IS_BETTER else "higher"
+    return "lower" if lower_is_better(metric) else "higher"
 
 
 def number_text(value: float) -> str:

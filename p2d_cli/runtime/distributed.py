@@ -171,18 +171,17 @@ def raise_together(problem: P2DError | None) -> None:
     exchange_results(fail)
 
 
-def stop_together(name: str | None, *, after: str = "") -> None:
+def stop_together(name: str | None) -> None:
     """End all ranks at the same place, if one of them was asked to stop.
 
     Args:
         name: the signal that asked this rank.
-        after: what was finished last, for the message.
 
     Raises:
         StoppedEarlyError: on all ranks.
     """
     asked = name and StoppedEarlyError(
-        f"stopped by {name}{after}; what was finished is kept, run the same command again to go on"
+        f"stopped by {name}; what was finished is kept, run the same command again to go on"
     )
     raise_together(asked or None)
 

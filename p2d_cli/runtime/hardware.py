@@ -120,8 +120,20 @@ def synchronizer(device: str) -> Callable[[], None]:
     return lambda: None
 
 
+def forget_peak_memory() -> None:
+    """Begin to measure peaks anew where the system allows it: a process may do several stages, one after the other."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM becomes what is resident now
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gib(device: str) -> dict[str, float]:
-    """Return the peak resident memory of this process so far, and of the fullest accelerator if it uses any, in GiB."""
+    """Return peaks since the last `forget_peak_memory`, in GiB.
+
+    That of the resident memory of this process, and of the fullest accelerator if it uses any.
+    """
     peaks = {"host": _peak_host_bytes() / GIB}
     if device.startswith("cuda"):
         import torch

@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.errors import LESS_MEMORY, MemoryExhaustedError, NonFiniteError, first_line, is_out_of_memory
+from p2d_cli.errors import (
+    LESS_MEMORY,
+    NOT_FINITE_HINT,
+    MemoryExhaustedError,
+    NonFiniteError,
+    first_line,
+    is_out_of_memory,
+)
 from p2d_cli.modeling.memory import release_memory
 from p2d_cli.stages.execution import StageRun
 
@@ -125,7 +132,7 @@ class BatchReader:
             of_rows = [batch[row] for row in rows] if len(array) == len(batch) else batch
             raise NonFiniteError(
                 f"{self._where(batch)}: {name} of {self._names(of_rows)} is not finite; nothing was written",
-                hint="look for NaN in the model's weights, or try --dtype float32",
+                hint=NOT_FINITE_HINT,
             )
 
     def _where(self, batch: list[int]) -> str:

@@ -12,8 +12,7 @@ import numpy as np
 
 from p2d_cli.artifacts.evaluation import load_metrics, load_predictions
 from p2d_cli.artifacts.store import open_artifact
-from p2d_cli.core.aer import LOWER_IS_BETTER
-from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities
+from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities, lower_is_better
 from p2d_cli.errors import ArtifactError
 from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.identity import identity_differences
@@ -21,8 +20,6 @@ from p2d_cli.stages.identity import identity_differences
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
 """What a perplexity is made of, in the table of predictions."""
-HARNESS_LOWER_IS_BETTER = frozenset({"brier_score"})
-"""Of the metrics of lm-eval that are means over rows."""
 SHOWN_CHARACTERS = 60
 
 Row = Mapping[str, Any]
@@ -133,8 +130,7 @@ def _compare_metric(
         )
     pairs = [pair for first, second in zip(*tables, strict=True) if None not in (pair := (first[name], second[name]))]
     scores_2n = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    lower_is_better = name in LOWER_IS_BETTER or name.rpartition("/")[2].partition(",")[0] in HARNESS_LOWER_IS_BETTER
-    return compare_means(*scores_2n, lower_is_better=lower_is_better, confidence=confidence, rng=rng)
+    return compare_means(*scores_2n, lower_is_better=lower_is_better(name), confidence=confidence, rng=rng)
 
 
 def _changed_rows(metrics: Sequence[str], tables: Sequence[Sequence[Row]]) -> tuple[ChangedRow, ...]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.config import MineDataConfig
-from p2d_cli.core.metrics import exact_match, number_match, rouge_l, token_f1
+from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
@@ -181,11 +181,8 @@ class EpisodeReader:
     def _metric(self, answer: str, reference: str) -> float | None:
         if not answer.strip():
             return None
-        if self._config.perf_metric == "number_match":
-            matched = number_match(answer, reference, "flexible")
-            return None if matched is None else float(matched)
-        metric = {"exact_match": exact_match, "token_f1": token_f1, "rougeL": rouge_l}[self._config.perf_metric]
-        return float(metric(answer, reference))
+        name = self._config.perf_metric
+        return ANSWER_METRICS[name][name](answer, reference)
 
 
 def _reading(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -19,16 +19,13 @@ from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.metrics import (
+    ANSWER_METRICS,
     bootstrap_interval,
     corpus_perplexity,
-    exact_match,
-    number_match,
     perplexity_interval,
-    rouge_l,
-    token_f1,
 )
 from p2d_cli.data.raw_rows import RowSource
-from p2d_cli.data.records import Record
+from p2d_cli.data.records import Record, require_number
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import generator
@@ -37,21 +34,6 @@ from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
-
-GENERATED: dict[str, dict[str, Callable[[str, str], float | None]]] = {
-    "exact_match": {"exact_match": lambda answer, reference: float(exact_match(answer, reference))},
-    "token_f1": {"token_f1": token_f1},
-    "rougeL": {"rougeL": rouge_l},
-    "number_match": {
-        "number_match": lambda answer, reference: _optional(number_match(answer, reference, "flexible")),
-        "number_match_strict": lambda answer, reference: _optional(number_match(answer, reference, "strict")),
-    },
-}
-"""For each metric of a generated answer, the figures it gives; None marks an answer that cannot be parsed."""
-
-
-def _optional(matched: bool | None) -> float | None:
-    return None if matched is None else float(matched)
 
 
 @dataclass(frozen=True)
@@ -83,6 +65,7 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
     config = job.config
     if config.lm_eval:
         _open_tasks(job)
+        job.open_chat_template()
     model = job.model(config.model)
     inputs = _Inputs(
         model=model,
@@ -118,9 +101,13 @@ def open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
     try:
         choices = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as problem:
-        raise DataError(f"--choices {spec} cannot be read as JSON: {problem}") from None
+        raise DataError(
+            f"--choices {spec} cannot be read as JSON: {problem}", hint='give a file such as ["yes", "no"]'
+        ) from None
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"--choices {spec}: expected a JSON list of at least two strings")
+        raise DataError(
+            f"--choices {spec}: expected a JSON list of at least two strings", hint='write it as ["yes", "no"]'
+        )
     job.inputs["choices"] = InputEntry(kind="choices", digest=digest_file(path), source=spec)
     return tuple(choices)
 
@@ -148,6 +135,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     if inputs.data is not None:
         with job.timer.phase("prepare"):
             records = job.read(inputs.data, limit=job.config.limit).records
+            _check_references(job.config, records, inputs.choices)
     bench = open_workbench(job, inputs.model, job.config)
     if inputs.adapter is not None:
         with job.timer.phase("load"):
@@ -159,11 +147,27 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
             save_evaluation(folder, measured.metrics, measured.rows)
     return Outcome(
         summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},
-        settings={"rows": len(measured.rows), "data": job.config.data or ",".join(job.config.lm_eval)},
+        settings={
+            "rows": len(measured.rows),
+            "confidence": job.config.confidence,
+            "data": job.config.data or ",".join(job.config.lm_eval),
+        },
         precision=bench.precision,
         device=bench.device,
         tokens=bench.tokens,
     )
+
+
+def _check_references(config: EvalConfig, records: Sequence[Record], choices: tuple[str, ...] | None) -> None:
+    """Refuse a row whose reference cannot be judged, before the model is asked.
+
+    Raises:
+        DataError: naming the row.
+    """
+    for record in records if "number_match" in config.metric else ():
+        require_number(record)
+    for record in records if "accuracy" in config.metric else ():
+        _offered(record, choices)
 
 
 def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
@@ -176,7 +180,8 @@ def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
         bench.tokenizer,
         config.lm_eval,
         folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
-        chat=bench.template.name == "chat",
+        chat_template=bench.template.chat_template,
+        system=job.system,
         limit=config.limit,
         max_length=bench.max_length,
         # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.
@@ -211,11 +216,11 @@ def _measure(
     }
     metrics: dict[str, MetricValue] = {}
     notes: dict[str, Any] = {}
-    if generated := [name for name in config.metric if name in GENERATED]:
+    if generated := [name for name in config.metric if name in ANSWER_METRICS]:
         columns["prediction"] = generate_answers(job, bench, records)
         _judge(config, generated, columns, metrics, notes)
     if "accuracy" in config.metric:
-        _choose(job, bench, records, choices, columns, metrics)
+        _choose(job, bench, records, choices, columns, metrics, notes)
     if "perplexity" in config.metric:
         _perplexity(job, bench, records, columns, metrics)
     ordered = {name: metrics[name] for name in sorted(metrics, key=lambda name: _position(config, name))}
@@ -236,7 +241,7 @@ def _judge(
 ) -> None:
     """Add each metric of the generated answers, by row and on average; an unparseable answer counts as wrong."""
     for name in wanted:
-        for figure, judge in GENERATED[name].items():
+        for figure, judge in ANSWER_METRICS[name].items():
             judged = [
                 judge(answer, reference)
                 for answer, reference in zip(columns["prediction"], columns["reference"], strict=True)
@@ -254,16 +259,28 @@ def _choose(
     choices: tuple[str, ...] | None,
     columns: dict[str, Any],
     metrics: dict[str, MetricValue],
+    notes: dict[str, Any],
 ) -> None:
     """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
     from p2d_cli.stages.row_scoring import weigh_choices
 
     offered = [_offered(record, choices) for record in records]
+    missing = [
+        record.completion.strip() not in {option.strip() for option in options}
+        for record, options in zip(records, offered, strict=True)
+    ]
+    if any(missing):
+        notes["answers_not_offered"] = sum(missing)
+        first = records[missing.index(True)]
+        job.progress.note(
+            f"{sum(missing)} rows offer other choices than their answer, as {first.where}; they count as wrong"
+        )
     weights = weigh_choices(job, bench, records, offered)
     chosen = [options[int(np.argmax(weight))] for options, weight in zip(offered, weights, strict=True)]
     columns["choice"] = chosen
     columns["accuracy"] = [
-        float(choice == reference.strip()) for choice, reference in zip(chosen, columns["reference"], strict=True)
+        float(choice.strip() == reference.strip())
+        for choice, reference in zip(chosen, columns["reference"], strict=True)
     ]
     metrics["accuracy"] = _mean_with_interval(job.config, "accuracy", np.array(columns["accuracy"]))
 

@@ -49,6 +49,7 @@ from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import (
     combine_hardware,
     describe_hardware,
+    forget_peak_memory,
     highest_memory_gib,
     package_versions,
     peak_memory_gib,
@@ -193,8 +194,7 @@ class StageRun(Generic[ConfigT]):
     def rows(self, name: str, spec: str) -> RowSource:
         """Locate and identify rows: a subset artifact, a file, a folder or a hub id."""
         config = self._row_options
-        if config.chat_template is not None:
-            self._open_chat_template(config.chat_template)
+        self.open_chat_template()
         folder = Path(spec).expanduser()
         recover(folder)
         if is_artifact(folder):
@@ -206,10 +206,18 @@ class StageRun(Generic[ConfigT]):
         self._names[source] = name
         return source
 
-    def _open_chat_template(self, spec: str) -> None:
+    def open_chat_template(self) -> None:
+        """Register the file of `--chat-template` as an input, if there is one.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        spec = self._row_options.chat_template
+        if spec is None:
+            return
         path = Path(spec).expanduser()
         if path.exists() and not path.is_file():
-            raise DataError(f"--chat-template {spec} is no file")
+            raise DataError(f"--chat-template {spec} is no file", hint="give a file with a Jinja template")
         read_chat_template(path)
         self.inputs["chat_template"] = InputEntry(kind="template", digest=digest_file(path), source=spec)
 
@@ -363,6 +371,7 @@ class StageRun(Generic[ConfigT]):
                 return replace(decision.result, wall_seconds=time.perf_counter() - self._started)
             self._ensure_same_everywhere(identity)
             self._unfinished = decision.unfinished
+            forget_peak_memory()
             with ExitStack() as self._until_committed:
                 manifest = self._shared(compute, decision, key, identity, alone=alone)
         return self._result("done", key, manifest)

@@ -46,9 +46,13 @@ def _base_of(adapter: Path) -> str:
             f"expected an adapter at {adapter}, found {found}", hint="give a folder that p2d train wrote"
         )
     try:
-        return str(json.loads(path.read_bytes())["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ArtifactError(f"{path} names no base model: {problem}", hint="give --model") from None
+        config = json.loads(path.read_bytes())
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ArtifactError(f"{path} names no base model: {problem!r:.80}", hint="give --model") from None
+    if not isinstance(base, str) or not base:
+        raise ArtifactError(f"{path} names no base model", hint="give --model")
+    return f"{base}@{revision}" if isinstance(revision, str) and revision else base
 
 
 def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folder: Path) -> Outcome:

@@ -63,17 +63,42 @@ class HeadsScored:
 
 
 def score_heads(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) -> HeadsScored:
-    """Score every head of the model with the method of `inputs`."""
+    """Score every head of the model with the method of `inputs`.
+
+    Raises:
+        UsageError: there are fewer heads in `--layers` than are to be selected.
+    """
+    if job.config.layers is not None:
+        _require_candidates(job, inputs, job.config.layers)
     if inputs.target is None:
         return _score_by_weights(job, inputs)
     return _score_by_rows(job, inputs, inputs.target)
+
+
+def _require_candidates(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, layers: str) -> None:
+    """Refuse `--layers` that the model has not, or that hold too few heads, before anything is computed."""
+    from p2d_cli.core.head_selection import candidate_layers
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import geometry
+
+    with job.timer.phase("load"):
+        shape = geometry(skeleton(inputs.model.folder))
+    budget, there = (
+        shape.head_budget(job.config.ratio),
+        len(candidate_layers(layers, shape.num_layers)) * shape.num_heads,
+    )
+    if budget > there:
+        raise UsageError(
+            f"--ratio {job.config.ratio:g} asks for {budget} heads; layers {layers} have {there}",
+            hint="name more layers, or give a smaller --ratio",
+        )
 
 
 # --- from weights alone, or from nothing: no rows, no tokenizer, no whole model
 
 
 def _score_by_weights(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) -> HeadsScored:
-    from p2d_cli.core.head_selection import select_uniform
+    from p2d_cli.core.head_selection import among_layers, candidate_layers, select_uniform
     from p2d_cli.modeling.checkpoints import skeleton
     from p2d_cli.modeling.layouts import geometry
 
@@ -85,7 +110,9 @@ def _score_by_weights(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) ->
         if inputs.method == "pad":
             return HeadsScored(shape, _compare_checkpoints(job, inputs, shape)[None])
         if inputs.method == "uniform":
-            selected_LH = select_uniform(*size, shape.head_budget(config.ratio))
+            layers = candidate_layers(config.layers, shape.num_layers)
+            selected = select_uniform(len(layers), shape.num_heads, shape.head_budget(config.ratio))
+            selected_LH = among_layers(selected, layers, shape.num_layers)
             return HeadsScored(shape, selected_LH[None].astype(np.float64), selected_LH)
         draws = (generator(config.seed, "score-heads", "random", repeat) for repeat in range(config.repeats))
         return HeadsScored(shape, np.stack([draw.random(size) for draw in draws]))

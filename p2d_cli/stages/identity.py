@@ -75,4 +75,4 @@ def changes_of(out: Path, identity: dict[str, Any]) -> str:
         differences = identity_differences(identity, manifest.identity)
     except ArtifactError:
         return "it is damaged"
-    return "it differs in " + ", ".join(differences) if differences else "it is damaged, or --force was not given"
+    return "it differs in " + ", ".join(differences) if differences else "a file of it is damaged"

@@ -25,7 +25,8 @@ from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.data.pool import Pool
-from p2d_cli.errors import DataError, NonFiniteError, UnavailableError, UsageError
+from p2d_cli.data.records import require_number
+from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
@@ -78,9 +79,14 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     config = job.config
     with job.timer.phase("prepare"):
         target = job.read(inputs.target).records if inputs.target is not None else ()
+        if config.perf == "generate" and config.perf_metric == "number_match":
+            for record in target:
+                require_number(record)
         pool = job.pool(inputs.pool, target)
         count = pool.num_rows if config.method == "full" else resolve_count(pool.num_rows, config.ratio, config.count)
         _tell_twins(job, pool)
+        if inputs.relevance is not None:
+            inputs.relevance.require_known(record.id for record in pool.read())
     if config.has_shortlist:
         pool = _shorten(PoolTask(job, inputs, pool, target), count)
     scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
@@ -162,7 +168,7 @@ def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:
     [row] = pool.take([int(np.flatnonzero(wrong)[0])])
     raise NonFiniteError(
         f"the {method} score of {row.where} is not finite; nothing was written",
-        hint="look for NaN in the model's weights, or try --dtype float32",
+        hint=NOT_FINITE_HINT,
     )
 
 

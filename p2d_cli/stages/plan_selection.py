@@ -32,6 +32,7 @@ from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.planned_rows import Sample
 from p2d_cli.stages.planning import JOURNAL_OVERHEAD, Planner, add_answers, assumed_heads, largest_of, sizes_of
+from p2d_cli.stages.pool_task import METHODS_WITHOUT_MODEL
 
 # --- score-heads
 
@@ -194,7 +195,7 @@ def plan_mine_data(
     chosen = pool.total if config.method == "full" else resolve_count(pool.total, config.ratio, config.count)
     planner.rows["chosen"] = chosen
     planner.disk["artifact"] = round(pool.stored_bytes * chosen / pool.total) + 3 * 8 * pool.total
-    if config.method in {"random", "full", "lexical"}:
+    if config.method in METHODS_WITHOUT_MODEL:
         planner.memory = {}
         return planner.plan()
     shown = target.records if target is not None else ()

@@ -26,10 +26,10 @@ from p2d_cli.core.cost import (
     learn_bytes,
     lora_trained,
 )
+from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import derive_seed
-from p2d_cli.stages.evaluate import GENERATED
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.planned_rows import Sample, stretch
 from p2d_cli.stages.planning import (
@@ -196,7 +196,7 @@ def plan_eval(
         return planner.plan()
     planner.rows["data"] = data.total
     planner.counter.is_exact = data.is_whole
-    if GENERATED.keys() & set(config.metric):
+    if ANSWER_METRICS.keys() & set(config.metric):
         room = max(1, planner.counter.max_length - config.max_new_tokens)
         add_answers(planner, "answer rows", planner.counter.prompts(data.records, data.total, room))
     if "accuracy" in config.metric:

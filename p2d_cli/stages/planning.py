@@ -232,8 +232,9 @@ def _unfinished_work(folder: Path, works: Sequence[Work], key: str) -> list[str]
 
 
 def _journals(folder: Path, work: Work) -> list[tuple[str, int]]:
-    """Return the finished batches in a work's journals: a line each, below a head line; one journal a process."""
+    """Return the finished batches in a work's journals: a line each, below a head line; one a chunk of a pool."""
     stem = work.name.replace(" ", "-")
-    journals = [path for path in folder.rglob("*.jsonl") if path.name.split(".")[0] == stem]
+    names = ((path, path.name.partition(".")[0]) for path in folder.rglob("*.jsonl"))
+    journals = [path for path, name in names if name == stem or name.startswith(f"{stem}-")]
     finished = sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in journals)
     return [(work.name, finished)] if journals else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,20 @@ class RelevanceTally:
             self.listed += listed
             self.found += chosen
 
-    def summary(self, chosen: int, rows: int) -> dict[str, Any]:
-        """Return precision and recall of `chosen` rows of a pool of `rows`, and the precision of chance."""
-        if not self.in_pool:
+    def require_known(self, names: Iterable[str]) -> None:
+        """Refuse ids that are none of a pool's, before it is scored.
+
+        Raises:
+            DataError: no relevant row is among `names`.
+        """
+        if not any(name in self.relevant for name in names):
             raise DataError(
                 "none of the ids of --relevance is the id of a row of the pool",
-                hint="give the ids as the subset's pool_scores.parquet has them",
+                hint="give the ids as `mine-data --method full` writes them to pool_scores.parquet",
             )
+
+    def summary(self, chosen: int, rows: int) -> dict[str, Any]:
+        """Return precision and recall of `chosen` rows of a pool of `rows`, and the precision of chance."""
         return {
             "precision": self.found / chosen,
             "recall": self.found / self.in_pool,
@@ -61,9 +69,13 @@ def open_relevance(job: StageRun[MineDataConfig]) -> RelevanceTally | None:
         relevant = json.loads(path.read_bytes())["relevant"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise DataError(
-            f'--relevance {spec}: expected a JSON object {{"relevant": [ids]}}; found {problem!r:.80}'
+            f'--relevance {spec}: expected a JSON object {{"relevant": [ids]}}; found {problem!r:.80}',
+            hint="it names pool rows by their ids; it only measures, so leaving it out changes no choice",
         ) from None
     if not isinstance(relevant, list) or not all(isinstance(name, str) for name in relevant):
-        raise DataError(f"--relevance {spec}: expected a list of ids, which are texts, under 'relevant'")
+        raise DataError(
+            f"--relevance {spec}: expected a list of ids, which are texts, under 'relevant'",
+            hint="write numbers as texts too, as the subset's pool_scores.parquet does",
+        )
     job.inputs["relevance"] = InputEntry(kind="relevance", digest=digest_file(path), source=spec)
     return RelevanceTally(frozenset(relevant))

@@ -18,7 +18,7 @@ from p2d_cli.artifacts.manifest import InputEntry, Manifest
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import AerReport, RunCost, StageCost, compare, seed_of, trained_setting
+from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare, seed_of, trained_setting
 from p2d_cli.core.report_views import with_views
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, first_line
 from p2d_cli.reporting.table import share_text
@@ -55,7 +55,9 @@ def _read_recipe(spec: str) -> str:
     try:
         return Path(spec).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"cannot read the recipe {spec}: {first_line(problem)}") from None
+        raise DataError(
+            f"cannot read the recipe {spec}: {first_line(problem)}", hint="give its file, or leave --recipe out"
+        ) from None
 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
@@ -97,6 +99,7 @@ class _Settings(BaseModel):
     trainable_share: float | None = None
     seed: int | None = None
     precision: float | None = None
+    confidence: Annotated[float, Field(gt=0, lt=1)] = DEFAULT_CONFIDENCE
     shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
     selected: list[Annotated[int, Field(ge=0)]] = []
     levels: Annotated[str, Field(pattern="^[0-9]*$")] = ""

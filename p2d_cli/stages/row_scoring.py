@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.journal import pack_texts, unpack_texts
 from p2d_cli.config import EvalConfig
 from p2d_cli.data.records import Record
-from p2d_cli.errors import NonFiniteError
+from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError
 from p2d_cli.modeling.choices import can_pack, score_pack_batch, split_into_packs
 from p2d_cli.modeling.generation import generate_greedy, score_completions
 from p2d_cli.stages.batch_reading import Arrays
@@ -153,6 +153,6 @@ def _numbers(
     if (wrong := np.flatnonzero(np.isnan(values))).size:
         raise NonFiniteError(
             f"expected finite log-likelihoods, found nan for {records[group[wrong[0]]].where}; nothing was written",
-            hint="look for NaN in the model's weights, or try --dtype float32",
+            hint=NOT_FINITE_HINT,
         )
     return {"log_likelihood": values}

@@ -195,7 +195,9 @@ class RecipeRun:
         return self._stage("eval", out, model=str(adapter), seed=point.seed)
 
     def _heads(self, method: str, seed: int, name: str | None = None, ratio: float | None = None) -> Path:
-        chosen: dict[str, Any] = {"method": "uniform", "ratio": 1.0} if method == "all" else {"method": method}
+        chosen: dict[str, Any] = (
+            {"method": "uniform", "ratio": 1.0, "layers": None} if method == "all" else {"method": method}
+        )
         if ratio is not None:
             chosen["ratio"] = ratio
         return self._stage("score-heads", self._out / "heads" / f"{name or method}-s{seed}", seed=seed, **chosen)
@@ -206,8 +208,8 @@ class RecipeRun:
         reader = self._recipe.table("mine-data").get("scorer_model")
         if reader is None:
             return self._heads(method, seed)
-        # A task model of [score-heads] is one of the trained model's size.
-        settings = {"model": reader, "method": method, "task_model": None, "seed": seed}
+        # A task model of [score-heads] is one of the trained model's size, and its layers are those of that model.
+        settings = {"model": reader, "method": method, "task_model": None, "layers": None, "seed": seed}
         return self._stage("score-heads", self._out / "heads" / f"{method}-scorer-s{seed}", **settings)
 
     def _subset(self, point: Point) -> Path:

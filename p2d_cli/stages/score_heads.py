@@ -6,6 +6,7 @@ Legend: R repeats, L layers, H query heads a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
 from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.core.cost import StagePlan
-from p2d_cli.errors import NonFiniteError, UnavailableError, UsageError
+from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UnavailableError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.head_scoring import HeadsScored, ScoringInputs, score_heads
+from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
 
 PICTURE_NAME = "heads.png"
 NEED_POOL = {"contrast", "readout"}
@@ -75,16 +77,18 @@ def _resolve_method(config: ScoreHeadsConfig) -> str:
 
 
 def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Path) -> Outcome:
-    from p2d_cli.core.head_selection import repeatability
+    from p2d_cli.core.head_selection import among_layers, candidate_layers, repeatability
 
     config = job.config
     scored = score_heads(job, inputs)
     scores_LH = scored.repeats_RLH.mean(axis=0)
     _require_finite(scores_LH, inputs.method)
-    budget = scored.geometry.head_budget(config.ratio)
+    layers = candidate_layers(config.layers, scored.geometry.num_layers)
+    select = _selection_rule(config, inputs.method, scored.geometry)
+    chosen = select(scores_LH[layers.start : layers.stop])
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
-        selected_LH=_select(job, inputs.method, scored, scores_LH),
+        selected_LH=among_layers(chosen, layers, len(scores_LH)) if scored.selected_LH is None else scored.selected_LH,
         repeats_RLH=scored.repeats_RLH.astype(np.float32),
         method=inputs.method,
         geometry=scored.geometry,
@@ -93,7 +97,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
         with job.saving():
             save_head_scores(folder, heads)
             _draw(job, heads, folder)
-    repeat = repeatability(scored.repeats_RLH, budget)
+    repeat = repeatability(scored.repeats_RLH[:, layers.start : layers.stop], select)
     return Outcome(
         summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | scored.notes,
         settings={"method": inputs.method, "ratio": config.ratio} | _map(heads),
@@ -104,18 +108,16 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
     )
 
 
-def _select(
-    job: StageRun[ScoreHeadsConfig], method: str, scored: HeadsScored, scores_LH: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+def _selection_rule(
+    config: ScoreHeadsConfig, method: str, shape: HeadGeometry
+) -> Callable[[NDArray[np.float64]], NDArray[np.bool_]]:
+    """Return what makes a selection from the scores of some layers, `[layers, H]`."""
     from p2d_cli.core.head_selection import select_spread, select_top
 
-    if scored.selected_LH is not None:
-        return scored.selected_LH
-    budget = scored.geometry.head_budget(job.config.ratio)
-    rule = job.config.selection
-    if rule == "spread" or (rule == "auto" and method in NEED_POOL):
-        return select_spread(scores_LH, budget, scored.geometry.num_groups)
-    return select_top(scores_LH, budget)
+    budget = shape.head_budget(config.ratio)
+    if config.selection == "spread" or (config.selection == "auto" and method in NEED_POOL):
+        return lambda scores: select_spread(scores, budget, shape.num_groups)
+    return lambda scores: select_top(scores, budget)
 
 
 def _require_finite(scores_LH: NDArray[np.float64], method: str) -> None:
@@ -124,7 +126,7 @@ def _require_finite(scores_LH: NDArray[np.float64], method: str) -> None:
     layer, head = np.argwhere(~np.isfinite(scores_LH))[0]
     raise NonFiniteError(
         f"the {method} score of layer {layer}, head {head} is not a finite number; nothing was written",
-        hint="look for NaN in the model's weights, or try --dtype float32",
+        hint=NOT_FINITE_HINT,
     )
 
 

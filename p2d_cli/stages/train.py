@@ -159,7 +159,9 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
             save_training_log(folder, record.log)
-            save_model_card(folder, base=inputs.model.spec, scope=scope, figures=_card_figures(summary))
+            save_model_card(
+                folder, inputs.model.name, inputs.model.asked_revision, scope=scope, figures=_card_figures(summary)
+            )
             _draw(job, record.log, folder)
     settings = {
         "scope": scope,
@@ -175,9 +177,15 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         tokens=record.tokens,
         epochs=config.epochs,
         steps_done=record.steps_done,
-        steps_planned=record.steps_planned,
+        steps_planned=_steps_meant(config, record),
         decoration=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
     )
+
+
+def _steps_meant(config: TrainConfig, record: TrainingRecord) -> int:
+    """Return the updates of a whole training: one that --patience ended is whole, one that --max-steps ended is not."""
+    last = min(record.steps_planned, config.max_steps or record.steps_planned)
+    return record.steps_planned if record.steps_done == last else record.steps_done
 
 
 def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, share: TrainableShare) -> dict[str, Any]:
@@ -294,7 +302,9 @@ def _train_within_memory(
 
 
 def _as_far_as_known(job: StageRun[TrainConfig], plan: TrainingPlan) -> TrainingPlan:
-    """Begin with the micro-batch that an interrupted run had come down to."""
+    """Begin with the micro-batch that an interrupted run had come down to; several processes keep to what was asked."""
+    if distributed.world_size() > 1:
+        return plan
     tried = [int(folder.name.rpartition("-")[2]) for folder in job.scratch("checkpoints").glob("micro-batch-*")]
     smallest = min([plan.micro_batch, *tried])
     return replace(plan, accumulation=plan.batch_size // smallest)
@@ -506,7 +516,7 @@ def _save(
     if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
-        save_adapter(model, folder, base.spec, state)
+        save_adapter(model, folder, base.name, state, revision=base.asked_revision)
     else:
         from p2d_cli.modeling.saving import save_plain_model
 

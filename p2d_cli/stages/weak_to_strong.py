@@ -13,8 +13,7 @@ from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles, vocabulary
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.identity import ensure_same_model
-
-METHODS_WITHOUT_MODEL = frozenset({"random", "lexical", "full"})
+from p2d_cli.stages.pool_task import METHODS_WITHOUT_MODEL
 
 
 def open_reader(job: StageRun[MineDataConfig]) -> ModelFiles:

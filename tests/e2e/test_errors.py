@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 
@@ -294,7 +295,32 @@ def test_choices_for_accuracy(p2d, tiny_folder, few, tmp_path):
     (tmp_path / "one.json").write_text('["only"]')
     refused(p2d(*evaluate, "--choices", tmp_path / "one.json", "--out", tmp_path / "e"), 65, "at least two")
     (tmp_path / "two.json").write_text('["alpha", "bravo"]')
-    assert p2d(*evaluate, "--choices", tmp_path / "two.json", "--out", tmp_path / "e").code == 0
+    done = p2d(*evaluate, "--choices", tmp_path / "two.json", "--out", tmp_path / "two")
+    assert (done.code, f"2 rows offer other choices than their answer, as {few['test'].name}:1" in done.said) == (
+        0,
+        True,
+    )
+    summary = json.loads((tmp_path / "two" / "manifest.json").read_text())["summary"]
+    assert (summary["answers_not_offered"], summary["metrics"]["accuracy"]["value"]) == (2, 0.0)
+    answers = [json.loads(line)["completion"] for line in few["test"].read_text().splitlines()[:2]]
+    (tmp_path / "own.json").write_text(json.dumps([f" {answer} " for answer in answers] + ["other"]))
+    done = p2d(*evaluate, "--choices", tmp_path / "own.json", "--out", tmp_path / "e")
+    assert (done.code, "other choices" in done.said) == (0, False)
+    table = pq.read_table(tmp_path / "e" / "predictions.parquet").to_pylist()
+    assert [row["accuracy"] for row in table] == [row["choice"].strip() == row["reference"] for row in table]
+
+
+def test_a_reference_without_a_number_is_named_before_the_model_is_asked(p2d, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "1"}\n{"prompt": "b", "completion": "none"}\n')
+    monkeypatch.setattr("p2d_cli.stages.workbench.open_workbench", lambda *_: pytest.fail("the model was loaded"))
+    rows = ("--data", tmp_path / "rows.jsonl", "--metric", "number_match")
+    refused(p2d("eval", "--model", tiny_folder, *rows, "--out", tmp_path / "e"), 65, "rows.jsonl:2", "number")
+    pool = ("--pool", tmp_path / "rows.jsonl", "--target", tmp_path / "rows.jsonl", "--method", "data-whisperer")
+    done = p2d(
+        *("mine-data", "--model", tiny_folder, *pool, "--perf", "generate", "--perf-metric", "number_match"),
+        *("--out", tmp_path / "s"),
+    )
+    refused(done, 65, "rows.jsonl:2", "number")
 
 
 def test_an_unknown_device(score):

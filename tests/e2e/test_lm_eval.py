@@ -266,3 +266,15 @@ def test_logits_that_are_no_numbers(evaluate, tmp_path, task):
     assert done.code == 70, done.said
     assert "the logits of row 1 of" in done.said
     assert not (tmp_path / "e").exists()
+
+
+def test_the_chat_template_that_was_asked_for_is_shown(evaluate, tmp_path):
+    harness()
+    template = tmp_path / "shouting.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}<answer>")
+    options = ("--chat-template", template, "--system", "be brief")
+    assert evaluate(*options, names="p2d_answers").code == 0
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    assert manifest["inputs"]["chat_template"]["source"] == str(template)
+    prompts = pq.read_table(tmp_path / "e" / "predictions.parquet")["prompt"].to_pylist()
+    assert all(prompt.startswith("<system>BE BRIEF<user>") and prompt.endswith("<answer>") for prompt in prompts)

@@ -113,6 +113,42 @@ def test_a_dry_run_of_something_new_makes_nothing(recipe, p2d, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_seed_and_folder_may_come_from_variables(recipe, p2d, tmp_path, monkeypatch):
+    monkeypatch.setenv("P2D_SEED", "7")
+    monkeypatch.setenv("P2D_OUT", str(tmp_path / "there"))
+    stages = p2d("run", recipe[0], "--dry-run", "--json").json["stages"]
+    assert {stage["out"].rpartition("-s")[2] for stage in stages} == {"7"}
+    assert all(stage["out"].startswith(str(tmp_path / "there")) for stage in stages)
+
+
+def test_a_recipe_is_given_once(recipe, p2d):
+    done = p2d("run", recipe[0], "--config", recipe[0])
+    assert (done.code, "leave --config out" in done.said) == (2, True)
+
+
+def test_a_stage_by_itself_takes_the_table_of_its_scope(recipe, p2d, few, tmp_path):
+    words = (
+        "train",
+        "--config",
+        recipe[0],
+        "--data",
+        few["target"],
+        "--out",
+        tmp_path / "a",
+        "--print-config",
+        "--json",
+    )
+    assert p2d(*words, "--scope", "full").json["lr"] == {"value": 0.001, "origin": "recipe"}
+    assert p2d(*words, "--scope", "lora").json["lr"]["value"] is None
+
+
+def test_layers_of_the_mining_heads_do_not_bind_all_heads(recipe, p2d, tmp_path):
+    limited = tmp_path / "limited.toml"
+    limited.write_text(recipe[0].read_text().replace("episodes = 8", 'episodes = 8\nlayers = "0-1"'))
+    done = p2d("run", limited, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert done.code == 0, done.said
+
+
 def test_print_config_shows_the_recipe(recipe, p2d):
     assert p2d("run", recipe[0], "--print-config").json["name"] == "few rows"
 

@@ -141,6 +141,8 @@ def test_the_best_weights_on_held_out_rows_are_kept(p2d, words, few, tmp_path):
     summary = manifest_of(tmp_path / "best")["summary"]
     assert (summary["best_update"], summary["best_eval_loss"]) == (best, looks[best])
     assert summary["updates"] == best + 2 < summary["updates_planned"]
+    [cost] = [cost for cost in manifest_of(tmp_path / "best")["ledger"] if cost["stage"] == "train"]
+    assert cost["steps_done"] == cost["steps_planned"] == best + 2, "it is whole, and no report scales its time"
     again = p2d(*words("heads", "short", "--lr", 3.0, "--schedule", "constant", "--epochs", 9, "--max-steps", best))
     assert again.code == 0
     assert same(tmp_path / "best", tmp_path / "short")

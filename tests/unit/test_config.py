@@ -170,6 +170,24 @@ def test_input_paths_are_relative_to_the_recipe_if_they_exist_there(tmp_path):
     assert recipe.eval == {"data": str(tmp_path / "rows.jsonl"), "model": "owner/name"}
 
 
+def test_paths_of_one_scope_are_the_recipes_too(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = read_recipe(write(tmp_path, '[train.full]\neval-data = "rows.jsonl"\n'))
+    assert recipe.table("train", "full") == {"eval_data": str(tmp_path / "rows.jsonl")}
+
+
+@pytest.mark.parametrize("table", ["defaults", "reference", "grid"])
+def test_a_typo_beside_the_table_of_a_scope_is_found(tmp_path, table):
+    with pytest.raises(UsageError, match="unknown key 'max-lenght'"):
+        read_recipe(write(tmp_path, f"[train.full]\nlr = 0.1\n[{table}]\nmax-lenght = 9\n"))
+
+
+def test_dashes_and_underscores_are_one_key(tmp_path):
+    text = "[defaults]\nmax_length = 1\n[train]\nmax-length = 2\n[train.full]\nmax_length = 3\n"
+    recipe = read_recipe(write(tmp_path, text))
+    assert [recipe.table("train", scope)["max_length"] for scope in (None, "lora", "full")] == [2, 2, 3]
+
+
 def test_configs_have_no_field_that_pydantic_reserves():
     for config in {*STAGE_CONFIGS.values(), ScoreHeadsConfig, ReportAerConfig}:
         assert not set(config.model_fields) & set(dir(BaseModel))

@@ -175,10 +175,12 @@ def test_evaluation_round_trip(tmp_path):
 
 @pytest.mark.parametrize(("scope", "loads_with"), [("heads", "PeftModel"), ("full", "AutoModelForCausalLM")])
 def test_model_card_says_how_to_load(tmp_path, scope, loads_with):
-    save_model_card(tmp_path, base="owner/base", scope=scope, figures={"Rows": 3})
+    save_model_card(tmp_path, "owner/base", "v1", scope=scope, figures={"Rows": 3})
     card = (tmp_path / "README.md").read_text()
     assert loads_with in card
     assert "| Rows | 3 |" in card
+    assert "Base model: `owner/base@v1`" in card
+    assert ('"owner/base", revision="v1")' in card) == (scope == "heads")
 
 
 def test_training_log_is_json_lines(tmp_path):

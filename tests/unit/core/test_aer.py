@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.core.aer import MetricValue, Reference, RunCost, StageCost, compare, pareto_front, reference_seconds
+from p2d_cli.core.aer import (
+    MetricValue,
+    Reference,
+    RunCost,
+    StageCost,
+    compare,
+    control_warnings,
+    pareto_front,
+    reference_seconds,
+)
+from p2d_cli.core.metrics import lower_is_better
 from p2d_cli.errors import ArtifactError, UsageError
 
 FULL_SETTINGS = {"scope": "full", "trainable_share": 1.0, "data_method": "full", "row_share": 1.0}
@@ -277,7 +287,7 @@ def test_a_report_becomes_valid_json_with_every_field_of_its_rows():
     unknown = replace(_method(), metrics={"exact_match": MetricValue(0.5, math.nan, math.nan, 1)})
     document = compare([unknown], _full()).to_dict()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert set(document) == {"reference", "rows", "flags", "warnings", "groups", "head_maps"}
+    assert set(document) == {"reference", "rows", "flags", "warnings", "groups", "head_maps", "confidence"}
     row, full = document["rows"]
     assert row["metrics"]["exact_match"] == {"value": 0.5, "low": None, "high": None, "count": 1}
     assert (row["aer"], row["mixed"], full["is_reference"]) == (pytest.approx(0.16), [], True)
@@ -308,3 +318,27 @@ def test_the_pareto_front_is_every_point_that_no_other_beats(points: list[tuple[
     assert set(front) == expected
     assert len(front) == len(expected)
     assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+
+
+def test_lower_is_better_for_metrics_of_lm_eval_too():
+    assert lower_is_better("perplexity")
+    assert lower_is_better("wikitext/word_perplexity")
+    assert lower_is_better("task/brier_score,strict")
+    assert not lower_is_better("task/acc,none")
+    control = _method("control", heads="random", data="random", score=9.0)
+    runs = [replace(run, metrics={"t/word_perplexity": MetricValue(value, value, value, 5)})
+            for run, value in ((_method(), 8.0), (control, 9.0))]  # fmt: skip
+    assert not control_warnings(compare(runs, _full()).rows)
+
+
+def test_the_level_of_the_intervals_is_told():
+    def at(run, level):
+        return replace(
+            run, stages=(*run.stages, _stage("eval", f"judged-{run.name}", 1.0, settings={"confidence": level}))
+        )
+
+    assert compare([_method()], _full()).confidence == 0.95
+    assert compare([at(_method(), 0.9)], at(_full(), 0.9)).confidence == 0.9
+    mixed = compare([at(_method(), 0.9)], at(_full(), 0.95))
+    assert mixed.confidence is None
+    assert any("several levels: 0.9, 0.95" in flag for flag in mixed.flags)

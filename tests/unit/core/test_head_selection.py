@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from p2d_cli.core.head_selection import (
+    among_layers,
+    candidate_layers,
     contrast_scores,
     expected_jaccard,
     jaccard,
@@ -138,7 +141,7 @@ def test_expected_jaccard_of_a_tenth_of_a_large_model():
 
 def test_repeatability_averages_all_pairs_of_repeats():
     repeats = np.random.default_rng(0).normal(size=(3, 4, 5))
-    found = repeatability(repeats, 4)
+    found = repeatability(repeats, partial(select_top, count=4))
     assert found is not None
     pairs = [(0, 1), (0, 2), (1, 2)]
     rank = [scipy.stats.spearmanr(repeats[i].ravel(), repeats[j].ravel()).statistic for i, j in pairs]
@@ -151,17 +154,24 @@ def test_repeatability_averages_all_pairs_of_repeats():
     assert found.draws == 3
 
 
+def test_repeatability_is_that_of_the_selection_that_is_made():
+    scores = np.array([[[9.0, 8.0], [2.0, 1.0]], [[9.0, 1.0], [8.0, 2.0]]])
+    top = repeatability(scores, partial(select_top, count=2))
+    spread = repeatability(scores, lambda each: select_spread(each, 2, num_groups=2))
+    assert (top.mean_jaccard, spread.mean_jaccard) == (1 / 3, 1.0)
+
+
 def test_repeatability_of_one_repeat_is_unknown_and_of_equal_ones_perfect():
     scores = np.arange(6.0).reshape(1, 2, 3)
-    assert repeatability(scores, 2) is None
-    same = repeatability(np.repeat(scores, 2, axis=0), 2)
+    assert repeatability(scores, partial(select_top, count=2)) is None
+    same = repeatability(np.repeat(scores, 2, axis=0), partial(select_top, count=2))
     assert same is not None
     assert (same.mean_spearman, same.mean_jaccard) == (1.0, 1.0)
-    constant = repeatability(np.zeros((2, 2, 3)), 2)
+    constant = repeatability(np.zeros((2, 2, 3)), partial(select_top, count=2))
     assert constant is not None
     assert math.isnan(constant.mean_spearman)
     with pytest.raises(NonFiniteError):
-        repeatability(np.full((2, 2, 3), np.nan), 2)
+        repeatability(np.full((2, 2, 3), np.nan), partial(select_top, count=2))
 
 
 def test_contrast_is_the_mean_share_beyond_chance():
@@ -195,3 +205,18 @@ def test_a_spread_selection_by_hand():
     expected = np.array([[1, 0, 0, 1], [1, 0, 1, 0]], dtype=bool)  # 8 and 6 share the groups of 9 and 7
     np.testing.assert_array_equal(select_spread(scores, 4, 2), expected)
     np.testing.assert_array_equal(select_spread(np.zeros((2, 4)), 2, 2), [[1, 0, 0, 0], [1, 0, 0, 0]])
+
+
+def test_candidate_layers_are_named_by_the_first_and_the_last():
+    assert candidate_layers(None, 3) == range(3)
+    assert candidate_layers("1-2", 3) == range(1, 3)
+    assert candidate_layers("2-2", 3) == range(2, 3)
+    for wrong in ("0-3", "2-1", "7-9"):
+        with pytest.raises(UsageError, match=f"layers 0 to 2, found {wrong}"):
+            candidate_layers(wrong, 3)
+
+
+def test_a_selection_among_layers_is_put_into_its_place():
+    chosen = np.array([[True, False], [False, True]])
+    found = among_layers(chosen, range(1, 3), 4)
+    assert found.tolist() == [[False, False], [True, False], [False, True], [False, False]]
