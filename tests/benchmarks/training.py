@@ -4,7 +4,9 @@
 
 The floor of a selection of heads is the same forward, and the gradients of the activations down to the lowest trained
 layer, where a single scalar is trained. (a) times single steps of 16 x 96 tokens, the variants in turn, and counts
-their FLOPs; (b) runs `p2d train` on rows of 96 tokens and takes seconds a step and peak memory from its manifest.
+their FLOPs; (b) runs `p2d train` on such rows for one epoch and for two, whose difference is free of what a command
+does once, and takes peak memory from its manifest; floors are timed again beside each command, as a machine's speed
+changes.
 
 `OUT/training.json` holds all figures.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -38,6 +41,8 @@ from p2d_cli.modeling.loading import load_model, resolve_dtype
 from p2d_cli.runtime.hardware import describe_hardware, synchronizer
 
 ROWS, TOKENS, ANSWER = 16, 96, 32
+UPDATES = 12
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as")
 
 
 def main() -> None:
@@ -48,9 +53,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = {"hardware": describe_hardware(options.device)["label"], "steps": steps(options)}
+    dtype = resolve_dtype("auto", options.device)
+    variants = {name: build(options, dtype) for name, build in BUILDERS.items()}
+    results = {
+        "hardware": describe_hardware(options.device)["label"],
+        "dtype": str(dtype),
+        "steps": steps(options, variants, dtype),
+    }
     print(json.dumps(results, indent=2), flush=True)
-    results["commands"] = commands(options, results["steps"])
+    floors = {name: variant for name, variant in variants.items() if name.startswith("floor-")}
+    del variants
+    results["commands"] = commands(options, floors, dtype)
     print(json.dumps(results["commands"], indent=2), flush=True)
     text = json.dumps(results, indent=2, sort_keys=True) + "\n"
     (options.out / "training.json").write_text(text, encoding="utf-8")
@@ -68,20 +81,9 @@ class Variant:
     share: float
 
 
-def steps(options: argparse.Namespace) -> dict[str, Any]:
-    dtype = resolve_dtype("auto", options.device)
-    variants = {name: build(options, dtype) for name, build in BUILDERS.items()}
-    batch = make_batch(next(iter(variants.values())).model.config.vocab_size, options.device)
-    wait = synchronizer(options.device)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.rounds + 1):  # the first round warms up
-        for name, variant in variants.items():
-            wait()
-            start = time.perf_counter()
-            step(variant, batch, dtype)
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    best = {name: min(values[1:]) for name, values in seconds.items()}
+def steps(options: argparse.Namespace, variants: dict[str, Variant], dtype: torch.dtype) -> dict[str, Any]:
+    batch = make_batch(variants["full"].model.config.vocab_size, options.device)
+    best = time_steps(options, variants, dtype, batch)
     flops = {name: count_flops(variant, batch, dtype) for name, variant in variants.items()}
     return {
         name: {
@@ -94,6 +96,22 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name in variants
     }
+
+
+def time_steps(
+    options: argparse.Namespace, variants: dict[str, Variant], dtype: torch.dtype, batch: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Return the seconds of each variant's quickest step, in turn."""
+    wait = synchronizer(options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds + 1):  # the first round warms up
+        for name, variant in variants.items():
+            wait()
+            start = time.perf_counter()
+            step(variant, batch, dtype)
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(values[1:]) for name, values in seconds.items()}
 
 
 def heads_of(layout: Any, kind: str) -> np.ndarray:
@@ -192,62 +210,54 @@ def count_flops(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.d
 # --- (b) the whole command
 
 
-def commands(options: argparse.Namespace, single: dict[str, Any]) -> dict[str, Any]:
-    rows = options.out / "rows.jsonl"
-    words = [f"{index * 7919 % 10007}" for index in range(4000)]
-    with rows.open("w", encoding="utf-8") as stream:
-        for index in range(ROWS * 12):
-            prompt = " ".join(words[index : index + 120])  # cut to the length of a row, from the left
-            stream.write(json.dumps({"prompt": prompt, "completion": " ".join(words[index : index + 8])}) + "\n")
+def commands(options: argparse.Namespace, floors: dict[str, Variant], dtype: torch.dtype) -> dict[str, Any]:
+    rows = write_rows(options.out / "rows.jsonl")
+    batch = make_batch(next(iter(floors.values())).model.config.vocab_size, options.device)
     figures = {}
     for name in ("full", "heads-spread", "heads-upper", "lora"):
         scope, _, kind = name.partition("-")
-        extra = ["--heads", str(make_heads(options, kind))] if scope == "heads" else ["--scope", scope]
-        out = options.out / f"run-{name}"
-        p2d(
-            "train", "--model", options.model, "--data", str(rows), "--template", "plain", "--max-length", str(TOKENS),
-            "--batch-size", str(ROWS), "--epochs", "1", *extra, "--device", options.device, "--out", str(out),
-        )  # fmt: skip
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        seconds = manifest["seconds"]["train"] / manifest["summary"]["updates"]
+        chosen = ["--heads", str(make_heads(options, kind))] if scope == "heads" else ["--scope", scope]
+        one, two = (train(options, rows, name, epochs, chosen) for epochs in (1, 2))
+        beside = time_steps(options, {name: floors[f"floor-{kind}"]}, dtype, batch)[name] if kind else None
+        updates = two["summary"]["updates"] - one["summary"]["updates"]
+        seconds = (two["seconds"]["train"] - one["seconds"]["train"]) / updates
         figures[name] = {
             "seconds_a_step": seconds,
-            "of_its_floor": seconds / single[f"floor-{kind}"]["seconds"] if kind else None,
-            "peak_gib": manifest["peak_memory_gib"],
-            "tokens_a_step": manifest["tokens"] / manifest["summary"]["updates"],
+            "floor_seconds_beside": beside,
+            "of_its_floor": seconds / beside if beside is not None else None,
+            "peak_gib": two["peak_memory_gib"],
+            "tokens_a_step": two["tokens"] / two["summary"]["updates"],
         }
     full = figures["full"]["seconds_a_step"]
     return {name: row | {"of_full": row["seconds_a_step"] / full} for name, row in figures.items()}
 
 
+def write_rows(path: Path) -> Path:
+    """Write rows whose words are a token each: prompts that are cut to the length of a row, answers of `ANSWER`."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as stream:
+        for _ in range(ROWS * UPDATES):
+            prompt, answer = (" ".join(draw.choices(WORDS, k=count)) for count in (TOKENS, ANSWER - 1))
+            stream.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
+    return path
+
+
+def train(options: argparse.Namespace, rows: Path, name: str, epochs: int, chosen: list[str]) -> dict[str, Any]:
+    out = options.out / f"run-{name}-{epochs}"
+    p2d(
+        "train", "--model", options.model, "--data", str(rows), "--template", "plain", "--max-length", str(TOKENS),
+        "--batch-size", str(ROWS), "--epochs", str(epochs), *chosen, "--device", options.device, "--out", str(out),
+    )  # fmt: skip
+    manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
 def make_heads(options: argparse.Namespace, kind: str) -> Path:
-    """Write a heads artifact, and put the wanted selection into it by scoring with uniform heads."""
-    from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
-    from p2d_cli.modeling.checkpoints import skeleton
-
     folder = options.out / f"heads-{kind}"
-    p2d("score-heads", "--model", options.model, "--method", "uniform", "--out", str(folder))
-    if kind == "upper":
-        layout = model_layout(skeleton(options.model))
-        selected_LH = heads_of(layout, kind)
-        scores_LH = selected_LH.astype(np.float32)
-        save_head_scores(
-            folder, HeadScores(scores_LH, selected_LH, scores_LH[None], "uniform", layout_geometry(layout))
-        )
-        reseal(folder)
+    layers = json.loads((Path(options.model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    upper = ["--layers", f"{layers // 2}-{layers - 1}"] if kind == "upper" else []
+    p2d("score-heads", "--model", options.model, "--method", "uniform", *upper, "--out", str(folder))
     return folder
-
-
-def reseal(folder: Path) -> None:
-    """Bring the manifest in line with a payload that this benchmark replaced."""
-    from p2d_cli.artifacts.digests import digest_file
-
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name, output in manifest["outputs"].items():
-        output["sha256"], output["bytes"] = digest_file(folder / name), (folder / name).stat().st_size
-    manifest.pop("digest", None)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def p2d(*words: str) -> None:
