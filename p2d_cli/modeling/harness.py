@@ -103,7 +103,7 @@ def run_tasks(
         harness = _harness_class(progress)(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
         )
-        try:
+        with _explained(", ".join(tasks)):
             results = simple_evaluate(
                 model=harness,
                 tasks=list(tasks),
@@ -113,15 +113,22 @@ def run_tasks(
                 system_instruction=system,
                 log_samples=True,
             )
-        except OSError as problem:
-            raise UnavailableError(
-                f"lm-eval cannot load {', '.join(tasks)}: {first_line(problem)}",
-                hint="its data set must be on disk or reachable; HF_HUB_OFFLINE forbids to download it",
-            ) from problem
-        except ValueError as problem:
-            raise UsageError(f"lm-eval refuses {', '.join(tasks)}: {first_line(problem)}") from problem
     figures = _figures(results)
     return HarnessResult(figures=figures, rows=_rows(results["samples"], figures), tokens=counted[0])
+
+
+@contextmanager
+def _explained(tasks: str) -> Iterator[None]:
+    """Say in p2d's words what keeps lm-eval from running tasks."""
+    try:
+        yield
+    except OSError as problem:
+        raise UnavailableError(
+            f"lm-eval cannot load {tasks}: {first_line(problem)}",
+            hint="its data set must be on disk or reachable; HF_HUB_OFFLINE forbids to download it",
+        ) from problem
+    except ValueError as problem:
+        raise UsageError(f"lm-eval refuses {tasks}: {first_line(problem)}") from problem
 
 
 def _ensure_known(manager: Any, tasks: Sequence[str]) -> None:

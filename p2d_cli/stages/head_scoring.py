@@ -53,8 +53,6 @@ class HeadsScored:
 
     geometry: HeadGeometry
     repeats_RLH: NDArray[np.float64]
-    selected_LH: NDArray[np.bool_] | None = None
-    """Set by a method that selects without ranking."""
     device: str = "cpu"
     precision: str = ""
     """Empty where no model was run."""
@@ -112,8 +110,8 @@ def _score_by_weights(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) ->
         if inputs.method == "uniform":
             layers = candidate_layers(config.layers, shape.num_layers)
             selected = select_uniform(len(layers), shape.num_heads, shape.head_budget(config.ratio))
-            selected_LH = among_layers(selected, layers, shape.num_layers)
-            return HeadsScored(shape, selected_LH[None].astype(np.float64), selected_LH)
+            # Scores of 1 and 0, of which the highest are just this selection.
+            return HeadsScored(shape, among_layers(selected, layers, shape.num_layers)[None].astype(np.float64))
         draws = (generator(config.seed, "score-heads", "random", repeat) for repeat in range(config.repeats))
         return HeadsScored(shape, np.stack([draw.random(size) for draw in draws]))
 

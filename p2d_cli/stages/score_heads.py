@@ -85,10 +85,9 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
     _require_finite(scores_LH, inputs.method)
     layers = candidate_layers(config.layers, scored.geometry.num_layers)
     select = _selection_rule(config, inputs.method, scored.geometry)
-    chosen = select(scores_LH[layers.start : layers.stop])
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
-        selected_LH=among_layers(chosen, layers, len(scores_LH)) if scored.selected_LH is None else scored.selected_LH,
+        selected_LH=among_layers(select(scores_LH[layers.start : layers.stop]), layers, len(scores_LH)),
         repeats_RLH=scored.repeats_RLH.astype(np.float32),
         method=inputs.method,
         geometry=scored.geometry,
@@ -115,7 +114,8 @@ def _selection_rule(
     from p2d_cli.core.head_selection import select_spread, select_top
 
     budget = shape.head_budget(config.ratio)
-    if config.selection == "spread" or (config.selection == "auto" and method in NEED_POOL):
+    spread = config.selection == "spread" or (config.selection == "auto" and method in NEED_POOL)
+    if spread and method != "uniform":
         return lambda scores: select_spread(scores, budget, shape.num_groups)
     return lambda scores: select_top(scores, budget)
 
