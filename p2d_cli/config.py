@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -207,6 +209,12 @@ class RowOptions(StageConfig):
         return self
 
 
+def _layer_span(text: str) -> str:
+    if not re.fullmatch(r"\d{1,6}-\d{1,6}", text, re.ASCII):
+        raise ValueError("expected the first and the last layer, from 0, such as 15-29")
+    return text
+
+
 class ScoreHeadsConfig(RowOptions):
     """Settings of `p2d score-heads`."""
 
@@ -224,7 +232,7 @@ class ScoreHeadsConfig(RowOptions):
         "top: the highest scores; spread: the highest with an even share of each layer and one head a KV group; auto: "
         "spread for readout and contrast, top for the others.",
     )
-    layers: Annotated[str, Field(pattern=r"^\d{1,6}-\d{1,6}$")] | None = setting(
+    layers: Annotated[str, AfterValidator(_layer_span)] | None = setting(
         None, "Select among these layers only, from 0, such as 15-29: the upper ones are cheaper to train."
     )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
@@ -737,7 +745,9 @@ def read_recipe(path: Path) -> Recipe:
         path = path.expanduser()
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"no recipe at {path}", hint="give the path of a .toml file") from None
+        raise DataError(
+            f"no recipe at {path}", hint="give the path of a .toml file, or quickstart, which comes with p2d"
+        ) from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
     except (ValueError, RecursionError) as problem:
