@@ -336,6 +336,14 @@ class StageRun(Generic[ConfigT]):
         with self.timer.phase("save"):
             yield
 
+    @contextmanager
+    def drawing(self, name: str) -> Iterator[None]:
+        """Do without the picture `name` where it cannot be drawn, and say so."""
+        try:
+            yield
+        except UnavailableError as missing:
+            self.progress.note(f"no {name}: {missing.message}")
+
     @property
     def key(self) -> str:
         """The key of the artifact that is being made: unfinished work of another one is of no use for it."""

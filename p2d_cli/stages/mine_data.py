@@ -26,7 +26,7 @@ from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.data.pool import Pool
 from p2d_cli.data.records import require_number
-from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UnavailableError, UsageError
+from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
@@ -202,7 +202,5 @@ def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: flo
 
     if job.config.method in {"full", "random"}:
         return
-    try:
+    with job.drawing(PICTURE_NAME):
         score_histogram(scores_N, cut, folder / PICTURE_NAME, title=f"{job.config.method}: score of every pool row")
-    except UnavailableError as missing:
-        job.progress.note(f"no {PICTURE_NAME}: {missing.message}")

@@ -20,7 +20,7 @@ from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
 from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare, seed_of, trained_setting
 from p2d_cli.core.report_views import with_views
-from p2d_cli.errors import ArtifactError, DataError, UnavailableError, first_line
+from p2d_cli.errors import ArtifactError, DataError, first_line
 from p2d_cli.reporting.table import share_text
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -185,7 +185,5 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
 def _draw(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) -> None:
     from p2d_cli.reporting.plots import aer_scatter
 
-    try:
+    with job.drawing(REPORT_PICTURE_NAME):
         aer_scatter(report, folder / REPORT_PICTURE_NAME)
-    except UnavailableError as missing:
-        job.progress.note(f"no {REPORT_PICTURE_NAME}: {missing.message}")

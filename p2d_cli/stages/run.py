@@ -119,6 +119,7 @@ class RecipeRun:
         """Do every stage of every point that is not up to date, then the report."""
         reference = self._reference_point()
         points = [point for point in self.points() if point != reference]
+        self._check_sizes(points)
         evaluations = [self._evaluation(point) for point in points]
         full = self._evaluation(reference, self._recipe.reference)
         # A dry run leaves no artifacts for the report to read.
@@ -169,6 +170,11 @@ class RecipeRun:
         scope = _one_of("reference", self._recipe.reference, "scope", "full", SCOPES)
         return Point(heads=None, data="full", scope=scope, seed=seed)
 
+    def _check_sizes(self, points: Sequence[Point]) -> None:
+        """Refuse a grid with sizes that its own settings rule out, before anything is computed."""
+        for name, inputs in {point.data_name: self._subset_settings(point) for point in points}.items():
+            self._resolve("mine-data", self._out / "subset" / name, self._recipe.table("mine-data"), inputs)
+
     def _seed(self) -> int:
         given = self._recipe.defaults.get("seed", 0)
         try:
@@ -213,23 +219,24 @@ class RecipeRun:
         return self._stage("score-heads", self._out / "heads" / f"{method}-scorer-s{seed}", **settings)
 
     def _subset(self, point: Point) -> Path:
-        inputs: dict[str, Any] = {"method": point.data, "seed": point.seed}
+        inputs = self._subset_settings(point)
         if point.data == "p2d":
             inputs["heads"] = str(self._mining_heads(point.seed))
-        if point.data_ratio is not None:
-            inputs["ratio"] = point.data_ratio
         return self._stage("mine-data", self._out / "subset" / f"{point.data_name}-s{point.seed}", **inputs)
+
+    def _subset_settings(self, point: Point) -> dict[str, Any]:
+        """Return the settings that a point gives to its rows, heads aside."""
+        settings: dict[str, Any] = {"method": point.data, "seed": point.seed}
+        if point.data_ratio is not None:
+            settings["ratio"] = point.data_ratio
+        return settings
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:
         """Do one stage unless it was done in this run already, and return its folder."""
         if out in self._done:
             return out
         self._on_stage(name, out)
-        fields = STAGE_CONFIGS[name].model_fields
-        flags = {key: value for key, value in self._overrides.items() if key in fields} | settings | {"out": out}
-        given = self._recipe.table(name) if table is None else table
-        resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=given)
-        resolved = _owned_by_recipe(resolved, settings)
+        resolved = self._resolve(name, out, self._recipe.table(name) if table is None else table, settings)
         if self._is_waiting(settings):
             self._done[out] = self._plan(name, out, resolved)
         else:
@@ -237,6 +244,12 @@ class RecipeRun:
         if self._done[out].manifest is None:
             self._planned[str(out)] = resolved.config
         return out
+
+    def _resolve(self, name: str, out: Path, table: dict[str, Any], settings: dict[str, Any]) -> Resolved[StageConfig]:
+        """Return a stage's settings: the recipe's, under those of flags, under those of the grid."""
+        fields = STAGE_CONFIGS[name].model_fields
+        flags = {key: value for key, value in self._overrides.items() if key in fields} | settings | {"out": out}
+        return _owned_by_recipe(resolve(STAGE_CONFIGS[name], flags=flags, recipe=table), settings)
 
     def _is_waiting(self, settings: dict[str, Any]) -> bool:
         """Say whether an input is an artifact that this dry run has only planned."""

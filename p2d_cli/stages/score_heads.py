@@ -16,7 +16,7 @@ from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
 from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import HeadGeometry
-from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UnavailableError, UsageError
+from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
 
@@ -157,8 +157,6 @@ def _map(heads: HeadScores) -> dict[str, object]:
 def _draw(job: StageRun[ScoreHeadsConfig], heads: HeadScores, folder: Path) -> None:
     from p2d_cli.reporting.plots import head_heatmap
 
-    try:
-        title = f"{heads.method}: {int(heads.selected_LH.sum())} of {heads.scores_LH.size} heads"
+    title = f"{heads.method}: {int(heads.selected_LH.sum())} of {heads.scores_LH.size} heads"
+    with job.drawing(PICTURE_NAME):
         head_heatmap(heads.scores_LH, heads.selected_LH, folder / PICTURE_NAME, title=title)
-    except UnavailableError as missing:
-        job.progress.note(f"no {PICTURE_NAME}: {missing.message}")

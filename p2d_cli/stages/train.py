@@ -538,9 +538,7 @@ def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:
 def _draw(job: StageRun[TrainConfig], log: list[dict[str, float]], folder: Path) -> None:
     from p2d_cli.reporting.plots import loss_curve
 
-    try:
-        steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
-        looks = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log if "loss" in entry), strict=True)
+    looks = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    with job.drawing(PICTURE_NAME):
         loss_curve(steps, losses, folder / PICTURE_NAME, held_out=looks)
-    except UnavailableError as missing:
-        job.progress.note(f"no {PICTURE_NAME}: {missing.message}")

@@ -83,3 +83,13 @@ def test_an_output_is_needed():
 
 def test_names_leave_out_what_a_scope_has_not():
     assert Point(heads=None, data="full", scope="full", seed=0).name == "full-full-s0"
+
+
+def test_sizes_that_the_settings_rule_out_are_refused_before_anything_is_done(tmp_path):
+    begun = []
+    mine = {"pool": "pool.jsonl", "target": "target.jsonl", "shortlist": 0.3}
+    given = {"defaults": {"model": "model"}, "mine-data": mine, "grid": {"data_ratio": [0.1, 0.5]}}
+    run = RecipeRun(Recipe(out=tmp_path, **given), {}, RunOptions(), lambda stage, _: begun.append(stage))
+    with pytest.raises(UsageError, match=r"--shortlist 0\.3 is less than the share of rows to keep, 0\.5"):
+        run.run()
+    assert begun == []
