@@ -41,7 +41,7 @@ from p2d_cli.modeling.loading import load_model, resolve_dtype
 from p2d_cli.runtime.hardware import describe_hardware, synchronizer
 
 ROWS, TOKENS, ANSWER = 16, 96, 32
-UPDATES = 12
+UPDATES = 6
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as")
 
 
