@@ -4,9 +4,9 @@
 
 The floor of a selection of heads is the same forward, and the gradients of the activations down to the lowest trained
 layer, where a single scalar is trained. (a) times single steps of 16 x 96 tokens, the variants in turn, and counts
-their FLOPs; (b) runs `p2d train` on such rows for one epoch and for two, whose difference is free of what a command
-does once, and takes peak memory from its manifest; floors are timed again beside each command, as a machine's speed
-changes.
+their FLOPs; (b) runs `p2d train` on such rows, with a step of the floor after each of its updates, as a machine's speed
+changes: what lies between two floors is an update with data loading, Trainer and log. Memory is that of the command
+undisturbed.
 
 `OUT/training.json` holds all figures.
 """
@@ -20,14 +20,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
+from p2d_cli.config import TrainConfig, resolve
 from p2d_cli.core.head_selection import select_uniform
+from p2d_cli.modeling import training
 from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.head_adapter import (
     attach_heads,
@@ -39,6 +44,8 @@ from p2d_cli.modeling.head_adapter import (
 from p2d_cli.modeling.layouts import layout_geometry, model_layout
 from p2d_cli.modeling.loading import load_model, resolve_dtype
 from p2d_cli.runtime.hardware import describe_hardware, synchronizer
+from p2d_cli.stages import train
+from p2d_cli.stages.execution import RunOptions
 
 ROWS, TOKENS, ANSWER = 16, 96, 32
 UPDATES = 6
@@ -102,15 +109,10 @@ def time_steps(
     options: argparse.Namespace, variants: dict[str, Variant], dtype: torch.dtype, batch: dict[str, torch.Tensor]
 ) -> dict[str, float]:
     """Return the seconds of each variant's quickest step, in turn."""
-    wait = synchronizer(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds + 1):  # the first round warms up
         for name, variant in variants.items():
-            wait()
-            start = time.perf_counter()
-            step(variant, batch, dtype)
-            wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed_step(variant, batch, dtype, options.device))
     return {name: min(values[1:]) for name, values in seconds.items()}
 
 
@@ -210,26 +212,76 @@ def count_flops(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.d
 # --- (b) the whole command
 
 
+class Beside(TrainerCallback):
+    """Times the updates of a training, and a step of the floor after each of them."""
+
+    def __init__(self, floor: Callable[[], float]) -> None:
+        self._floor = floor
+        self._since = time.perf_counter()
+        self.updates: list[float] = []
+        self.floors: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.updates.append(time.perf_counter() - self._since)
+        self.floors.append(self._floor())
+        self._since = time.perf_counter()
+
+
 def commands(options: argparse.Namespace, floors: dict[str, Variant], dtype: torch.dtype) -> dict[str, Any]:
     rows = write_rows(options.out / "rows.jsonl")
     batch = make_batch(next(iter(floors.values())).model.config.vocab_size, options.device)
     figures = {}
     for name in ("full", "heads-spread", "heads-upper", "lora"):
         scope, _, kind = name.partition("-")
-        chosen = ["--heads", str(make_heads(options, kind))] if scope == "heads" else ["--scope", scope]
-        one, two = (train(options, rows, name, epochs, chosen) for epochs in (1, 2))
-        beside = time_steps(options, {name: floors[f"floor-{kind}"]}, dtype, batch)[name] if kind else None
-        updates = two["summary"]["updates"] - one["summary"]["updates"]
-        seconds = (two["seconds"]["train"] - one["seconds"]["train"]) / updates
+        heads = make_heads(options, kind) if scope == "heads" else None
+        floor = floors[f"floor-{kind or 'spread'}"]
+        beside = Beside(partial(timed_step, floor, batch, dtype, options.device))
+        train_beside(options, rows, name, scope, heads, beside)
+        # The first update warms up.
+        pairs = list(zip(beside.updates, beside.floors, strict=True))[1:]
         figures[name] = {
-            "seconds_a_step": seconds,
-            "floor_seconds_beside": beside,
-            "of_its_floor": seconds / beside if beside is not None else None,
-            "peak_gib": two["peak_memory_gib"],
-            "tokens_a_step": two["tokens"] / two["summary"]["updates"],
+            "seconds_an_update": [update for update, _ in pairs],
+            "floor_seconds_after_it": [after for _, after in pairs],
+            "of_the_floor": float(np.median([update / after for update, after in pairs])),
+            "floor": kind or "spread",
+            "peak_gib": train_alone(options, rows, name, scope, heads)["peak_memory_gib"],
         }
-    full = figures["full"]["seconds_a_step"]
-    return {name: row | {"of_full": row["seconds_a_step"] / full} for name, row in figures.items()}
+    return figures
+
+
+def timed_step(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> float:
+    wait = synchronizer(device)
+    wait()
+    start = time.perf_counter()
+    step(variant, batch, dtype)
+    wait()
+    return time.perf_counter() - start
+
+
+def train_beside(
+    options: argparse.Namespace, rows: Path, name: str, scope: str, heads: Path | None, beside: Beside
+) -> None:
+    """Run the stage `train` in this process, with one more callback."""
+
+    class Watched(training.CompletionTrainer):
+        def __init__(self, *args: Any, callbacks: list[TrainerCallback], **more: Any) -> None:
+            super().__init__(*args, callbacks=[*callbacks, beside], **more)
+
+    settings = {
+        "model": options.model,
+        "data": str(rows),
+        "template": "plain",
+        "max_length": TOKENS,
+        "batch_size": ROWS,
+        "epochs": 1,
+        "scope": scope,
+        "heads": None if heads is None else str(heads),
+        "device": options.device,
+        "out": options.out / f"beside-{name}",
+    }
+    flags = {key: value for key, value in settings.items() if value is not None}
+    with patch.object(training, "CompletionTrainer", Watched):
+        train.run(resolve(TrainConfig, flags=flags, recipe={}), RunOptions(force=True))
 
 
 def write_rows(path: Path) -> Path:
@@ -242,11 +294,12 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def train(options: argparse.Namespace, rows: Path, name: str, epochs: int, chosen: list[str]) -> dict[str, Any]:
-    out = options.out / f"run-{name}-{epochs}"
+def train_alone(options: argparse.Namespace, rows: Path, name: str, scope: str, heads: Path | None) -> dict[str, Any]:
+    out = options.out / f"run-{name}"
+    chosen = ("--scope", scope) if heads is None else ("--heads", str(heads))
     p2d(
         "train", "--model", options.model, "--data", str(rows), "--template", "plain", "--max-length", str(TOKENS),
-        "--batch-size", str(ROWS), "--epochs", str(epochs), *chosen, "--device", options.device, "--out", str(out),
+        "--batch-size", str(ROWS), "--epochs", "1", *chosen, "--device", options.device, "--out", str(out),
     )  # fmt: skip
     manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     return manifest
