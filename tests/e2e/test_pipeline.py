@@ -190,7 +190,7 @@ def test_force_redoes_it_with_the_same_bytes(p2d, pipeline, commands):
     assert p2d(*commands[1]["subset"], "--json").json["status"] == "up-to-date"
 
 
-def test_dry_run_does_nothing(p2d, commands, tmp_path):
+def test_dry_run_does_nothing(p2d, commands, pipeline, tmp_path):
     command = [tmp_path / "new" if word == commands[0] / "subset" else word for word in commands[1]["subset"]]
     done = p2d(*command, "--dry-run", "--json")
     assert (done.code, done.json["status"]) == (0, "would-run")
