@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticUndefined
 
-from p2d_cli.errors import DataError, UsageError
+from p2d_cli.errors import DataError, UsageError, near_names
 
 Origin = Literal["flag", "variable", "recipe", "preset", "default"]
 HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform"]
@@ -745,9 +745,8 @@ def read_recipe(path: Path) -> Recipe:
         path = path.expanduser()
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"no recipe at {path}", hint="give the path of a .toml file, or quickstart, which comes with p2d"
-        ) from None
+        hint = f"quickstart is the one that comes with p2d; {near_names(path)}"
+        raise DataError(f"no recipe at {path}", hint=hint) from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
     except (ValueError, RecursionError) as problem:

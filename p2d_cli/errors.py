@@ -6,8 +6,10 @@ Anything else that escapes a stage is a defect of p2d and exits with 70.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -130,3 +132,12 @@ def first_line(problem: BaseException) -> str:
     """Return what another library's exception says first; its name where it says nothing."""
     lines = str(problem).strip().splitlines()
     return lines[0] if lines else type(problem).__name__
+
+
+def near_names(path: Path) -> str:
+    """Return a hint for a path that leads nowhere: what its folder holds of a similar name."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either"
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"nothing of a similar name lies in {folder}"

@@ -7,7 +7,6 @@ for, so that a row keeps its name when the data moves.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import json_kind, read_files
-from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.errors import DataError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
 _NOT_ROWS = frozenset({"dataset_info.json", "state.json", "dataset_dict.json", "manifest.json"})
@@ -61,7 +60,7 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
         return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "/", "~")) or format_of(path) is not None:
-        raise DataError(f"no such file or folder: {spec}", hint=_near_names(path))
+        raise DataError(f"no such file or folder: {spec}", hint=near_names(path))
     if revision is not None and hub_id["revision"] not in (None, revision):
         raise UsageError(f"{spec} asks for revision {hub_id['revision']}, but --revision is {revision}")
     return RowSource(
@@ -114,14 +113,6 @@ def _require_format(path: Path) -> RowFormat:
     if row_format is None:
         raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
     return row_format
-
-
-def _near_names(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist either"
-    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"nothing of a similar name lies in {folder}"
 
 
 def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:

@@ -233,10 +233,22 @@ def commands(options: argparse.Namespace, floors: dict[str, Variant], dtype: tor
     figures = {}
     for name in ("full", "heads-spread", "heads-upper", "lora"):
         scope, _, kind = name.partition("-")
-        heads = make_heads(options, kind) if scope == "heads" else None
+        settings = {
+            "model": options.model,
+            "data": str(rows),
+            "template": "plain",
+            "max_length": TOKENS,
+            "batch_size": ROWS,
+            "epochs": 1,
+            "scope": scope,
+            "device": options.device,
+            "out": options.out / f"run-{name}",
+        }
+        if scope == "heads":
+            settings["heads"] = str(make_heads(options, kind))
         floor = floors[f"floor-{kind or 'spread'}"]
         beside = Beside(partial(timed_step, floor, batch, dtype, options.device))
-        train_beside(options, rows, name, scope, heads, beside)
+        train_beside(settings, beside)
         # The first update warms up.
         pairs = list(zip(beside.updates, beside.floors, strict=True))[1:]
         figures[name] = {
@@ -244,7 +256,7 @@ def commands(options: argparse.Namespace, floors: dict[str, Variant], dtype: tor
             "floor_seconds_after_it": [after for _, after in pairs],
             "of_the_floor": float(np.median([update / after for update, after in pairs])),
             "floor": kind or "spread",
-            "peak_gib": train_alone(options, rows, name, scope, heads)["peak_memory_gib"],
+            "peak_gib": train_alone(settings)["peak_memory_gib"],
         }
     return figures
 
@@ -258,30 +270,15 @@ def timed_step(variant: Variant, batch: dict[str, torch.Tensor], dtype: torch.dt
     return time.perf_counter() - start
 
 
-def train_beside(
-    options: argparse.Namespace, rows: Path, name: str, scope: str, heads: Path | None, beside: Beside
-) -> None:
+def train_beside(settings: dict[str, Any], beside: Beside) -> None:
     """Run the stage `train` in this process, with one more callback."""
 
     class Watched(training.CompletionTrainer):
         def __init__(self, *args: Any, callbacks: list[TrainerCallback], **more: Any) -> None:
             super().__init__(*args, callbacks=[*callbacks, beside], **more)
 
-    settings = {
-        "model": options.model,
-        "data": str(rows),
-        "template": "plain",
-        "max_length": TOKENS,
-        "batch_size": ROWS,
-        "epochs": 1,
-        "scope": scope,
-        "heads": None if heads is None else str(heads),
-        "device": options.device,
-        "out": options.out / f"beside-{name}",
-    }
-    flags = {key: value for key, value in settings.items() if value is not None}
     with patch.object(training, "CompletionTrainer", Watched):
-        train.run(resolve(TrainConfig, flags=flags, recipe={}), RunOptions(force=True))
+        train.run(resolve(TrainConfig, flags=settings, recipe={}), RunOptions(force=True))
 
 
 def write_rows(path: Path) -> Path:
@@ -294,14 +291,10 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def train_alone(options: argparse.Namespace, rows: Path, name: str, scope: str, heads: Path | None) -> dict[str, Any]:
-    out = options.out / f"run-{name}"
-    chosen = ("--scope", scope) if heads is None else ("--heads", str(heads))
-    p2d(
-        "train", "--model", options.model, "--data", str(rows), "--template", "plain", "--max-length", str(TOKENS),
-        "--batch-size", str(ROWS), "--epochs", "1", *chosen, "--device", options.device, "--out", str(out),
-    )  # fmt: skip
-    manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+def train_alone(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run `p2d train` in a process of its own, and return its manifest."""
+    p2d("train", *(word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))))
+    manifest: dict[str, Any] = json.loads((settings["out"] / "manifest.json").read_text(encoding="utf-8"))
     return manifest
 
 

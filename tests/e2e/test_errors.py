@@ -104,6 +104,8 @@ def test_bad_recipes(p2d, tmp_path, text, code, words):
 
 def test_a_missing_recipe(p2d, tmp_path):
     refused(p2d("run", tmp_path / "none.toml"), 65, "no recipe at", "none.toml")
+    (tmp_path / "recipe.toml").touch()
+    refused(p2d("run", tmp_path / "recip.toml"), 65, "no recipe at", "did you mean recipe.toml?")
     refused(p2d("run", tmp_path), 65, "is a folder")
     refused(p2d("train", "--config", tmp_path / "none.toml"), 65, "no recipe")
 
