@@ -33,7 +33,7 @@ from p2d_cli.errors import DataError, UsageError, near_names
 
 Origin = Literal["flag", "variable", "recipe", "preset", "default"]
 HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform"]
-DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "full"]
+DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "coverage", "full"]
 Scope = Literal["heads", "attention", "lora", "full"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 LONGEST_SHOWN = 200
@@ -289,7 +289,7 @@ class MineDataConfig(RowOptions):
         " without it.",
         panel="Input and output",
     )
-    method: DataMethod = setting("p2d", "p2d, data-whisperer, random, loss, ifd, embedding, lexical or full.")
+    method: DataMethod = setting("p2d", "p2d, data-whisperer, random, loss, ifd, embedding, lexical, coverage or full.")
     ratio: Ratio | None = setting(None, "Share of the pool to keep (0.1 if --count is not given).")
     count: Positive | None = setting(None, "Number of rows to keep, instead of --ratio.")
     perf: Literal["likelihood", "generate", "none"] = setting(

@@ -1,4 +1,4 @@
-"""Scoring a pool by the words that its rows share with the target's, or shortening it by them.
+"""Scoring a pool by the words that its rows share with the target's or with each other, or shortening it by them.
 
 TF-IDF with `1 + ln tf` and scikit-learn's smoothed `1 + ln((1 + n) / (1 + df))`, as its `TfidfVectorizer` has them, but
 a chunk at a time: what is held of the whole pool is 16 bytes for each different word (24 without a target).
@@ -9,13 +9,15 @@ W different words of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.core.subset_selection import rank_rows
+from p2d_cli.core.coverage import order_by_coverage
+from p2d_cli.core.subset_selection import rank_rows, resolve_count
 from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record
 from p2d_cli.stages.pool_task import PoolScored, PoolTask, measured
@@ -34,13 +36,7 @@ def shortlist(task: PoolTask, count: int) -> Pool:
 def score_by_words(task: PoolTask, *, phase: str = "score") -> PoolScored:
     """Return the cosine of each row's TF-IDF vector to the mean of the target rows', or without these of the pool's."""
     job, pool = task.job, task.pool
-    frequencies = _Frequencies()
-    with job.timer.phase(phase), job.progress.task("count words of rows", pool.size) as advance:
-        for chunk in pool.chunks():
-            frequencies.add(*_count_words(chunk.records))
-            advance(len(chunk.records))
-        if task.target:
-            frequencies.add(*_count_words(task.target))
+    frequencies = _count_all(task, phase)
     with job.timer.phase(phase):
         centre_W = _centre_of_target(task, frequencies) if task.target else _centre_of_pool(task, frequencies)
     scores_M = np.empty(pool.size)
@@ -50,6 +46,36 @@ def score_by_words(task: PoolTask, *, phase: str = "score") -> PoolScored:
             scores_M[chunk.places] = np.asarray(rows_BV @ centre_W[frequencies.find(terms_V)]).ravel()
             advance(len(chunk.records))
     return PoolScored(scores_M, measured(1, pool.size))
+
+
+def score_by_coverage(task: PoolTask) -> PoolScored:
+    """Return the place of each row in the order of `core.coverage`, from 1 for the first down to 0.
+
+    Rows are covered by rows of their chunk, of which each gives its share of those that are to be kept.
+    """
+    job, pool = task.job, task.pool
+    frequencies = _count_all(task, "score")
+    share = resolve_count(pool.num_rows, job.config.ratio, job.config.count) / pool.size
+    scores_M = np.empty(pool.size)
+    with job.timer.phase("score"), job.progress.task("cover rows", pool.size) as advance:
+        for chunk in pool.chunks():
+            _, rows_BV = frequencies.weigh(*_count_words(chunk.records))
+            size = len(chunk.records)
+            order_B = order_by_coverage(rows_BV, min(math.ceil(share * size) + 1, size))  # one more: chunks differ by 1
+            scores_M[chunk.start + order_B] = 1 - np.arange(size) / size
+            advance(size)
+    return PoolScored(scores_M, measured(1, pool.size))
+
+
+def _count_all(task: PoolTask, phase: str) -> _Frequencies:
+    frequencies = _Frequencies()
+    with task.job.timer.phase(phase), task.job.progress.task("count words of rows", task.pool.size) as advance:
+        for chunk in task.pool.chunks():
+            frequencies.add(*_count_words(chunk.records))
+            advance(len(chunk.records))
+        if task.target:
+            frequencies.add(*_count_words(task.target))
+    return frequencies
 
 
 def _centre_of_target(task: PoolTask, frequencies: _Frequencies) -> NDArray[np.float64]:

@@ -186,6 +186,13 @@ def _score_lexical(task: PoolTask) -> PoolScored:
     return score_by_words(task)
 
 
+def _score_coverage(task: PoolTask) -> PoolScored:
+    """Order rows so that the first are like all others in their TF-IDF vectors: diverse, and for no target."""
+    from p2d_cli.stages.lexical_scoring import score_by_coverage
+
+    return score_by_coverage(task)
+
+
 def _score_random(task: PoolTask) -> PoolScored:
     """Draw scores by chance: the baseline that many published selectors fail to beat."""
     scores_M = generator(task.job.config.seed, "mine-data", "random").random(task.pool.size)
@@ -205,5 +212,6 @@ METHODS: dict[str, Method] = {
     "ifd": _score_ifd,
     "embedding": _score_embedding,
     "lexical": _score_lexical,
+    "coverage": _score_coverage,
     "full": _score_full,
 }

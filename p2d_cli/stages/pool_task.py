@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 METHODS_WITH_TARGET = frozenset({"p2d", "data-whisperer", "embedding", "lexical"})
-METHODS_WITHOUT_MODEL = frozenset({"random", "lexical", "full"})
+METHODS_WITHOUT_MODEL = frozenset({"random", "lexical", "coverage", "full"})
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 RELEVANT = 180
 
@@ -83,6 +84,30 @@ def test_a_shortlist_that_is_too_short(p2d, tiny_folder, rows, tmp_path, options
     assert (done.code, told in done.said) == (2, True), done.said
     done = p2d("mine-data", *where[:4], *where[6:], "--shortlist", 0.5, "--out", tmp_path / "out")
     assert (done.code, "--shortlist needs --target" in done.said) == (2, True), done.said
+
+
+@pytest.mark.parametrize("rows_a_chunk", [16_384, 500])
+def test_coverage_chooses_rows_that_the_others_are_like(p2d, rows, tiny_folder, tmp_path, monkeypatch, rows_a_chunk):
+    """Judged by scikit-learn's TF-IDF and beside a random choice; of several chunks each gives its share."""
+    monkeypatch.setattr("p2d_cli.data.pool.CHUNK_ROWS", rows_a_chunk)
+    pool = [json.loads(line) for line in Path(rows["pool"]).read_text().splitlines()]
+    texts = [f"{row['prompt']}\n{row['completion']}" for row in pool]
+    vectors = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", sublinear_tf=True).fit_transform(texts)
+    likeness = (vectors @ vectors.T).toarray()
+    place_of = {row["id"]: place for place, row in enumerate(pool)}
+    covered = {}
+    for method in ("coverage", "random"):
+        words = ("mine-data", "--model", tiny_folder, "--method", method, "--pool", rows["pool"], "--count", 40)
+        done = p2d(*words, "--out", tmp_path / method, "--json")
+        assert (done.code, done.json["summary"]["rows_selected"]) == (0, 40), done.said
+        places = [place_of[row] for row in pq.read_table(tmp_path / method / "subset.parquet")["id"].to_pylist()]
+        assert len(set(places)) == 40
+        covered[method] = likeness[:, places].max(axis=1).mean()
+        if method == "coverage":
+            chunks = -(-len(pool) // rows_a_chunk)
+            shares = np.bincount([place * chunks // len(pool) for place in places], minlength=chunks)
+            assert shares.max() - shares.min() <= 1
+    assert covered["coverage"] > 1.1 * covered["random"]
 
 
 def test_scores_do_not_depend_on_the_batches(mine):

@@ -268,7 +268,9 @@ def test_pad_between_two_models_needs_weights_alone(p2d, pipeline, tiny_folder, 
     assert manifest_of(tmp_path / "h")["ledger"][0]["stage"] == "train", "making the task model is charged"
 
 
-@pytest.mark.parametrize("method", ["data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "full"])
+@pytest.mark.parametrize(
+    "method", ["data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "coverage", "full"]
+)
 def test_data_methods(p2d, tiny_folder, few, tmp_path, method):
     done = p2d(
         *("mine-data", "--model", tiny_folder, "--pool", few["pool"], "--target", few["target"], "--dtype", "float32"),
