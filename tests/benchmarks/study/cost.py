@@ -1,11 +1,11 @@
-"""How AER grows with the pool, the model and the length of rows, from the plans that `p2d run --dry-run --time` makes.
+"""How AER and memory grow with the pool, the model and the length of rows, from the plans of `p2d run --dry-run`.
 
-    python tests/benchmarks/study/cost.py --tokenizer MODEL --out OUT [--shapes 135M 1B] [--pools 1000 10000] ...
+    python tests/benchmarks/study/cost.py --tokenizer MODEL --work FOLDER --out tests/benchmarks/study/results/cost.json
 
-Models are of random weights, in the shapes of `SHAPES`; rows are random words of the tokenizer's. A plan loads the
-model, times a few batches of each work on this machine, and counts the rest exactly: nothing is trained to the end.
-Varied are the pool's size, the length of its rows and the model's shape, each from the middle of the others.
-`OUT/cost.json` holds the seconds of each stage and the ratios that follow from them.
+Plans count passes and tokens, and what follows from them, floating-point operations and bytes; no model is loaded, so
+that the model folders hold weight files of the right shapes with nothing in them. AER and STR are ratios of operations
+here, not of seconds. Rows are random words of the tokenizer's. Varied are the pool's size, the length of its rows and
+the model's shape, each from the middle of the others.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ SHAPES: dict[str, dict[str, int]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": 32, "groups": 8},
 }
 """Those of SmolLM2-135M and 360M, Llama-3.2-1B and Llama-3.1-8B, all with the given tokenizer's vocabulary."""
+POOLS, MIDDLE_POOL = (1000, 10_000, 100_000), 10_000
+LENGTHS, MIDDLE_LENGTH = (32, 128, 512), 128
+SHORTLISTS = (1.0, 0.2)
 TARGET_ROWS, TEST_ROWS = 64, 16
 RECIPE = """\
 name = "cost"
 [defaults]
 model = "{model}"
 template = "plain"
-dtype = "{dtype}"
+dtype = "bfloat16"
 [score-heads]
 method = "readout"
 target = "target.jsonl"
 pool = "pool.jsonl"
-background = 250
+layers = "{layers}"
 [mine-data]
 target = "target.jsonl"
 pool = "pool.jsonl"
 shortlist = {shortlist}
-background = 250
 [train]
 epochs = 3
 [eval]
@@ -54,68 +56,59 @@ data = ["p2d"]
 
 
 def main() -> None:
-    options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for shape, pool, length in combinations(options):
-        for shortlist in (1.0, 0.2):
-            results.append(plan(options, shape, pool, length, shortlist))
-            print(results[-1], flush=True)
-            text = json.dumps({"dtype": options.dtype, "plans": results}, indent=1)
-            (options.out / "cost.json").write_text(text + "\n", encoding="utf-8")
-
-
-def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a model, for its tokenizer")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["135M", "360M", "1B"])
-    parser.add_argument("--pools", nargs="+", type=int, default=[1000, 10_000, 100_000])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128, 512], help="tokens a row")
-    return parser.parse_args()
+    parser.add_argument("--work", type=Path, required=True, help="folder for rows and empty models")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    options = parser.parse_args()
+    plans: list[dict[str, Any]] = []
+    for shape, pool, length in combinations():
+        for shortlist in SHORTLISTS:
+            plans.append(plan(options.work.resolve(), options.tokenizer, shape, pool, length, shortlist))
+            print(plans[-1], flush=True)
+            options.out.write_text(json.dumps({"plans": plans}, indent=1) + "\n", encoding="utf-8")
 
 
-def combinations(options: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+def combinations() -> Iterator[tuple[str, int, int]]:
     """Yield what to plan for: one of the three varied, the others in the middle of theirs, each combination once."""
-    shape, pool, length = options.shapes[0], options.pools[len(options.pools) // 2], options.lengths[0]
     varied = [
-        *((shape, each, length) for each in options.pools),
-        *((shape, pool, each) for each in options.lengths),
-        *((each, pool, length) for each in options.shapes),
+        *(("135M", pool, MIDDLE_LENGTH) for pool in POOLS),
+        *(("135M", MIDDLE_POOL, length) for length in LENGTHS),
+        *((shape, MIDDLE_POOL, MIDDLE_LENGTH) for shape in SHAPES),
     ]
     yield from dict.fromkeys(varied)
 
 
-def plan(options: argparse.Namespace, shape: str, pool: int, length: int, shortlist: float) -> dict[str, Any]:
-    """Plan p2d and full fine-tuning, and return their seconds by stage and the ratios."""
-    folder = options.out / f"pool-{pool}-length-{length}"
+def plan(work: Path, tokenizer: Path, shape: str, pool: int, length: int, shortlist: float) -> dict[str, Any]:
+    """Plan p2d in the upper half of the layers and full fine-tuning; return operations by stage and the ratios."""
+    folder = work / f"pool-{pool}-length-{length}"
     rows = {"pool": pool, "target": TARGET_ROWS, "test": TEST_ROWS}
     for seed, (name, count) in enumerate(rows.items()):
-        write_rows(options.tokenizer, folder / f"{name}.jsonl", count, length, seed)
-    recipe = folder / "recipe.toml"
-    model = random_model(options, shape)
-    recipe.write_text(RECIPE.format(model=model, dtype=options.dtype, shortlist=shortlist), encoding="utf-8")
-    words = ["p2d", "run", str(recipe), "--out", str(folder / "out"), "--dry-run", "--time", "--json", "-q"]
+        write_rows(tokenizer, folder / f"{name}.jsonl", count, length, seed)
+    recipe, layers = folder / "recipe.toml", SHAPES[shape]["num_hidden_layers"]
+    text = RECIPE.format(
+        model=empty_model(work, tokenizer, shape), layers=f"{layers // 2}-{layers - 1}", shortlist=shortlist
+    )
+    recipe.write_text(text, encoding="utf-8")
+    words = ["p2d", "run", str(recipe), "--out", str(folder / "out"), "--dry-run", "--json", "-q"]
     document = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     found = {Path(stage["out"]).parent.name + "/" + Path(stage["out"]).name: stage for stage in document["stages"]}
     p2d = {
-        "score_heads": found["heads/readout-s0"],
-        "mine_data": found["subset/p2d-s0"],
-        "train": found["adapter/heads-readout-p2d-s0"],
+        "score_heads": found["heads/readout-s0"]["plan"],
+        "mine_data": found["subset/p2d-s0"]["plan"],
+        "train": found["adapter/heads-readout-p2d-s0"]["plan"],
     }
-    seconds = {name: stage["plan"]["seconds"] for name, stage in p2d.items()}
     full = found["adapter/full-full-s0"]["plan"]
+    flops = {name: stage["flops"] for name, stage in p2d.items()}
     return {
         "shape": shape,
         "pool_rows": pool,
         "tokens_a_row": length,
         "shortlist": shortlist,
-        "seconds": seconds | {"full": full["seconds"]},
-        "flops": {name: stage["plan"]["flops"] for name, stage in p2d.items()} | {"full": full["flops"]},
-        "memory_gib": {"p2d": p2d["train"]["plan"]["memory_bytes"] / 2**30, "full": full["memory_bytes"] / 2**30},
-        "str": (seconds["score_heads"] + seconds["mine_data"]) / full["seconds"],
-        "aer": sum(seconds.values()) / full["seconds"],
+        "flops": flops | {"full": full["flops"]},
+        "memory_gib": {name: stage["memory_bytes"] / 2**30 for name, stage in (p2d | {"full": full}).items()},
+        "str": (flops["score_heads"] + flops["mine_data"]) / full["flops"],
+        "aer": sum(flops.values()) / full["flops"],
     }
 
 
@@ -133,27 +126,38 @@ def write_rows(tokenizer: Path, path: Path, count: int, length: int, seed: int) 
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
-def random_model(options: argparse.Namespace, shape: str) -> Path:
-    """Save a Llama of some shape with random weights, and the tokenizer beside it, unless it is there."""
-    folder: Path = options.out.resolve() / shape
+def empty_model(work: Path, tokenizer: Path, shape: str) -> Path:
+    """Write a Llama of some shape whose weights are a hole of the right size, and the tokenizer beside it."""
+    folder = work / shape
     if folder.exists():
         return folder
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer)
     sizes = dict(SHAPES[shape])
     config = LlamaConfig(
         num_attention_heads=sizes.pop("heads"),
         num_key_value_heads=sizes.pop("groups"),
-        vocab_size=len(tokenizer),
+        vocab_size=len(vocabulary),
         tie_word_embeddings=True,
-        dtype=options.dtype,
+        dtype="bfloat16",
         **sizes,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(getattr(torch, options.dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        if name != "lm_head.weight":  # tied
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    config.save_pretrained(folder)
+    vocabulary.save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + end)
     return folder
 
 
