@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticUndefined
 
-from p2d_cli.errors import DataError, UsageError, near_names
+from p2d_cli.errors import UsageError
 
 Origin = Literal["flag", "variable", "recipe", "preset", "default"]
 HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform"]
@@ -540,76 +539,6 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
-def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in table.items()}
-
-
-class Grid(BaseModel):
-    """The axes of a cross-ablation; every combination is one run. A recipe may unite several."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    heads: tuple[Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform", "all"], ...] = Field(
-        (), description="Head methods, or `all` for every head; by default the method of [score-heads]."
-    )
-    data: tuple[DataMethod, ...] = Field((), description="Data methods; by default the one of [mine-data].")
-    seed: tuple[Seed, ...] = Field((), description="Seeds; by default the recipe's own.")
-    scope: tuple[Scope, ...] = Field((), description="Scopes; by default that of [train], else heads.")
-    head_ratio: tuple[Ratio, ...] = Field(
-        (), description="Shares of all heads to train; by default [score-heads] ratio."
-    )
-    data_ratio: tuple[Ratio, ...] = Field((), description="Shares of the pool to keep; by default [mine-data] ratio.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _dashes(cls, given: Any) -> Any:
-        return _underscored(given) if isinstance(given, dict) else given
-
-
-def _as_several(grids: Any) -> Any:
-    """Take a single `[grid]` for a list of one."""
-    return (grids,) if isinstance(grids, (Mapping, Grid)) else grids
-
-
-class Recipe(BaseModel):
-    """A whole pipeline in one TOML file; each stage's table holds that stage's settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    name: str = Field("run", description="Shown in the report.")
-    out: Path | None = Field(None, description="Folder for all artifacts, relative to the working directory.")
-    defaults: dict[str, Any] = Field(default_factory=dict, description="Settings of every stage that has them.")
-    score_heads: dict[str, Any] = Field(default_factory=dict, alias="score-heads")
-    mine_data: dict[str, Any] = Field(default_factory=dict, alias="mine-data")
-    train: dict[str, Any] = Field(default_factory=dict)
-    eval: dict[str, Any] = Field(default_factory=dict)
-    report_aer: dict[str, Any] = Field(default_factory=dict, alias="report-aer")
-    grid: Annotated[tuple[Grid, ...], BeforeValidator(_as_several)] = Field(
-        (Grid(),), min_length=1, description="What to combine; several tables, [[grid]], are done one after the other."
-    )
-    reference: dict[str, Any] = Field(
-        default_factory=dict, description="[train] settings of the full fine-tuning that is the reference."
-    )
-    controls: bool = Field(
-        True, description="Add random heads on random rows at the same sizes if the grid lacks them."
-    )
-
-    def table(self, stage: str, scope: Scope | None = None) -> dict[str, Any]:
-        """Return the settings that this recipe gives to `stage`: its own table over the defaults.
-
-        Args:
-            stage: the stage's name.
-            scope: for train, the scope whose own table, as `[train.full]`, goes over `[train]`.
-        """
-        fields = STAGE_CONFIGS[stage].model_fields
-        own = _underscored(getattr(self, stage.replace("-", "_"), {}))
-        settings = {key: value for key, value in _underscored(self.defaults).items() if key in fields}
-        settings |= {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
-        if stage == "train" and (chosen := scope or settings.get("scope")) in SCOPES:
-            settings |= _underscored(own.get(chosen, {}))
-        return settings
-
-
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
@@ -640,7 +569,7 @@ def resolve(
     """
     fields = model.model_fields
     sources: dict[Origin, dict[str, Any]] = {
-        "recipe": _known_keys(recipe or {}, fields, where="recipe"),
+        "recipe": known_keys(recipe or {}, fields, where="recipe"),
         "variable": _variables(os.environ if environ is None else environ, fields),
         "flag": dict(flags),
     }
@@ -664,7 +593,12 @@ def _preset(model: type[StageConfig], name: Any) -> dict[str, Any]:
     return PRESETS.get(name, {}).get(stage, {}) if isinstance(name, str) else {}
 
 
-def _known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Return a table under the names of fields, which are its keys with `_` for `-`.
+
+    Raises:
+        UsageError: a key is no field's name; the message says `where` it stands.
+    """
     known: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -699,7 +633,7 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as a message shows it, cut where it is long."""
     try:
         text = repr(value)
@@ -719,92 +653,7 @@ def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
             lines.append(text)
         else:
             origin = origins.get(field, "flag")
-            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {_shown(problem['input'])} ({origin})")
+            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {shown(problem['input'])} ({origin})")
     if len(lines) == 1:
         return lines[0]
     return "several settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe; `quickstart`, unless a file has that name, is the recipe that comes with p2d."""
-    if name != "quickstart" or Path(name).exists():
-        return Path(name)
-    package = Path(__file__).parent
-    places = [folder / "fixtures" / "quickstart.toml" for folder in (package, package.parent)]
-    return next((place for place in places if place.is_file()), Path(name))
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe and make its relative input paths relative to the recipe's own folder.
-
-    Raises:
-        DataError: the file is missing or is not TOML.
-        UsageError: it has keys that p2d does not know.
-    """
-    try:
-        path = path.expanduser()
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = f"quickstart is the one that comes with p2d; {near_names(path)}"
-        raise DataError(f"no recipe at {path}", hint=hint) from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
-    except (ValueError, RecursionError) as problem:
-        raise DataError(f"{path} is not valid TOML: {problem}") from None
-    except RuntimeError:
-        raise DataError(f"no recipe at {path}: that home folder is not known") from None
-    _check_recipe_keys(table)
-    _anchor_paths(table, path.parent)
-    try:
-        return Recipe.model_validate(table)
-    except ValidationError as problems:
-        lines = [
-            f"[{'.'.join(str(part) for part in problem['loc'])}] {problem['msg']}; got {_shown(problem['input'])}"
-            for problem in problems.errors()
-        ]
-        raise UsageError(f"the recipe {path} is wrong:\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def _check_recipe_keys(table: Mapping[str, Any]) -> None:
-    known = {field.alias or name: name for name, field in Recipe.model_fields.items()}
-    for key, value in table.items():
-        if key not in known:
-            raise UsageError(f"unknown key '{key}' in the recipe", hint=suggestion(key, known))
-        if key not in STAGE_CONFIGS or not isinstance(value, dict):
-            continue
-        by_scope = {name: own for name, own in value.items() if key == "train" and name in SCOPES}
-        own = {name: setting for name, setting in value.items() if name not in by_scope}
-        _known_keys(own, STAGE_CONFIGS[key].model_fields, where=f"recipe's [{key}]")
-        for name, of_scope in by_scope.items():
-            if not isinstance(of_scope, dict):
-                raise UsageError(f"the recipe's [train.{name}] must be a table; found {_shown(of_scope)}")
-            _known_keys(of_scope, TrainConfig.model_fields, where=f"recipe's [train.{name}]")
-    if isinstance(reference := table.get("reference"), dict):
-        _known_keys(reference, TrainConfig.model_fields, where="recipe's [reference]")
-    grids = table.get("grid")
-    for grid in grids if isinstance(grids, list) else [grids]:
-        if isinstance(grid, dict):
-            _known_keys(grid, Grid.model_fields, where="recipe's [grid]")
-    if isinstance(defaults := table.get("defaults"), dict):
-        every_field = {name: None for config in STAGE_CONFIGS.values() for name in config.model_fields}
-        _known_keys(defaults, every_field, where="recipe's [defaults]")
-
-
-def _anchor_paths(table: Mapping[str, Any], folder: Path) -> None:
-    """Take input paths from the recipe's folder, in place; those of `[train.full]` and its like too."""
-    for settings in table.values():
-        if not isinstance(settings, dict):
-            continue
-        for key, value in settings.items():
-            if key.replace("-", "_") in INPUT_FIELDS and isinstance(value, str):
-                settings[key] = _anchored(value, folder)
-        _anchor_paths({key: value for key, value in settings.items() if key in SCOPES}, folder)
-
-
-def _anchored(spec: str, folder: Path) -> str:
-    """Return what lies there, seen from the recipe; what cannot be a path is refused with the other settings."""
-    try:
-        candidate = folder / Path(spec).expanduser()
-        return str(candidate) if spec and candidate.exists() else spec
-    except (OSError, RuntimeError, ValueError):
-        return spec

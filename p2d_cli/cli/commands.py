@@ -24,8 +24,6 @@ from p2d_cli.config import (
     Resolved,
     StageConfig,
     TrainConfig,
-    find_recipe,
-    read_recipe,
     resolve,
     setting,
 )
@@ -42,6 +40,7 @@ from p2d_cli.errors import (
     without_secrets,
 )
 from p2d_cli.pipeline import stage_named
+from p2d_cli.recipe import find_recipe, read_recipe
 from p2d_cli.runtime import signals
 
 

@@ -21,9 +21,7 @@ from p2d_cli.config import (
     SCOPES,
     STAGE_CONFIGS,
     DataMethod,
-    Grid,
     HeadMethod,
-    Recipe,
     Resolved,
     Scope,
     Seed,
@@ -33,6 +31,7 @@ from p2d_cli.config import (
 )
 from p2d_cli.errors import UsageError
 from p2d_cli.pipeline import stage_named
+from p2d_cli.recipe import Grid, Recipe
 from p2d_cli.stages.execution import RunOptions, StageResult
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     **{room: {"core"} for room in MIDDLE},
     "core": set(),
 }
-BASEMENT = {"errors", "config", "hub", "pipeline"}
+BASEMENT = {"errors", "config", "recipe", "hub", "pipeline"}
 FREE_OF_TORCH = {"torch", "transformers", "datasets", "peft", "accelerate", "sklearn"}
 
 

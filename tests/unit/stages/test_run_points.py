@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from p2d_cli.config import Grid, Recipe
 from p2d_cli.errors import UsageError
+from p2d_cli.recipe import Grid, Recipe
 from p2d_cli.stages.execution import RunOptions
 from p2d_cli.stages.run import Point, RecipeRun
 

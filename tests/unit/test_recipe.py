@@ -1,0 +1,66 @@
+"""Recipes: their tables, paths and typos."""
+
+from pathlib import Path
+
+import pytest
+
+from p2d_cli.errors import UsageError
+from p2d_cli.recipe import find_recipe, read_recipe
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_recipe_tables_go_over_defaults_and_scopes_over_train(tmp_path):
+    recipe = read_recipe(
+        write(
+            tmp_path,
+            'out = "o"\n[defaults]\nmodel = "m"\nseed = 3\nmax-length = 64\n'
+            "[train]\nseed = 4\nlr = 0.1\nepochs = 2\n[train.full]\nlr = 0.01\n",
+        )
+    )
+    assert recipe.table("eval") == {"model": "m", "seed": 3, "max_length": 64}
+    assert recipe.table("train") == {"model": "m", "seed": 4, "max_length": 64, "lr": 0.1, "epochs": 2}
+    assert recipe.table("train", "full")["lr"] == 0.01
+    assert recipe.table("report-aer") == {"seed": 3, "max_length": 64}
+
+
+def test_input_paths_are_relative_to_the_recipe_if_they_exist_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = read_recipe(write(tmp_path, '[eval]\ndata = "rows.jsonl"\nmodel = "owner/name"\n'))
+    assert recipe.eval == {"data": str(tmp_path / "rows.jsonl"), "model": "owner/name"}
+
+
+def test_paths_of_one_scope_are_the_recipes_too(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    recipe = read_recipe(write(tmp_path, '[train.full]\neval-data = "rows.jsonl"\n'))
+    assert recipe.table("train", "full") == {"eval_data": str(tmp_path / "rows.jsonl")}
+
+
+@pytest.mark.parametrize("table", ["defaults", "reference", "grid"])
+def test_a_typo_beside_the_table_of_a_scope_is_found(tmp_path, table):
+    with pytest.raises(UsageError, match="unknown key 'max-lenght'"):
+        read_recipe(write(tmp_path, f"[train.full]\nlr = 0.1\n[{table}]\nmax-lenght = 9\n"))
+
+
+def test_dashes_and_underscores_are_one_key(tmp_path):
+    text = "[defaults]\nmax_length = 1\n[train]\nmax-length = 2\n[train.full]\nmax_length = 3\n"
+    recipe = read_recipe(write(tmp_path, text))
+    assert [recipe.table("train", scope)["max_length"] for scope in (None, "lora", "full")] == [2, 2, 3]
+
+
+def test_the_quickstart_has_a_name_that_a_file_goes_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(find_recipe("quickstart")).name == "quickstart"
+    assert find_recipe("quickstar") == Path("quickstar")
+    (tmp_path / "quickstart").write_text('name = "mine"\n')
+    assert read_recipe(find_recipe("quickstart")).name == "mine"
+
+
+def test_a_typo_in_one_of_several_grids(tmp_path):
+    with pytest.raises(UsageError, match="unknown key 'head-ration' in the recipe's \\[grid\\]") as caught:
+        read_recipe(write(tmp_path, "[[grid]]\n[[grid]]\nhead-ration = [0.1]\n"))
+    assert "head" in caught.value.hint
