@@ -1,9 +1,10 @@
-"""Keep what a recipe of the study gave: its report, and how each method differs from full fine-tuning, row by row.
+"""Keep what a recipe of the study gave: its report, and how each method differs from others, row by row.
 
     python tests/benchmarks/study/collect.py study/banking77 banking77
 
-writes `results/banking77.json` and `results/banking77.png` beside this file. For the paired differences the scores of a
-test row are averaged over a method's seeds, likewise the reference's, and rows are resampled jointly.
+writes `results/banking77.json` and `results/banking77.png` beside this file. Methods are compared with the reference
+and with the best control: the scores of a test row are averaged over a method's seeds, and rows are resampled jointly.
+Perplexities are not compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.evaluation import load_predictions
-from p2d_cli.core.metrics import compare_means
+from p2d_cli.core.metrics import compare_means, lower_is_better
 from p2d_cli.runtime.seeding import generator
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,21 +29,22 @@ def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     report = json.loads((folder / "report" / "aer.json").read_text(encoding="utf-8"))
     groups = report["groups"] or [
-        {"name": row["name"], "members": [place], "is_reference": row["is_reference"]}
+        {key: row[key] for key in ("name", "metrics", "is_reference", "is_control")} | {"members": [place]}
         for place, row in enumerate(report["rows"])
     ]
     scores = {
         group["name"]: row_scores([report["rows"][place]["path"] for place in group["members"]]) for group in groups
     }
-    [reference] = [group["name"] for group in groups if group["is_reference"]]
     document = {
         "recipe": name,
         "report": report,
-        "reference": reference,
         "differences": {
-            method: {metric: difference(scores[reference][metric], found[metric]) for metric in found}
-            for method, found in scores.items()
-            if method != reference
+            base: {
+                method: {metric: difference(scores[base][metric], found[metric]) for metric in found}
+                for method, found in scores.items()
+                if method != base
+            }
+            for base in baselines(groups)
         },
     }
     RESULTS.mkdir(exist_ok=True)
@@ -50,16 +52,29 @@ def main() -> None:
     shutil.copyfile(folder / "report" / "aer.png", RESULTS / f"{name}.png")
 
 
+def baselines(groups: list[dict[str, Any]]) -> list[str]:
+    """Return the name of the reference, and of the control that scores best on the first metric."""
+    metric = next(iter(groups[0]["metrics"]))
+    sign = -1 if lower_is_better(metric) else 1
+    [reference] = [group["name"] for group in groups if group["is_reference"]]
+    controls = [group for group in groups if group["is_control"] and not group["is_reference"]]
+    best = max(controls, key=lambda group: sign * group["metrics"][metric]["value"])
+    return [reference, best["name"]]
+
+
 def row_scores(evaluations: list[str]) -> dict[str, NDArray[np.float64]]:
-    """Return the mean over some evaluations of each test row's score, by metric; rows in the order of their ids."""
+    """Return the mean over some evaluations of each test row's score, by metric; rows in the order of their ids.
+
+    Metrics of all rows together, such as perplexity, are not among them.
+    """
     tables = [sorted(load_predictions(Path(path)), key=lambda row: row["id"]) for path in evaluations]
     metrics = [name for name, value in tables[0][0].items() if isinstance(value, float) and name != "log_likelihood"]
     return {name: np.mean([[row[name] for row in table] for table in tables], axis=0) for name in metrics}
 
 
-def difference(reference: NDArray[np.float64], method: NDArray[np.float64]) -> dict[str, Any]:
-    """Return the method's score less the reference's, with its 95% interval."""
-    paired = compare_means(reference, method, rng=generator(0, "study", "paired"))
+def difference(baseline: NDArray[np.float64], method: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the method's score less the baseline's, with its 95% interval."""
+    paired = compare_means(baseline, method, rng=generator(0, "study", "paired"))
     return {"difference": paired.difference, "low": paired.low, "high": paired.high, "rows": paired.count}
 
 
