@@ -3,7 +3,7 @@
     python tests/benchmarks/study/collect.py study/banking77 banking77
 
 writes `results/banking77.json` and `results/banking77.png` beside this file. Methods are compared with the reference
-and with the best control: the scores of a test row are averaged over a method's seeds, and rows are resampled jointly.
+and with each control: the scores of a test row are averaged over a method's seeds, and rows are resampled jointly.
 Perplexities are not compared.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.evaluation import load_predictions
-from p2d_cli.core.metrics import compare_means, lower_is_better
+from p2d_cli.core.metrics import compare_means
 from p2d_cli.runtime.seeding import generator
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,13 +53,9 @@ def main() -> None:
 
 
 def baselines(groups: list[dict[str, Any]]) -> list[str]:
-    """Return the name of the reference, and of the control that scores best on the first metric."""
-    metric = next(iter(groups[0]["metrics"]))
-    sign = -1 if lower_is_better(metric) else 1
-    [reference] = [group["name"] for group in groups if group["is_reference"]]
-    controls = [group for group in groups if group["is_control"] and not group["is_reference"]]
-    best = max(controls, key=lambda group: sign * group["metrics"][metric]["value"])
-    return [reference, best["name"]]
+    """Return the names of the reference and of the controls, in this order."""
+    reference = [group["name"] for group in groups if group["is_reference"]]
+    return reference + [group["name"] for group in groups if group["is_control"] and not group["is_reference"]]
 
 
 def row_scores(evaluations: list[str]) -> dict[str, NDArray[np.float64]]:
