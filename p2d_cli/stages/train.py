@@ -144,7 +144,9 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
     precision = str(dtype).removeprefix("torch.")
     lesson = _Lesson(rows, eval_rows, tokenizer.pad_token_id)
-    model, plan, record = _train_within_memory(job, inputs, lesson, _plan(config, precision, device), dtype)
+    model, plan, record = _train_within_memory(
+        job, inputs, lesson, _plan(config, inputs.heads_LH, precision, device), dtype
+    )
     share = trainable_share(model)
     if is_sharded():
         # Where accelerate finds no accelerators it shards nothing.
@@ -239,13 +241,19 @@ def _build(
         return _make_trainable(model, job.config, heads_LH)
 
 
-def _plan(config: TrainConfig, precision: str, device: str) -> TrainingPlan:
+def default_learning_rate(scope: Scope, heads_LH: NDArray[np.bool_] | None) -> float:
+    """Return the peak learning rate of a training that names none; all heads together are all attention."""
+    is_all_attention = scope == "heads" and heads_LH is not None and bool(heads_LH.all())
+    return DEFAULT_LEARNING_RATE["attention" if is_all_attention else scope]
+
+
+def _plan(config: TrainConfig, heads_LH: NDArray[np.bool_] | None, precision: str, device: str) -> TrainingPlan:
     from p2d_cli.modeling.training import TrainingPlan
 
     return TrainingPlan(
         epochs=config.epochs,
         max_steps=config.max_steps,
-        learning_rate=config.lr or DEFAULT_LEARNING_RATE[config.resolved_scope],
+        learning_rate=config.lr or default_learning_rate(config.resolved_scope, heads_LH),
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         schedule=config.schedule,
@@ -461,7 +469,7 @@ def time_update(
     ids = tuple(5 + place % 50 for place in range(length))
     row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (length - learnt) + ids[length - learnt :])
     ends: list[float] = []
-    settings = _plan(job.config, str(dtype).removeprefix("torch."), device)
+    settings = _plan(job.config, heads_LH, str(dtype).removeprefix("torch."), device)
     plan = replace(
         settings,
         batch_size=rows * settings.accumulation,
