@@ -1,6 +1,6 @@
 """Make the README's tables from what `collect.py` kept.
 
-    python tests/benchmarks/study/tables.py banking77 mixed
+    python tests/benchmarks/study/tables.py mixed_banking77 coverage
 
 prints one Markdown table a recipe: methods by AER, mean over seeds, with paired differences.
 """
