@@ -128,11 +128,18 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(table)
     except ValidationError as problems:
-        lines = [
-            f"[{'.'.join(str(part) for part in problem['loc'])}] {problem['msg']}; got {shown(problem['input'])}"
-            for problem in problems.errors()
-        ]
-        raise UsageError(f"the recipe {path} is wrong:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UsageError(f"the recipe {path} is wrong:\n{_explain(problems)}") from None
+
+
+def _explain(problems: ValidationError) -> str:
+    """Return one line for each wrong value, with the keys that lead to it."""
+    # "At least one" of what has some is said when one of these is wrong, and that is said already.
+    found = [problem for problem in problems.errors() if problem["type"] != "too_short" or not problem["input"]]
+    places = [".".join(str(part).replace("_", "-") for part in problem["loc"]) for problem in found]
+    return "\n".join(
+        f"  [{place}] {problem['msg']}; got {shown(problem['input'])}"
+        for place, problem in zip(places, found, strict=True)
+    )
 
 
 def _check_recipe_keys(table: Mapping[str, Any]) -> None:

@@ -64,3 +64,17 @@ def test_a_typo_in_one_of_several_grids(tmp_path):
     with pytest.raises(UsageError, match="unknown key 'head-ration' in the recipe's \\[grid\\]") as caught:
         read_recipe(write(tmp_path, "[[grid]]\n[[grid]]\nhead-ration = [0.1]\n"))
     assert "head" in caught.value.hint
+
+
+def test_every_wrong_value_of_a_grid_is_named_as_it_is_written_and_nothing_else(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read_recipe(write(tmp_path, "[grid]\nheads = ['foo']\ndata-ratio = [3]\n"))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["[grid.0.heads.0]", "[grid.0.data-ratio.0]"]
+
+
+def test_no_grid_at_all_is_refused_beside_another_mistake(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read_recipe(write(tmp_path, "name = 3\ngrid = []\n"))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["[name]", "[grid]"]
