@@ -377,8 +377,8 @@ class TrainConfig(RowOptions):
     )
     lr: Annotated[float, Field(gt=0)] | None = setting(
         None,
-        "Peak learning rate; by default 3e-3 for heads and lora, 1e-3 for attention and all heads, 3e-4 for full, "
-        "found on a model of 135M parameters.",
+        "Peak learning rate; by default 3e-3 for lora and a tenth of the heads, less for more of them, 1e-3 for all "
+        "and for attention, 3e-4 for full, found on a model of 135M parameters.",
         panel="Optimisation",
     )
     batch_size: Positive = setting(16, "Rows an update, over all devices' micro-batches.", panel="Optimisation")

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
 
 DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
-"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models."""
+"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models. Heads: a tenth."""
+HIGHEST_DEFAULT_RATE = 1e-2
 TIMED_UPDATES = 4
 PICTURE_NAME = "loss.png"
 TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
@@ -242,9 +243,21 @@ def _build(
 
 
 def default_learning_rate(scope: Scope, heads_LH: NDArray[np.bool_] | None) -> float:
-    """Return the peak learning rate of a training that names none; all heads together are all attention."""
-    is_all_attention = scope == "heads" and heads_LH is not None and bool(heads_LH.all())
-    return DEFAULT_LEARNING_RATE["attention" if is_all_attention else scope]
+    """Return the peak learning rate of a training that names none.
+
+    The more heads move together, the less each may move: their rate is the power of their share that leads from that of
+    a tenth to that of all attention, to two digits, and at most the highest that was tried.
+
+    Args:
+        scope: what is trained.
+        heads_LH: which heads, bool [L, H]; None where they do not matter.
+    """
+    rate = DEFAULT_LEARNING_RATE[scope]
+    if scope != "heads" or heads_LH is None:
+        return rate
+    of_all = DEFAULT_LEARNING_RATE["attention"]
+    scaled = of_all * float(heads_LH.mean()) ** math.log10(of_all / rate)
+    return float(f"{min(scaled, HIGHEST_DEFAULT_RATE):.2g}")
 
 
 def _plan(config: TrainConfig, heads_LH: NDArray[np.bool_] | None, precision: str, device: str) -> TrainingPlan:
