@@ -51,6 +51,7 @@ INPUT_FIELDS = frozenset(
         "data",
         "eval_data",
         "heads",
+        "scores",
         "adapter",
         "reference",
         "evaluations",
@@ -220,6 +221,11 @@ class ScoreHeadsConfig(RowOptions):
     model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
     target: PathSpec | None = setting(None, "Rows of the target task.", panel="Input and output")
     pool: PathSpec | None = setting(None, "Pool rows, for contrast and readout.", panel="Input and output")
+    scores: PathSpec | None = setting(
+        None,
+        "heads artifact of this model, to select anew by its scores; nothing is scored.",
+        panel="Input and output",
+    )
     preset: Literal["paper"] | None = setting(None, "paper: the published recipe, pad.", identity=False)
     method: HeadMethod = setting(
         "auto",
@@ -276,6 +282,11 @@ class MineDataConfig(RowOptions):
         False, "Let a --scorer-model read the rows with another tokenizer than --model's.", identity=False, panel="Run"
     )
     pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
+    scores: PathSpec | None = setting(
+        None,
+        "subset artifact of this pool, to choose anew by the scores it keeps of all rows; nothing is scored.",
+        panel="Input and output",
+    )
     target: PathSpec | None = setting(
         None,
         "Rows of the target task. Without them attention lets two halves of the pool query each other, embedding and "
@@ -339,13 +350,14 @@ class MineDataConfig(RowOptions):
 
     @model_validator(mode="after")
     def _readout_has_target(self) -> MineDataConfig:
-        if self.method == "p2d" and self.affinity == "readout" and self.target is None:
+        is_scored_here = self.scores is None and self.method == "p2d"
+        if is_scored_here and self.affinity == "readout" and self.target is None:
             raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
         return self
 
     @model_validator(mode="after")
     def _shortlist_is_long_enough(self) -> MineDataConfig:
-        if self.has_shortlist and self.target is None:
+        if self.has_shortlist and self.target is None and self.scores is None:
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
         if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
             raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")

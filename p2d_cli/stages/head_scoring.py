@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.head_scores import HeadScores
 from p2d_cli.artifacts.journal import Entry, Journal
 from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
@@ -42,9 +43,11 @@ class ScoringInputs:
 
     method: str
     model: ModelFiles
-    task_model: ModelFiles | None
-    target: RowSource | None
-    pool: RowSource | None
+    task_model: ModelFiles | None = None
+    target: RowSource | None = None
+    pool: RowSource | None = None
+    scored: HeadScores | None = None
+    """Scores that an earlier run found."""
 
 
 @dataclass
@@ -68,6 +71,8 @@ def score_heads(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs) -> Heads
     """
     if job.config.layers is not None:
         _require_candidates(job, inputs, job.config.layers)
+    if inputs.scored is not None:
+        return HeadsScored(inputs.scored.geometry, inputs.scored.repeats_RLH.astype(np.float64))
     if inputs.target is None:
         return _score_by_weights(job, inputs)
     return _score_by_rows(job, inputs, inputs.target)

@@ -28,6 +28,7 @@ from p2d_cli.data.pool import Pool
 from p2d_cli.data.records import require_number
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+from p2d_cli.stages.pool_reselection import choose_again, open_scored
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
 from p2d_cli.stages.relevance import RelevanceTally, open_relevance
@@ -58,6 +59,8 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path)
 
 def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     config = job.config
+    if config.scores is not None:
+        return open_scored(job, config.scores)
     if config.method == "p2d" and config.heads is None:
         raise UsageError("--method p2d needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads")
     model = open_reader(job)
@@ -87,9 +90,12 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         _tell_twins(job, pool)
         if inputs.relevance is not None:
             inputs.relevance.require_known(record.id for record in pool.read())
-    if config.has_shortlist:
-        pool = _shorten(PoolTask(job, inputs, pool, target), count)
-    scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
+    if inputs.scored is not None:
+        pool, scored = choose_again(job, pool, inputs.scored, count)
+    else:
+        if config.has_shortlist:
+            pool = _shorten(PoolTask(job, inputs, pool, target), count)
+        scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
     count = min(count, pool.size)
     _require_finite(config.method, pool, scored)
     with job.timer.phase("select"):

@@ -17,7 +17,7 @@ from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
 from p2d_cli.stages.evaluate import open_choices
 from p2d_cli.stages.execution import RunOptions, StageRun
-from p2d_cli.stages.plan_selection import plan_mine_data
+from p2d_cli.stages.plan_selection import plan_mine_data, plan_score_heads
 from p2d_cli.stages.plan_tuning import plan_eval, plan_train
 from p2d_cli.stages.planned_rows import Sample, read_sample
 from p2d_cli.stages.planning import assumed_heads
@@ -33,13 +33,15 @@ def plan_ahead(
     model or an adapter to be trained by the base model.
 
     Args:
-        stage: its name: mine-data, train or eval.
+        stage: its name: score-heads, mine-data, train or eval.
         resolved: its settings.
         options: how to run.
         planned: the settings of the stages that are planned, by their output folder.
     """
     job: StageRun[Any] = StageRun(stage, resolved, options)
     config = job.config
+    if stage == "score-heads":
+        return _marked(plan_score_heads(job, config.method, locate_model(config.model), None, None))
     if stage == "mine-data":
         reader = config.scorer_model or config.model
         files = locate_model(reader)

@@ -51,7 +51,7 @@ def plan_score_heads(
     cells = size.layers * size.heads
     planner.disk["artifact"] = cells * (2 * FLOAT32 + 1 + FLOAT32 * config.repeats)
     if target is None:
-        _compare_layers(planner, 2 if method == "pad" else 0)
+        _compare_layers(planner, 2 if method == "pad" and config.scores is None else 0)
         return planner.plan()
     planner.rows["target"] = target.total
     if pool is not None:
@@ -195,7 +195,7 @@ def plan_mine_data(
     chosen = pool.total if config.method == "full" else resolve_count(pool.total, config.ratio, config.count)
     planner.rows["chosen"] = chosen
     planner.disk["artifact"] = round(pool.stored_bytes * chosen / pool.total) + 3 * 8 * pool.total
-    if config.method in METHODS_WITHOUT_MODEL:
+    if config.method in METHODS_WITHOUT_MODEL or config.scores is not None:
         planner.memory = {}
         return planner.plan()
     shown = target.records if target is not None else ()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.subset import NamedPoolScores
 from p2d_cli.config import MineDataConfig
 from p2d_cli.data.pool import Chunk, Pool
 from p2d_cli.data.raw_rows import RowSource
@@ -40,6 +41,8 @@ class MiningInputs:
     """The selected heads (p2d only)."""
     relevance: RelevanceTally | None = None
     """Counts rows that are known to be of the target's task, once the choice is made."""
+    scored: NamedPoolScores | None = None
+    """Scores that an earlier run found."""
 
 
 @dataclass(frozen=True)

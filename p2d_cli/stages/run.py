@@ -33,6 +33,7 @@ from p2d_cli.errors import UsageError
 from p2d_cli.pipeline import stage_named
 from p2d_cli.recipe import Grid, Recipe
 from p2d_cli.stages.execution import RunOptions, StageResult
+from p2d_cli.stages.pool_task import METHODS_WITHOUT_MODEL
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class RunResult:
     stages: tuple[StageResult, ...]
     """In the order in which they were done; the last is the report."""
 
+
+METHODS_WITHOUT_SCORES = {"random", "uniform"}
+"""Head methods that take no time, so that each share is selected by itself."""
 
 Word = TypeVar("Word", bound=str)
 StageFunction = Callable[[Resolved[Any], RunOptions], StageResult]
@@ -205,6 +209,9 @@ class RecipeRun:
         )
         if ratio is not None:
             chosen["ratio"] = ratio
+            if method not in METHODS_WITHOUT_SCORES:
+                # The scores are the same for every share.
+                chosen["scores"] = str(self._heads(method, seed))
         return self._stage("score-heads", self._out / "heads" / f"{name or method}-s{seed}", seed=seed, **chosen)
 
     def _mining_heads(self, seed: int) -> Path:
@@ -219,9 +226,20 @@ class RecipeRun:
 
     def _subset(self, point: Point) -> Path:
         inputs = self._subset_settings(point)
-        if point.data == "p2d":
+        if (scored := self._scored_with(point)) != point:
+            inputs["scores"] = str(self._subset(scored))
+        elif point.data == "p2d":
             inputs["heads"] = str(self._mining_heads(point.seed))
         return self._stage("mine-data", self._out / "subset" / f"{point.data_name}-s{point.seed}", **inputs)
+
+    def _scored_with(self, point: Point) -> Point:
+        """Return the point whose scores choose its rows: of several shares the recipe's own, or the greatest."""
+        if point.data in METHODS_WITHOUT_MODEL:
+            return point
+        kin = [each for each in self.points() if (each.data, each.seed) == (point.data, point.seed)]
+        shares = [each.data_ratio for each in kin]
+        greatest = None if None in shares else max(share for share in shares if share is not None)
+        return point if point.data_ratio == greatest else replace(point, data_ratio=greatest)
 
     def _subset_settings(self, point: Point) -> dict[str, Any]:
         """Return the settings that a point gives to its rows, heads aside."""

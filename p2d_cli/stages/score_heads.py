@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.artifacts.head_scores import HeadScores, save_head_scores
+from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores, save_head_scores
 from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import HeadGeometry
@@ -51,6 +51,8 @@ def _plan(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, unfinished: Pa
 def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
     """Take the inputs that the method needs, and leave the others out of the artifact's identity."""
     config = job.config
+    if config.scores is not None:
+        return _open_scores(job, config.scores)
     method = _resolve_method(config)
     needs_target = method in {*NEED_POOL, "taylor"} or (method == "pad" and config.task_model is None)
     if needs_target and config.target is None:
@@ -70,6 +72,21 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
     )
 
 
+def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> ScoringInputs:
+    """Take scores that are there, with what they cost; a method that is named has to be theirs."""
+    model = job.model(job.config.model, with_tokenizer=False)
+    job.artifact("scores", spec, "heads", same_model=True)
+    scored = load_head_scores(Path(spec).expanduser())
+    if job.config.method not in {"auto", scored.method}:
+        raise UsageError(f"--scores {spec} are of {scored.method}, not of --method {job.config.method}")
+    if scored.method == "uniform":
+        raise UsageError(
+            f"--scores {spec} are of uniform, which spreads a number of heads and ranks none",
+            hint="give --method uniform with another --ratio instead",
+        )
+    return ScoringInputs(method=scored.method, model=model, scored=scored)
+
+
 def _resolve_method(config: ScoreHeadsConfig) -> str:
     if config.method != "auto":
         return config.method
@@ -81,7 +98,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
 
     config = job.config
     scored = score_heads(job, inputs)
-    scores_LH = scored.repeats_RLH.mean(axis=0)
+    scores_LH = scored.repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
     _require_finite(scores_LH, inputs.method)
     layers = candidate_layers(config.layers, scored.geometry.num_layers)
     select = _selection_rule(config, inputs.method, scored.geometry)

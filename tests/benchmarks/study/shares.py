@@ -2,8 +2,9 @@
 
     python tests/benchmarks/study/shares.py sweep
 
-writes `results/sweep_shares.png`: on the left heads are swept at a tenth of the rows, on the right rows are swept, for
-a tenth of the heads and for full fine-tuning; lines by how the rows were chosen. Needs the extra `plot`.
+writes `results/sweep_shares.png`: on the left heads are swept at a tenth of the rows, in the middle rows are swept,
+for a tenth of the heads and for full fine-tuning, and on the right these stand by what they cost; lines by how the
+rows were chosen. Needs the extra `plot`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ def main() -> None:
     name = sys.argv[1]
     report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["report"]
     metric = next(iter(report["rows"][0]["metrics"]))
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    draw(left, metric, "head_share", lines(report["rows"], "head_share", "row_share"))
-    draw(right, metric, "row_share", lines(report["rows"], "row_share", "head_share"))
+    by_heads, by_rows = (
+        lines(report["rows"], "head_share", "row_share"),
+        lines(report["rows"], "row_share", "head_share"),
+    )
+    figure = Figure(figsize=(12.0, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    draw(left, metric, "head_share", by_heads, "share of heads, on 10% of the rows")
+    draw(middle, metric, "row_share", by_rows, "share of rows")
+    draw(right, metric, "aer", by_rows, "AER, the cost over that of full fine-tuning on all rows")
+    left.set(ylim=(0, None), ylabel=metric.replace("_", " "))
     figure.savefig(RESULTS / f"{name}_shares.png", dpi=160)
 
 
@@ -59,17 +66,16 @@ def scope(row: dict[str, Any]) -> str:
     return "full" if row["name"].startswith("full") else "heads"
 
 
-def draw(axes: Axes, metric: str, swept: str, members: dict[str, list[dict[str, Any]]]) -> None:
+def draw(axes: Axes, metric: str, key: str, members: dict[str, list[dict[str, Any]]], title: str) -> None:
     for (name, runs), colour in zip(sorted(members.items()), COLOURS, strict=False):
-        shares = [run[swept] for run in runs]
-        value, low, high = ([run["metrics"][metric][key] for run in runs] for key in ("value", "low", "high"))
-        axes.plot(shares, value, "o-", color=colour, label=name, markersize=4)
-        axes.fill_between(shares, low, high, color=colour, alpha=0.12, linewidth=0)
+        places = [run[key] for run in runs]
+        value, low, high = ([run["metrics"][metric][end] for run in runs] for end in ("value", "low", "high"))
+        axes.plot(places, value, "o-", color=colour, label=name, markersize=4)
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log")
-    axes.set_xticks(TICKS, [f"{share:.0%}" for share in TICKS], minor=False)
+    axes.set_xticks(TICKS, [f"{share:g}" if key == "aer" else f"{share:.0%}" for share in TICKS])
     axes.minorticks_off()
-    what = {"head_share": "share of heads, on 10% of the rows", "row_share": "share of rows"}[swept]
-    axes.set(xlabel=what, ylabel=metric.replace("_", " ") if swept == "head_share" else "", ylim=(0, None))
+    axes.set_xlabel(title)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -40,15 +40,19 @@ STUDIES = (
     Study("banking77", "banking77, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, three seeds."),
     Study("coverage", "banking77, rows that cover the pool", "The same, two seeds.", "random heads, random rows"),
     Study("snips_parse", "snips-nlu, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, two seeds."),
+    Study("sweep", "banking77, shares of heads and of rows", "1,000 rows, 200 test rows, one seed."),
 )
 
 
 def main() -> None:
     print(INTRODUCTION)
-    for study in STUDIES:
-        document = json.loads((RESULTS / f"{study.recipe}.json").read_text(encoding="utf-8"))
-        print(f"## {study.title}\n\n{study.text} `{study.recipe}.toml`, raw result `results/{study.recipe}.json`.\n")
-        print(f"{table(document, study.baseline)}\n")
+    print("\n\n".join(section(study) for study in STUDIES))
+
+
+def section(study: Study) -> str:
+    document = json.loads((RESULTS / f"{study.recipe}.json").read_text(encoding="utf-8"))
+    sources = f"`{study.recipe}.toml`, raw result `results/{study.recipe}.json`."
+    return f"## {study.title}\n\n{study.text} {sources}\n\n{table(document, study.baseline)}"
 
 
 def table(document: dict[str, Any], baseline: str) -> str:
