@@ -34,14 +34,14 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="score-heads",
-        reads=("model", "target?", "pool?", "task_model?"),
+        reads=("model", "target?", "pool?", "scores?", "task_model?"),
         writes="heads",
         module="p2d_cli.stages.score_heads",
         purpose="Rank the attention heads by how much a task moves them, and select a share of them.",
     ),
     Stage(
         name="mine-data",
-        reads=("model", "heads?", "pool", "target?", "scorer_model?"),
+        reads=("model", "heads?", "pool", "scores?", "target?", "scorer_model?"),
         writes="subset",
         module="p2d_cli.stages.mine_data",
         purpose="Score pool rows by how those heads respond to them, and keep the best share.",

@@ -445,7 +445,8 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
     peak = ", ".join(f"{name} {value:.2f} GiB" for name, value in manifest.peak_memory_gib.items())
     out.print("\n[bold]cost[/]")
     out.print(f"  {phases or 'none'}; {manifest.tokens:,} tokens; peak memory {peak}", soft_wrap=True)
-    out.print(f"  {escape(manifest.hardware['label'])}, {manifest.precision}", soft_wrap=True)
+    made_in = ", ".join(filter(None, (manifest.hardware["label"], manifest.precision)))
+    out.print(f"  {escape(made_in)}", soft_wrap=True)
 
 
 def print_heat_map(scores_LH: Any, selected_LH: Any) -> None:
