@@ -339,7 +339,7 @@ class MineDataConfig(RowOptions):
     @property
     def has_shortlist(self) -> bool:
         """Whether words choose which rows the model reads."""
-        return self.shortlist < 1 and self.method in {"p2d", "data-whisperer", "embedding"}
+        return self.scores is None and self.shortlist < 1 and self.method in {"p2d", "data-whisperer", "embedding"}
 
     @property
     def resolved_affinity(self) -> Literal["readout", "attention"]:
@@ -350,14 +350,14 @@ class MineDataConfig(RowOptions):
 
     @model_validator(mode="after")
     def _readout_has_target(self) -> MineDataConfig:
-        is_scored_here = self.scores is None and self.method == "p2d"
-        if is_scored_here and self.affinity == "readout" and self.target is None:
+        is_needed = self.scores is None and self.method == "p2d" and self.affinity == "readout"
+        if is_needed and self.target is None:
             raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
         return self
 
     @model_validator(mode="after")
     def _shortlist_is_long_enough(self) -> MineDataConfig:
-        if self.has_shortlist and self.target is None and self.scores is None:
+        if self.has_shortlist and self.target is None:
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
         if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
             raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")

@@ -84,12 +84,13 @@ def _require_candidates(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, 
     from p2d_cli.modeling.checkpoints import skeleton
     from p2d_cli.modeling.layouts import geometry
 
-    with job.timer.phase("load"):
-        shape = geometry(skeleton(inputs.model.folder))
-    budget, there = (
-        shape.head_budget(job.config.ratio),
-        len(candidate_layers(layers, shape.num_layers)) * shape.num_heads,
-    )
+    if inputs.scored is not None:
+        shape = inputs.scored.geometry
+    else:
+        with job.timer.phase("load"):
+            shape = geometry(skeleton(inputs.model.folder))
+    budget = shape.head_budget(job.config.ratio)
+    there = len(candidate_layers(layers, shape.num_layers)) * shape.num_heads
     if budget > there:
         raise UsageError(
             f"--ratio {job.config.ratio:g} asks for {budget} heads; layers {layers} have {there}",

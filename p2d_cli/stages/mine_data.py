@@ -90,11 +90,11 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         _tell_twins(job, pool)
         if inputs.relevance is not None:
             inputs.relevance.require_known(record.id for record in pool.read())
+    if config.has_shortlist:
+        pool = _shorten(PoolTask(job, inputs, pool, target), count)
     if inputs.scored is not None:
         pool, scored = choose_again(job, pool, inputs.scored, count)
     else:
-        if config.has_shortlist:
-            pool = _shorten(PoolTask(job, inputs, pool, target), count)
         scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
     count = min(count, pool.size)
     _require_finite(config.method, pool, scored)

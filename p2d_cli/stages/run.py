@@ -59,12 +59,12 @@ class Point:
     @property
     def heads_name(self) -> str:
         """What tells its heads from those of other runs of its seed."""
-        return f"{self.heads}" if self.head_ratio is None else f"{self.heads}-h{self.head_ratio:g}"
+        return _sized(f"{self.heads}", "h", self.head_ratio)
 
     @property
     def data_name(self) -> str:
         """What tells its rows from those of other runs of its seed."""
-        return self.data if self.data_ratio is None else f"{self.data}-d{self.data_ratio:g}"
+        return _sized(self.data, "d", self.data_ratio)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class RunResult:
     """In the order in which they were done; the last is the report."""
 
 
-METHODS_WITHOUT_SCORES = {"random", "uniform"}
-"""Head methods that take no time, so that each share is selected by itself."""
+METHODS_WITHOUT_SCORES = {"random", "uniform", "all"}
+"""Heads that take no time, so that each share is selected by itself."""
 
 Word = TypeVar("Word", bound=str)
 StageFunction = Callable[[Resolved[Any], RunOptions], StageResult]
@@ -193,7 +193,7 @@ class RecipeRun:
         data = self._subset(point)
         inputs: dict[str, Any] = {"data": str(data), "scope": point.scope, "seed": point.seed}
         if point.heads is not None:
-            inputs["heads"] = str(self._heads(point.heads, point.seed, point.heads_name, point.head_ratio))
+            inputs["heads"] = str(self._heads(point.heads, point.seed, point.head_ratio))
         table = self._recipe.table("train", point.scope) | {
             key.replace("-", "_"): value for key, value in (extra or {}).items()
         }
@@ -203,16 +203,24 @@ class RecipeRun:
             return self._stage("eval", out, adapter=str(adapter), seed=point.seed)
         return self._stage("eval", out, model=str(adapter), seed=point.seed)
 
-    def _heads(self, method: str, seed: int, name: str | None = None, ratio: float | None = None) -> Path:
+    def _heads(self, method: str, seed: int, ratio: float | None = None) -> Path:
         chosen: dict[str, Any] = (
             {"method": "uniform", "ratio": 1.0, "layers": None} if method == "all" else {"method": method}
         )
         if ratio is not None:
             chosen["ratio"] = ratio
-            if method not in METHODS_WITHOUT_SCORES:
-                # The scores are the same for every share.
-                chosen["scores"] = str(self._heads(method, seed))
-        return self._stage("score-heads", self._out / "heads" / f"{name or method}-s{seed}", seed=seed, **chosen)
+        if method not in METHODS_WITHOUT_SCORES and (scored := self._scored_share_of_heads(method, seed)) != ratio:
+            chosen["scores"] = str(self._heads(method, seed, scored))
+        out = self._out / "heads" / f"{_sized(method, 'h', ratio)}-s{seed}"
+        return self._stage("score-heads", out, seed=seed, **chosen)
+
+    def _scored_share_of_heads(self, method: str, seed: int) -> float | None:
+        """Return the share that is selected from fresh scores: that of the heads that mine, else the greatest."""
+        points = [point for point in self.points() if point.seed == seed]
+        mines = method == self._head_method() and self._recipe.table("mine-data").get("scorer_model") is None
+        if mines and any(point.data == "p2d" for point in points):
+            return None
+        return _greatest([point.head_ratio for point in points if point.heads == method])
 
     def _mining_heads(self, seed: int) -> Path:
         """Return the heads that mine: those of the model that reads the rows."""
@@ -237,9 +245,7 @@ class RecipeRun:
         if point.data in METHODS_WITHOUT_MODEL:
             return point
         kin = [each for each in self.points() if (each.data, each.seed) == (point.data, point.seed)]
-        shares = [each.data_ratio for each in kin]
-        greatest = None if None in shares else max(share for share in shares if share is not None)
-        return point if point.data_ratio == greatest else replace(point, data_ratio=greatest)
+        return replace(point, data_ratio=_greatest([each.data_ratio for each in kin]))
 
     def _subset_settings(self, point: Point) -> dict[str, Any]:
         """Return the settings that a point gives to its rows, heads aside."""
@@ -296,6 +302,16 @@ def _one_of(table: str, settings: dict[str, Any], key: str, default: Word, known
         raise UsageError(f"the recipe's [{table}] {key} must be one of {', '.join(known)}; found {value!r:.80}")
     found: Word = value
     return found
+
+
+def _sized(method: str, mark: str, share: float | None) -> str:
+    """Return a method's name with the share that it selects, if that is not the recipe's own."""
+    return method if share is None else f"{method}-{mark}{share:g}"
+
+
+def _greatest(shares: Sequence[float | None]) -> float | None:
+    """Return the greatest share, or None, the recipe's own, if that is among them."""
+    return None if None in shares else max(share for share in shares if share is not None)
 
 
 def _owned_by_recipe(resolved: Resolved[StageConfig], settings: dict[str, Any]) -> Resolved[StageConfig]:

@@ -28,10 +28,8 @@ def main() -> None:
     name = sys.argv[1]
     report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["report"]
     metric = next(iter(report["rows"][0]["metrics"]))
-    by_heads, by_rows = (
-        lines(report["rows"], "head_share", "row_share"),
-        lines(report["rows"], "row_share", "head_share"),
-    )
+    by_heads = lines(report["rows"], "head_share", "row_share")
+    by_rows = lines(report["rows"], "row_share", "head_share")
     figure = Figure(figsize=(12.0, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
     draw(left, metric, "head_share", by_heads, "share of heads, on 10% of the rows")

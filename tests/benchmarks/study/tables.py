@@ -17,9 +17,9 @@ INTRODUCTION = """\
 
 Each table is what one recipe of this folder gave, on SmolLM2-135M-Instruct in float32 on two CPU cores, in 3 epochs;
 where nothing else is said, a tenth of the rows and a tenth of the heads. Scores have 95% bootstrap intervals over
-test rows, differences are of the same rows, paired. AER is the cost, selection included, over that of full fine-
-tuning on all rows, STR the selection's part of it. Made by `tables.py` from `results`; how the settings were chosen
-is `choices.md`.
+test rows, differences are of the same rows, paired. AER is the cost, selection included, over that of full
+fine-tuning on all rows, STR the selection's part of it. Made by `tables.py` from `results`; how the settings were
+chosen is `choices.md`.
 """
 
 

@@ -93,3 +93,49 @@ def test_sizes_that_the_settings_rule_out_are_refused_before_anything_is_done(tm
     with pytest.raises(UsageError, match=r"--shortlist 0\.3 is less than the share of rows to keep, 0\.5"):
         run.run()
     assert begun == []
+
+
+class Recorder(RecipeRun):
+    """Does no stage, and notes which take their scores from another artifact."""
+
+    def __init__(self, **fields):
+        recipe = Recipe(out=Path("o"), controls=False, defaults={"model": "m", "pool": "rows"}, **fields)
+        super().__init__(recipe, {}, RunOptions(), lambda *_: None)
+        self.scores = {}
+
+    def _stage(self, name, out, *, table=None, **settings):
+        if name in {"score-heads", "mine-data"}:
+            self.scores[out.relative_to("o").as_posix()] = settings.get("scores")
+        return out
+
+
+def sources(**fields):
+    run = Recorder(**fields)
+    run.run()
+    return run.scores
+
+
+@pytest.mark.parametrize("kind", ["own share beside", "none of its own"])
+def test_shares_of_heads_are_selected_by_one_scoring(kind):
+    grids = [{"heads": ["pad", "random"], "data": ["random"], "head-ratio": [0.01, 0.03]}]
+    own = kind == "own share beside"
+    found = sources(grid=[*grids, {"heads": ["pad"], "data": ["random"]}] if own else grids)
+    scored = "heads/pad-s0" if own else "heads/pad-h0.03-s0"
+    assert found[scored] is None
+    assert found["heads/pad-h0.01-s0"] == f"o/{scored}"
+    assert ("heads/pad-s0" in found) == own, "a share that nothing asks for could be more than its layers have"
+    assert found["heads/random-h0.01-s0"] is None
+
+
+def test_the_heads_that_mine_are_scored_and_others_selected_from_them():
+    found = sources(grid={"data": ["p2d"], "head-ratio": [0.2, 0.5]}, **{"score-heads": {"method": "readout"}})
+    assert found["heads/readout-s0"] is None
+    assert found["heads/readout-h0.2-s0"] == found["heads/readout-h0.5-s0"] == "o/heads/readout-s0"
+
+
+def test_shares_of_rows_are_chosen_by_the_mining_of_the_greatest():
+    grid = {"scope": ["lora"], "data": ["p2d", "random"], "data-ratio": [0.2, 0.5]}
+    found = sources(grid=grid)
+    assert found["subset/p2d-d0.5-s0"] is None
+    assert found["subset/p2d-d0.2-s0"] == "o/subset/p2d-d0.5-s0"
+    assert found["subset/random-d0.2-s0"] is None
