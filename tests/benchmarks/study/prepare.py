@@ -57,8 +57,10 @@ def cut_single(source: Path, out: Path) -> None:
 
 
 def cut_mixed(source: Path, out: Path) -> None:
-    """Take a part of the pool, and of each target what belongs to it."""
-    pool = shuffled(source / "pool.jsonl")[:MIXED_POOL_ROWS]
+    """Take the pool and a part of it, and of each target what belongs to it."""
+    whole = shuffled(source / "pool.jsonl")
+    pool = whole[:MIXED_POOL_ROWS]
+    write(out / "whole_pool.jsonl", whole)
     write(out / "pool.jsonl", pool)
     for target in MIXED_TARGETS:
         folder = source / "targets" / target
