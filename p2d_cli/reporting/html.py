@@ -10,7 +10,16 @@ from html import escape
 
 from p2d_cli.core.aer import AerReport, AerRow
 from p2d_cli.reporting.head_maps import HEAD_MAP_STYLE, head_maps_html
-from p2d_cli.reporting.scatter import KIND_NAMES, Label, Layout, Point, scatter_layout, shown_rows, tick_texts
+from p2d_cli.reporting.scatter import (
+    CUT_SHORT,
+    KIND_NAMES,
+    Label,
+    Layout,
+    Point,
+    scatter_layout,
+    shown_rows,
+    tick_texts,
+)
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
@@ -316,7 +325,9 @@ def _plot_notes(report: AerReport, layout: Layout) -> str:
     notes = []
     if any(not layout.up.holds(point.score) for point in layout.points):
         notes.append("An arrow head marks a run whose score is off the scale.")
-    if missing := len(shown_rows(report)) - len(layout.points):
+    if layout.is_cut_short:
+        notes.append("Full fine-tuning was cut short: the dotted line is its cost; what it would reach is not known.")
+    if missing := len(shown_rows(report)) - len(layout.points) - layout.is_cut_short:
         notes.append(f"{missing} of the {len(shown_rows(report))} runs have no such score and are not shown.")
     if report.groups:
         notes.append("Runs that differ in their seed alone are one point, at their means.")
@@ -359,6 +370,10 @@ def _uncrowded_ticks(layout: Layout) -> Iterator[tuple[str, float]]:
 
 def _reference_lines(layout: Layout) -> Iterator[str]:
     left, top, right, bottom = layout.frame
+    if layout.cut_short_x is not None:
+        label = layout.cut_short_label(_LETTER_WIDTH * len(CUT_SHORT), _LINE_HEIGHT, _RADIUS)
+        yield _line("dotted", layout.cut_short_x, top, layout.cut_short_x, bottom)
+        yield _text("tick label", label.left + label.width, label.middle + 4, CUT_SHORT, "end")
     for point in layout.points:
         if point.kind == "reference":
             x, y = layout.x(point.cost), layout.y(point.score)

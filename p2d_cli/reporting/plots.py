@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from p2d_cli.core.aer import AerReport
 from p2d_cli.errors import UnavailableError
 from p2d_cli.reporting.scatter import (
+    CUT_SHORT,
     KIND_NAMES,
     Box,
     Kind,
@@ -48,6 +49,7 @@ _POINT = DPI / 72  # pixels
 _SCATTER_INCHES, _KEY_INCHES, _KEY_LINE_INCHES = (8.2, 5.5), 3.0, 0.17
 _FRAME: Box = (0.8 * DPI, 0.55 * DPI, 7.95 * DPI, 4.65 * DPI)
 _LABEL_POINTS = 8.5
+_DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (1, 3)), "zorder": 1}
 _KINDS: dict[Kind, dict[str, Any]] = {
     "method": {"marker": "o", "s": 46, "facecolors": BLUE, "edgecolors": BLUE},
     "control": {"marker": "o", "s": 46, "facecolors": "white", "edgecolors": VERMILLION},
@@ -125,20 +127,26 @@ def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: s
 def aer_scatter(report: AerReport, path: Path | str) -> None:
     """Draw the main metric with its interval against AER, the Pareto front, and the name of each run.
 
-    Controls are hollow, the reference is a diamond. Where the names do not fit beside their points, points are
-    numbered as in the report's table and a key stands at the right.
+    Controls are hollow; the reference is a diamond, or a line alone where it was cut short and its score is not known.
+    Where the names do not fit beside their points, points are numbered as in the report's table and a key stands at
+    the right.
 
     Raises:
         UnavailableError: matplotlib is not installed.
     """
     layout = scatter_layout(report, _FRAME)
     with _figure(path, _SCATTER_INCHES, layout=None) as figure:
-        labels = layout.labels(_measure(figure), height=_LABEL_POINTS * 1.25 * _POINT, radius=4.0 * _POINT)
+        width_of, line, radius = _measure(figure), _LABEL_POINTS * 1.25 * _POINT, 4.0 * _POINT
+        labels = layout.labels(width_of, height=line, radius=radius)
         if labels.are_numbers:
             width, height = _SCATTER_INCHES
             figure.set_size_inches(width + _KEY_INCHES, max(height, 0.9 + _KEY_LINE_INCHES * len(layout.points)))
         axes = _scatter_axes(figure, layout)
         _draw_points(axes, layout)
+        if layout.cut_short_x is not None:
+            axes.axvline(layout.cut_short_x, **_DOTTED)
+            note = layout.cut_short_label(width_of(CUT_SHORT), line, radius)
+            axes.text(note.left, note.middle, CUT_SHORT, fontsize=_LABEL_POINTS, color=MUTED, va="center_baseline")
         _draw_labels(axes, layout, labels)
         metric = layout.metric
         _title(axes, "Score against cost", f"{better_is(metric)} and further left is better" if metric else "")
@@ -339,9 +347,8 @@ def _draw_point(axes: Axes, layout: Layout, point: Point) -> None:
     if not layout.up.holds(point.score):
         style = style | {"marker": "v" if point.score < layout.up.low else "^"}
     elif point.kind == "reference":
-        dotted: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (1, 3)), "zorder": 1}
-        axes.axvline(x, **dotted)
-        axes.axhline(y, **dotted)
+        axes.axvline(x, **_DOTTED)
+        axes.axhline(y, **_DOTTED)
     ends = layout.y(point.low), layout.y(point.high)
     axes.vlines(x, min(ends), max(ends), color=style["edgecolors"], linewidth=1.1, alpha=0.6, zorder=3)
     axes.scatter([x], [y], **style, linewidths=1.6, zorder=4)

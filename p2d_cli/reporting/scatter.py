@@ -21,6 +21,7 @@ ZERO_SLOT = 0.10
 """Share of a logarithmic axis set apart for runs that cost nothing, such as the untrained model."""
 MOST_STRETCH = 1.6
 """How far runs that cost nothing may stretch the scale of the scores."""
+CUT_SHORT = "full fine-tuning, cut short"
 _LOG_MARGIN = 1.5
 _TOLERATED = 0.06  # share of a label that may lie on other things
 _EDGE = 0.03  # where points off the scale are marked
@@ -111,6 +112,8 @@ class Layout:
     along: Axis
     up: Axis
     frame: Box
+    is_cut_short: bool = False
+    """Whether the reference was cut short, so that its cost is drawn, a line without a point, and no score."""
 
     def x(self, cost: float) -> float:
         """Return the pixel column of a cost."""
@@ -124,6 +127,15 @@ class Layout:
     def slot_x(self) -> float | None:
         """The pixel column where the slot for runs that cost nothing ends, if there is one."""
         return self.frame[0] + self.along.slot * (self.frame[2] - self.frame[0]) if self.along.slot else None
+
+    @property
+    def cut_short_x(self) -> float | None:
+        """The pixel column of a reference that was cut short, if it was."""
+        return self.x(1.0) if self.is_cut_short else None
+
+    def cut_short_label(self, width: float, height: float, gap: float) -> Label:
+        """Return where `CUT_SHORT` stands: left of the line, under the plot's top."""
+        return Label(self.x(1.0) - gap - width, self.frame[1] + 1.6 * height, width, is_far=False)
 
     @property
     def front(self) -> tuple[tuple[float, float], ...]:
@@ -142,6 +154,8 @@ class Layout:
         numbered = tuple(str(point.number) for point in self.points)
         anchors = [(self.x(point.cost), self.y(point.score)) for point in self.points]
         obstacles = list(self._obstacles(radius))
+        if self.is_cut_short:
+            obstacles.append(_box(self.cut_short_label(width_of(CUT_SHORT), height, radius), height))
         for texts in (named, numbered):
             places, is_free = place_labels(
                 anchors, [width_of(text) for text in texts], height=height, gap=1.8 * radius, bounds=self.frame,
@@ -163,16 +177,22 @@ class Layout:
 
 def scatter_layout(report: AerReport, frame: Box) -> Layout:
     """Lay out the plot of a report in the given box of pixels."""
-    points = scatter_points(report)
-    return Layout(main_metric(report), points, cost_axis([p.cost for p in points]), score_axis(points), frame)
+    points, is_cut_short = scatter_points(report), report.reference.extrapolated
+    costs = [point.cost for point in points] + [1.0] * is_cut_short
+    return Layout(main_metric(report), points, cost_axis(costs), score_axis(points), frame, is_cut_short)
 
 
 def scatter_points(report: AerReport) -> tuple[Point, ...]:
-    """Return the runs, or groups of runs, that have the report's main metric, cheapest first."""
+    """Return the runs, or groups of runs, that have the report's main metric, cheapest first.
+
+    A reference that was cut short is not among them: what is known is its cost, not what it would have reached.
+    """
     metric = main_metric(report)
     found = []
     for number, row in enumerate(shown_rows(report), start=1):
         value = row.metrics.get(metric) if metric is not None else None
+        if row.is_reference and report.reference.extrapolated:
+            continue
         if value is None or not math.isfinite(value.value) or not math.isfinite(row.aer):
             continue
         ends = [value.value, *(end for end in (value.low, value.high) if math.isfinite(end))]

@@ -124,22 +124,29 @@ class _Entry(BaseModel):
     settings: _Settings = _Settings()
 
 
-def _describe(stages: tuple[StageCost, ...], *, shares: frozenset[str] = frozenset()) -> str:
-    """Name a run after what was trained on what: `contrast heads, p2d rows`, with some of its `SHARES` if asked for."""
-    trained = next((cost.settings for cost in stages if cost.stage == "train"), None)
-    if trained is None:
+def _describe(stages: tuple[StageCost, ...], *, telling: frozenset[str] = frozenset()) -> str:
+    """Name a run after what was trained on what: `contrast heads, p2d rows`, with what is `telling` of `SHARES` and
+    `epochs` beside it.
+    """
+    training = next((cost for cost in stages if cost.stage == "train"), None)
+    if training is None:
         return "base model"
-    share = {name: f" {share_text(trained.get(name))}" if name in shares else "" for name in SHARES}
+    trained = training.settings
+    share = {name: f" {share_text(trained.get(name))}" if name in telling else "" for name in SHARES}
     scope = trained.get("scope")
     if scope == "heads":
         scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
     data = trained.get("data_method")
-    return f"{scope}{share['head_share']}, {'all' if data in {None, 'full'} else data} rows{share['row_share']}"
+    rows = "all" if data in {None, "full"} else data
+    name = f"{scope}{share['head_share']}, {rows} rows{share['row_share']}"
+    if "epochs" not in telling or training.epochs is None:
+        return name
+    return f"{name}, {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
-    """Tell apart runs that would be called the same: by their shares, their seeds, else the names of their folders."""
-    runs = [_with_shares(run, [other for other in runs if other.name == run.name]) for run in runs]
+    """Tell apart runs that would be called the same: by shares and epochs, by seeds, else by their folders."""
+    runs = [_with_what_tells(run, [other for other in runs if other.name == run.name]) for run in runs]
     seeded = [f"{run.name}, seed {seed}" if (seed := seed_of(run)) is not None else run.name for run in runs]
     named = [f"{run.name} ({Path(run.path).name})" for run in runs]
     names = [run.name for run in runs]
@@ -149,12 +156,14 @@ def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
     ]
 
 
-def _with_shares(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
-    """Add to a run's name the shares in which others of that name differ from it."""
-    shares = frozenset(name for name in SHARES if len({trained_setting(other, name) for other in namesakes}) > 1)
-    if not shares:
+def _with_what_tells(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
+    """Add to a run's name the shares, and the epochs, in which others of that name differ from it."""
+    telling = {name for name in SHARES if len({trained_setting(other, name) for other in namesakes}) > 1}
+    if len({cost.epochs for other in namesakes for cost in other.stages_of("train")[:1]}) > 1:
+        telling.add("epochs")
+    if not telling:
         return run
-    name = _describe(run.stages, shares=shares)
+    name = _describe(run.stages, telling=frozenset(telling))
     return replace(run, name=name, label=name)
 
 

@@ -32,8 +32,13 @@ class Study(NamedTuple):
     baseline: str = "full, all rows"
 
 
+_WHOLE = (
+    "10,496 rows of 21 tasks, 500 of them of the target's, 64 target rows; 1,050 rows are chosen, 200 test rows, one"
+    " seed. Full fine-tuning was ended after 12 updates, and its cost extrapolated."
+)
 _MIXED = "1,312 rows of 21 tasks, 64 target rows; 132 rows are chosen, 200 test rows, one seed."
 STUDIES = (
+    Study("whole_pool_banking77", "banking77 out of a large mixed pool", _WHOLE, "full, random rows"),
     Study("mixed_banking77", "banking77 out of a mixed pool", _MIXED, "full, random rows"),
     Study("mixed_snips_parse", "snips-nlu out of a mixed pool", _MIXED, "full, random rows"),
     Study(
@@ -62,8 +67,12 @@ def section(study: Study) -> str:
 
 
 def table(document: dict[str, Any], baseline: str) -> str:
-    """Return the table of one recipe; its score is the report's first metric."""
+    """Return the table of one recipe; its score is the report's first metric.
+
+    A reference that was cut short has a cost, but no score.
+    """
     report, away = document["report"], document["differences"][baseline]
+    is_cut_short = report["reference"]["extrapolated"]
     metric = next(iter(report["rows"][0]["metrics"]))
     groups = report["groups"] or [row | {"members": [place]} for place, row in enumerate(report["rows"])]
     knows_truth = any(row["precision"] is not None for row in report["rows"])
@@ -71,7 +80,10 @@ def table(document: dict[str, Any], baseline: str) -> str:
     lines = [headings, ["---"] * len(headings)]
     for group in groups:
         members = [report["rows"][place] for place in group["members"]]
-        lines.append(cells(group, members, metric, away.get(group["name"], {}).get(metric)))
+        line = cells(group, members, metric, away.get(group["name"], {}).get(metric))
+        if group["is_reference"] and is_cut_short:
+            line[:3] = [f"{group['name']} (cut short)", "", ""]
+        lines.append(line)
     if knows_truth:
         right = ["right rows", "---", *(share(report["rows"][group["members"][0]]["precision"]) for group in groups)]
         lines = [[*line[:5], cell, *line[5:]] for line, cell in zip(lines, right, strict=True)]

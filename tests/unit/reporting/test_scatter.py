@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.reporting.scatter import (
+    CUT_SHORT,
     ZERO_SLOT,
     Axis,
     cost_axis,
@@ -91,11 +92,32 @@ def test_an_untrained_run_near_the_others_is_on_the_scale(row, make_report):
 
 def test_runs_without_the_metric_are_left_out_and_numbers_are_those_of_the_table(report):
     points = scatter_points(report)
-    assert {point.row.name for point in points} == {row.name for row in report.rows} - {"not scored"}
+    assert {point.row.name for point in points} == {row.name for row in report.rows} - {
+        "not scored",
+        "full fine-tuning",
+    }
     assert all(report.rows[point.number - 1] is point.row for point in points)
     kinds = {point.row.name: point.kind for point in points}
     assert kinds["random heads, p2d rows"] == "control"
-    assert kinds["full fine-tuning"] == "reference"
+
+
+def test_a_reference_that_was_cut_short_is_a_line_and_no_point(row, make_report):
+    rows = row("a", 100.0, 0.82), row("b", 900.0, 0.5)
+    whole, cut = scatter_layout(make_report(*rows), FRAME), scatter_layout(make_report(*rows, extrapolated=True), FRAME)
+    assert [point.kind for point in whole.points] == ["method", "method", "reference"]
+    assert whole.cut_short_x is None
+    assert [point.kind for point in cut.points] == ["method", "method"]
+    assert cut.cut_short_x == pytest.approx(whole.x(whole.points[-1].cost))
+    assert cut.x(0.9) < cut.cut_short_x < FRAME[2]
+
+
+def test_labels_keep_off_what_names_the_line(row, make_report):
+    rows = [row(f"a run of number {number}", 900.0 - number, 0.9 - number / 1000) for number in range(3)]
+    layout = scatter_layout(make_report(*rows, extrapolated=True), FRAME)
+    note = layout.cut_short_label(7.0 * len(CUT_SHORT), 15.0, 5.0)
+    for label in layout.labels(lambda text: 7.0 * len(text), height=15.0, radius=5.0).places:
+        beside = label.left + label.width <= note.left or note.left + note.width <= label.left
+        assert beside or abs(label.middle - note.middle) >= 14
 
 
 def test_missing_intervals_shrink_to_the_score(row, make_report):

@@ -1,13 +1,19 @@
-"""Runs that would be called the same are told apart by what differs: shares first, then seeds, then folders."""
+"""Runs that would be called the same are told apart by what differs: shares and epochs, then seeds, then folders."""
 
 from p2d_cli.core.aer import RunCost, StageCost
 from p2d_cli.stages.report_aer import _distinct_names
 
 
-def run(name="pad heads, p2d rows", path="evaluation/a", **settings):
+def run(name="pad heads, p2d rows", path="evaluation/a", epochs=3.0, **settings):
     settings = {"scope": "heads", "heads_method": "pad", "data_method": "p2d"} | settings
     training = StageCost(
-        stage="train", artifact=path, seconds={"train": 1.0}, hardware="cpu", precision="float32", settings=settings
+        stage="train",
+        artifact=path,
+        seconds={"train": 1.0},
+        hardware="cpu",
+        precision="float32",
+        epochs=epochs,
+        settings=settings,
     )
     return RunCost(name=name, stages=(training,), metrics={}, path=path, label=name)
 
@@ -30,6 +36,18 @@ def test_shares_that_differ_are_told():
     found = named(*(run(head_share=heads, row_share=rows) for heads in (0.1, 0.125) for rows in (0.1, 0.5)))
     assert [name for name, _ in found] == [
         f"pad heads {heads}, p2d rows {rows}" for heads in ("10%", "12.5%") for rows in ("10%", "50%")
+    ]
+
+
+def test_epochs_that_differ_are_told_after_the_shares():
+    found = named(run(epochs=3.0), run(epochs=0.5))
+    assert [name for name, _ in found] == ["pad heads, p2d rows, 3 epochs", "pad heads, p2d rows, 0.5 epochs"]
+    assert all(name == label for name, label in found)
+    found = named(run(epochs=1.0, row_share=0.1), run(epochs=3.0, row_share=0.1), run(epochs=3.0, row_share=0.2))
+    assert [name for name, _ in found] == [
+        "pad heads, p2d rows 10%, 1 epoch",
+        "pad heads, p2d rows 10%, 3 epochs",
+        "pad heads, p2d rows 20%, 3 epochs",
     ]
 
 
