@@ -335,6 +335,17 @@ class MineDataConfig(RowOptions):
         "Share of the pool, most like the target rows in its words (TF-IDF), that the model reads and chooses from "
         "(for p2d, data-whisperer and embedding).",
     )
+    floor_quantile: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0,
+        "Keep no row that scores below this quantile of the target rows' own scores, each by a readout fitted without "
+        "it; --ratio or --count is then the most that is kept. 0 keeps all of it.",
+        panel="readout",
+    )
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether rows that are less like the target than its own are left out."""
+        return self.floor_quantile > 0 and self.method == "p2d" and self.resolved_affinity == "readout"
 
     @property
     def has_shortlist(self) -> bool:

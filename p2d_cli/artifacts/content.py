@@ -70,6 +70,8 @@ class _Subset(_Summary):
     rows_background: int = 0
     target_affinity: float = 0.0
     cut_score: float = 0.0
+    floor_quantile: float = 0.0
+    floor_score: float = 0.0
 
 
 class _Adapter(_Summary):

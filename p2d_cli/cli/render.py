@@ -314,6 +314,11 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
             f"{summary['heads_read']} heads read, told from {summary['rows_background']:,} background rows;"
             f" target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
         )
+    if "floor_score" in summary:
+        lines.append(
+            f"none scores below {summary['floor_score']:.2f}, the {summary['floor_quantile']:g} quantile of target rows"
+            " that were held out"
+        )
     if "precision" in summary:
         lines.append(
             f"{summary['precision']:.1%} of them are of the target's task ({summary['rows_relevant']:,} such rows in"

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from p2d_cli.errors import DataError, NonFiniteError
 
 SHRINKAGE = 0.1
+FOLDS = 8
 _HEADS_AT_A_TIME = 64  # whose outputs are held in float64
 
 
@@ -65,6 +66,40 @@ def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: 
     # A head that puts out the same for all rows has no direction: its readout is 0.
     scale_K = np.divide(1.0, deviation_K, out=np.zeros_like(deviation_K), where=deviation_K > 0)
     return Readout(weights_Kd * scale_K[:, None], raw_MK.mean(axis=0) * scale_K)
+
+
+def held_out_affinity(
+    target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS, shrinkage: float = SHRINKAGE
+) -> NDArray[np.float64]:
+    """Return each target row's affinity by a readout that was fitted without it, float64 `[Q]`.
+
+    That is how a row of the task scores that the readout has not seen, such as one in the pool: a row below the
+    quantile `a` of these is rejected as one of the task's at level `a` (cross-conformal prediction, Vovk 2015).
+
+    Args:
+        target_QKd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
+        background_MKd: likewise.
+        folds: parts that are left out in turn, at most Q of them.
+        shrinkage: as for `fit_readout`.
+
+    Raises:
+        DataError: fewer than two target rows.
+        NonFiniteError: an output is nan or infinite.
+    """
+    target, background = _checked(target_QKd, background_MKd)
+    if len(target) < 2:
+        raise DataError(
+            "expected at least 2 target rows to score each by the others, found 1", hint="give more target rows"
+        )
+    folds = min(folds, len(target))
+    affinity_Q = np.empty(len(target))
+    fold_Q = np.arange(len(target)) % folds
+    for fold in range(folds):
+        is_out_Q = fold_Q == fold
+        affinity_Q[is_out_Q] = fit_readout(target[~is_out_Q], background, shrinkage=shrinkage).affinity(
+            target[is_out_Q]
+        )
+    return affinity_Q
 
 
 def separation(

@@ -96,8 +96,8 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         pool, scored = choose_again(job, pool, inputs.scored, count)
     else:
         scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
-    count = min(count, pool.size)
     _require_finite(config.method, pool, scored)
+    count = min(count, pool.size, _above_floor(job, scored))
     with job.timer.phase("select"):
         ranks_N = rank_rows(scored.scores)
         cut = float(scored.scores[ranks_N == count - 1][0])
@@ -125,6 +125,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_selected": count,
             "rows_total": pool.num_rows,
             **({"shortlist": config.shortlist} if config.has_shortlist else {}),
+            **({"floor_quantile": config.floor_quantile} if "floor_score" in scored.notes else {}),
             **({"precision": measured["precision"]} if measured else {}),
         },
         precision=scored.precision,
@@ -163,6 +164,26 @@ def _shorten(task: PoolTask, count: int) -> Pool:
         f"the model reads {listed} of {task.pool.num_rows} rows: those most like the target in words"
     )
     return shortlist(task, listed)
+
+
+def _above_floor(job: StageRun[MineDataConfig], scored: PoolScored) -> int:
+    """Return how many rows score at least as high as the floor, all of them where there is none.
+
+    Raises:
+        DataError: no row does.
+    """
+    if "floor_score" not in scored.notes:
+        return scored.scores.size
+    floor = scored.notes["floor_score"]
+    above = int((scored.scores >= floor).sum())
+    if not above:
+        raise DataError(
+            f"no row of the pool scores {floor:.2f}, the {job.config.floor_quantile:g} quantile of the target rows'"
+            " own: the pool seems to hold none of the task",
+            hint="give a pool that does, or leave --floor-quantile out for the rows that are the most like it",
+        )
+    job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
+    return above
 
 
 def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +60,7 @@ def choose_again(
 
     Raises:
         DataError: the pool's rows are read under other ids than they were.
-        UsageError: a shortlist left fewer rows than are to be chosen.
+        UsageError: a shortlist left fewer rows than are to be chosen, or they tell nothing of the floor asked for.
     """
     if len(scored.ids) != pool.num_rows or any(
         record.id != name for record, name in zip(pool.read(), scored.ids, strict=True)
@@ -75,4 +77,17 @@ def choose_again(
             hint="mine again without --scores and with a greater --shortlist",
         )
     notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
+    if job.config.floor_quantile and job.config.method == "p2d":
+        notes |= _floor(job.config, told)
     return pool.only(np.flatnonzero(has_score_N)), PoolScored(scored.scores_N, scored.draws_N, notes=notes)
+
+
+def _floor(config: MineDataConfig, told: Mapping[str, Any]) -> dict[str, float]:
+    """Return the floor that the target rows set when the scores were found."""
+    if told.get("floor_quantile") != config.floor_quantile:
+        raise UsageError(
+            f"--scores tell nothing of --floor-quantile {config.floor_quantile:g}: they were found"
+            f" {'with ' + format(told['floor_quantile'], 'g') if 'floor_quantile' in told else 'without one'}",
+            hint="leave --floor-quantile or --scores out",
+        )
+    return {name: told[name] for name in ("floor_quantile", "floor_score")}

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.core.readout import Readout, fit_readout
+from p2d_cli.config import MineDataConfig
+from p2d_cli.core.readout import Readout, fit_readout, held_out_affinity
 from p2d_cli.data.pool import Chunk
 from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.data.records import Record
@@ -36,6 +37,7 @@ def score_by_readout(task: PoolTask) -> PoolScored:
     known = _read(task, bench, heads_LH, [*target, *background], [*task.target, *others])
     with job.timer.phase("fit"):
         readout = fit_readout(known[: len(target)], known[len(target) :])
+        floor = _floor(job.config, known[: len(target)], known[len(target) :])
     scores_M = np.full(task.pool.size, np.nan)
     scores_M[sample] = readout.affinity(known[len(target) :])
     truncated = _count_truncated(background)
@@ -47,8 +49,22 @@ def score_by_readout(task: PoolTask) -> PoolScored:
         "rows_background": len(sample),
         "target_affinity": float(readout.affinity(known[: len(target)]).mean()),
         "truncated_rows": truncated,
+        **floor,
     }
     return scored_by_model(bench, scores_M, notes=notes)
+
+
+def _floor(
+    config: MineDataConfig, target_QKd: NDArray[np.float32], background_MKd: NDArray[np.float32]
+) -> dict[str, float]:
+    """Return the score below which no row is kept, where one is asked for, as notes."""
+    if not config.has_floor:
+        return {}
+    held_out_Q = held_out_affinity(target_QKd, background_MKd)
+    return {
+        "floor_quantile": config.floor_quantile,
+        "floor_score": float(np.quantile(held_out_Q, config.floor_quantile)),
+    }
 
 
 def _background(task: PoolTask) -> NDArray[np.int64]:

@@ -168,3 +168,33 @@ def test_skills_whose_prompts_look_alike_are_told_apart_by_their_answers(
         ids = pq.read_table(tmp_path / method / "subset.parquet").to_pydict()["id"]
         found[method] = np.mean([skills[row] == skill for row in ids])
     assert found["p2d"] > 0.6 > 0.3 > found["lexical"]
+
+
+def test_no_row_below_the_floor_is_kept(mine, skills):
+    """The pool holds 180 rows of the task; as many as twice that are asked for."""
+    out = mine("readout", "--count", 2 * RELEVANT, "--floor-quantile", 0.05)
+    summary = json.loads((out / "manifest.json").read_text())["summary"]
+    scores = np.array(pq.read_table(out / "pool_scores.parquet").to_pydict()["score"], dtype=float)
+    assert summary["rows_selected"] == (scores >= summary["floor_score"]).sum() < 2 * RELEVANT
+    assert summary["cut_score"] >= summary["floor_score"]
+    assert precision(out, skills) > 0.9
+    assert summary["rows_selected"] > 0.8 * RELEVANT
+    everything = mine("readout", "--count", 2 * RELEVANT, "--floor-quantile", 0)
+    assert json.loads((everything / "manifest.json").read_text())["summary"]["rows_selected"] == 2 * RELEVANT
+
+
+def test_a_share_below_the_floor_is_kept_as_it_is(mine):
+    out = mine("readout", "--count", 20, "--floor-quantile", 0.05)
+    assert json.loads((out / "manifest.json").read_text())["summary"]["rows_selected"] == 20
+
+
+def test_a_pool_without_the_task_has_no_row_above_the_floor(mine, p2d, tiny_folder, rows, skills, tmp_path):
+    pool = [json.loads(line) for line in Path(rows["pool"]).read_text().splitlines()]
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in pool if skills[row["id"]] != "route"))
+    heads = mine("readout").parent / "readout"
+    done = p2d(
+        *("mine-data", "--model", tiny_folder, "--heads", heads, "--target", rows["target"], "--pool", others),
+        *("--floor-quantile", 0.5, "--out", tmp_path / "out"),
+    )
+    assert (done.code, "the pool seems to hold none of the task" in done.said) == (65, True), done.said

@@ -127,6 +127,23 @@ def test_every_method_that_ranks(mine, few, method):
     assert pq.read_table(out / "subset.parquet").equals(pq.read_table(again / "subset.parquet"))
 
 
+def test_the_floor_that_target_rows_set_holds_for_other_shares(mine, mined, scored, few):
+    floor = ("--floor-quantile", 0.2)
+    options = ("--heads", scored, "--target", few["target"], *floor)
+    base, where = mine("floor-base", *options)
+    anew, again = mine("floor-anew", *options, "--ratio", 0.9)
+    done, out = mine("floor-from", "--scores", where, *floor, "--ratio", 0.9)
+    assert (base.code, anew.code, done.code) == (0, 0, 0), done.said
+    assert (out / "subset.parquet").read_bytes() == (again / "subset.parquet").read_bytes()
+    for name in ("rows_selected", "floor_score", "floor_quantile"):
+        assert manifest(out)["summary"][name] == manifest(again)["summary"][name], name
+    assert manifest(out)["summary"]["rows_selected"] < manifest(out)["summary"]["rows_total"] * 0.9
+    other, _ = mine("floor-other", "--scores", where, "--floor-quantile", 0.3)
+    without, _ = mine("floor-without", "--scores", mined, *floor)
+    assert (other.code, "they were found with 0.2" in other.said) == (2, True), other.said
+    assert (without.code, "they were found without one" in without.said) == (2, True), without.said
+
+
 def test_more_rows_than_a_shortlist_left_are_refused(mine, mined):
     done, out = mine("too-many", "--scores", mined, "--ratio", 0.9)
     assert (done.code, "a shortlist left" in done.said) == (2, True), done.said

@@ -5,7 +5,7 @@ import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 
-from p2d_cli.core.readout import fit_readout, separation
+from p2d_cli.core.readout import fit_readout, held_out_affinity, separation
 from p2d_cli.errors import DataError, NonFiniteError
 
 K, D = 5, 7
@@ -101,3 +101,33 @@ def test_too_few_rows_and_numbers_that_are_none(rows):
     target[3, 1, 2] = np.nan
     with pytest.raises(NonFiniteError):
         fit_readout(target, background)
+
+
+def test_a_row_is_held_out_of_the_readout_that_scores_it(rows):
+    target, background = rows
+    scores = held_out_affinity(target, background, folds=3)
+    for place in range(len(target)):
+        others = [row for row in range(len(target)) if row % 3 != place % 3]
+        alone = fit_readout(target[others], background).affinity(target[place : place + 1])
+        assert scores[place] == pytest.approx(alone[0], abs=1e-12)
+    assert scores.mean() < fit_readout(target, background).affinity(target).mean()
+
+
+def test_more_folds_than_rows_leave_one_out(rows):
+    target, background = rows
+    few = held_out_affinity(target[:3], background, folds=8)
+    assert few[1] == pytest.approx(fit_readout(target[[0, 2]], background).affinity(target[1:2])[0], abs=1e-12)
+    with pytest.raises(DataError, match="at least 2 target rows"):
+        held_out_affinity(target[:1], background)
+
+
+def test_a_quantile_of_held_out_rows_keeps_its_share_of_new_ones():
+    """Rows of the task that no readout has seen pass the 10% quantile nine times in ten, give or take."""
+    rng = np.random.default_rng(1)
+    background, shift = rng.normal(size=(300, K, D)), np.full((K, D), 0.5)
+    kept = []
+    for _ in range(30):
+        target, new = rng.normal(size=(64, K, D)) + shift, rng.normal(size=(200, K, D)) + shift
+        floor = np.quantile(held_out_affinity(target, background), 0.1)
+        kept.append((fit_readout(target, background).affinity(new) >= floor).mean())
+    assert 0.87 < np.mean(kept) < 0.95
