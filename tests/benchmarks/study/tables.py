@@ -39,7 +39,13 @@ _WHOLE = (
 _MIXED = "1,312 rows of 21 tasks, 64 target rows; 132 rows are chosen, 200 test rows, one seed."
 STUDIES = (
     Study("whole_pool_banking77", "banking77 out of a large mixed pool", _WHOLE, "full, random rows"),
-    Study("whole_pool_snips_parse", "snips-nlu out of a large mixed pool", _WHOLE, "full, random rows"),
+    Study(
+        "whole_pool_snips_parse",
+        "snips-nlu out of a large mixed pool",
+        f"{_WHOLE} The rows that are fewer are those above the floor that the target's own rows set"
+        " (`whole_pool_floor.sh`).",
+        "full, random rows",
+    ),
     Study("mixed_banking77", "banking77 out of a mixed pool", _MIXED, "full, random rows"),
     Study("mixed_snips_parse", "snips-nlu out of a mixed pool", _MIXED, "full, random rows"),
     Study(

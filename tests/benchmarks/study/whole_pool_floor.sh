@@ -17,5 +17,5 @@ for scope in heads full; do
         --metric exact_match,token_f1 --max-new-tokens $longest --out $out/evaluation/$scope
     others=$(find $whole/evaluation -mindepth 1 -maxdepth 1 ! -name full-full-s0 | sort)
     p2d report-aer $out/evaluation/* $others --reference $whole/evaluation/full-full-s0 --out $out/report
-    python tests/benchmarks/study/collect.py $out whole_pool_floor_$target
+    python tests/benchmarks/study/collect.py $out whole_pool_$target
 done
