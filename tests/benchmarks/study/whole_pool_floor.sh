@@ -15,7 +15,7 @@ for scope in heads full; do
     case $scope in heads) which="-m $data/model --adapter $out/adapter/heads" ;; *) which="-m $out/adapter/full" ;; esac
     p2d eval $which --template plain --dtype float32 --data $mixed/$target/test.jsonl \
         --metric exact_match,token_f1 --max-new-tokens $longest --out $out/evaluation/$scope
-    others=$(find $whole/evaluation -mindepth 1 -maxdepth 1 ! -name full-full-s0 | sort)
-    p2d report-aer $out/evaluation/* $others --reference $whole/evaluation/full-full-s0 --out $out/report
-    python tests/benchmarks/study/collect.py $out whole_pool_$target
 done
+others=$(find $whole/evaluation -mindepth 1 -maxdepth 1 ! -name full-full-s0 | sort)
+p2d report-aer $out/evaluation/* $others --reference $whole/evaluation/full-full-s0 --out $out/report
+python tests/benchmarks/study/collect.py $out whole_pool_$target
