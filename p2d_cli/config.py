@@ -345,7 +345,7 @@ class MineDataConfig(RowOptions):
     @property
     def has_floor(self) -> bool:
         """Whether rows that are less like the target than its own are left out."""
-        return self.floor_quantile > 0 and self.method == "p2d" and self.resolved_affinity == "readout"
+        return self.floor_quantile > 0 and self.method == "p2d"
 
     @property
     def has_shortlist(self) -> bool:
@@ -364,6 +364,12 @@ class MineDataConfig(RowOptions):
         is_needed = self.scores is None and self.method == "p2d" and self.affinity == "readout"
         if is_needed and self.target is None:
             raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
+        return self
+
+    @model_validator(mode="after")
+    def _floor_is_of_the_readout(self) -> MineDataConfig:
+        if self.has_floor and self.scores is None and self.resolved_affinity != "readout":
+            raise ValueError("--floor-quantile needs --target and the readout: attention gives target rows no scores")
         return self
 
     @model_validator(mode="after")

@@ -125,7 +125,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_selected": count,
             "rows_total": pool.num_rows,
             **({"shortlist": config.shortlist} if config.has_shortlist else {}),
-            **({"floor_quantile": config.floor_quantile} if "floor_score" in scored.notes else {}),
+            **({"floor_quantile": config.floor_quantile} if config.has_floor else {}),
             **({"precision": measured["precision"]} if measured else {}),
         },
         precision=scored.precision,
@@ -172,7 +172,7 @@ def _above_floor(job: StageRun[MineDataConfig], scored: PoolScored) -> int:
     Raises:
         DataError: no row does.
     """
-    if "floor_score" not in scored.notes:
+    if not job.config.has_floor:
         return scored.scores.size
     floor = scored.notes["floor_score"]
     above = int((scored.scores >= floor).sum())

@@ -77,7 +77,7 @@ def choose_again(
             hint="mine again without --scores and with a greater --shortlist",
         )
     notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
-    if job.config.floor_quantile and job.config.method == "p2d":
+    if job.config.has_floor:
         notes |= _floor(job.config, told)
     return pool.only(np.flatnonzero(has_score_N)), PoolScored(scored.scores_N, scored.draws_N, notes=notes)
 

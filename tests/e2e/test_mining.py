@@ -188,6 +188,13 @@ def test_a_share_below_the_floor_is_kept_as_it_is(mine):
     assert json.loads((out / "manifest.json").read_text())["summary"]["rows_selected"] == 20
 
 
+@pytest.mark.parametrize("how", [(), ("--target", "task.jsonl", "--affinity", "attention")])
+def test_attention_sets_no_floor(p2d, tiny_folder, rows, tmp_path, how):
+    where = ("--model", tiny_folder, "--heads", tmp_path, "--pool", rows["pool"])
+    done = p2d("mine-data", *where, *how, "--floor-quantile", 0.05, "--out", tmp_path / "out")
+    assert (done.code, "--floor-quantile needs --target and the readout" in done.said) == (2, True), done.said
+
+
 def test_a_pool_without_the_task_has_no_row_above_the_floor(mine, p2d, tiny_folder, rows, skills, tmp_path):
     pool = [json.loads(line) for line in Path(rows["pool"]).read_text().splitlines()]
     others = tmp_path / "others.jsonl"
