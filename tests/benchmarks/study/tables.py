@@ -32,6 +32,8 @@ class Study(NamedTuple):
     baseline: str = "full, all rows"
     one_epoch: str = ""
     """The raw result of one epoch on all rows, where three were cut short."""
+    crossed_with: str = ""
+    """The recipe of the same grid's other cells."""
 
 
 _WHOLE = (
@@ -59,6 +61,13 @@ STUDIES = (
         " better; full fine-tuning was ended after 12 updates, and its cost extrapolated.",
     ),
     Study("cross", "Which heads are trained, on which rows", f"banking77. {_MIXED}"),
+    Study(
+        "cross_rows",
+        "Which heads are trained, on which rows: the other rows",
+        "The same, on another day, on which full fine-tuning was ended after 12 updates, and its cost extrapolated.",
+        "random heads, all rows",
+        crossed_with="cross",
+    ),
     Study("banking77", "banking77, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, three seeds."),
     Study("coverage", "banking77, rows that cover the pool", "The same, two seeds.", "random heads, random rows"),
     Study("snips_parse", "snips-nlu, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, two seeds."),
@@ -74,7 +83,11 @@ def main() -> None:
 def section(study: Study) -> str:
     sources = f"`{study.recipe}.toml`, raw result `results/{study.recipe}.json`."
     parts = [f"## {study.title}", f"{study.text} {sources}", table(read(study.recipe), study.baseline)]
-    return "\n\n".join([*parts, one_epoch(study.one_epoch)] if study.one_epoch else parts)
+    if study.one_epoch:
+        parts.append(one_epoch(study.one_epoch))
+    if study.crossed_with:
+        parts += ["Exact match of both together:", crossing(study.crossed_with, study.recipe)]
+    return "\n\n".join(parts)
 
 
 def one_epoch(name: str) -> str:
@@ -89,6 +102,19 @@ def one_epoch(name: str) -> str:
         f" ({report['reference']['seconds']:,.0f} s)."
         f" `{name}.sh`, raw result `results/{name}.json`."
     )
+
+
+def crossing(*recipes: str) -> str:
+    """Return the scores of some recipes' runs, a line for each set of heads, a column for each set of rows."""
+    scores = {}
+    for row in (row for recipe in recipes for row in read(recipe)["report"]["rows"] if not row["is_reference"]):
+        heads, rows = row["name"].split(" heads, ")
+        score = row["metrics"]["exact_match"]
+        scores[heads, rows] = interval(score["value"], score["low"], score["high"])
+    methods, columns = dict.fromkeys(heads for heads, _ in scores), dict.fromkeys(rows for _, rows in scores)
+    lines = [["heads", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[heads, *(scores.get((heads, rows), "") for rows in columns)] for heads in methods]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def read(recipe: str) -> dict[str, Any]:
