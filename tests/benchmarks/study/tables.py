@@ -114,7 +114,7 @@ def crossing(*recipes: str) -> str:
     methods, columns = dict.fromkeys(heads for heads, _ in scores), dict.fromkeys(rows for _, rows in scores)
     lines = [["heads", *columns], ["---"] * (len(columns) + 1)]
     lines += [[heads, *(scores.get((heads, rows), "") for rows in columns)] for heads in methods]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def read(recipe: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def table(document: dict[str, Any], baseline: str) -> str:
     if knows_truth:
         right = ["right rows", "---", *(share(report["rows"][group["members"][0]]["precision"]) for group in groups)]
         lines = [[*line[:5], cell, *line[5:]] for line, cell in zip(lines, right, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def cells(
@@ -161,6 +161,10 @@ def cells(
         f"{max(row['peak_gib'] for row in members):.1f}",
         str(len(members)),
     ]
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def share(value: float | None) -> str:
