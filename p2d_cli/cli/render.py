@@ -163,11 +163,9 @@ def result_document(result: StageResult) -> dict[str, Any]:
 
 
 def print_result(result: StageResult) -> None:
-    """Write a stage's result: what was done, its main figures, where it is."""
-    seconds = f"{result.wall_seconds:.1f} s"
-    line = Text.assemble(
-        (result.stage, "bold"), f" {STATUS_WORDS[result.status]}", (f"  {seconds}", "dim"), f"  {result.out}"
-    )
+    """Write what a stage did, in what time, where it is, and its main figures, or what they would take."""
+    seconds = f"  {result.wall_seconds:.1f} s" if result.status == "done" else ""
+    line = Text.assemble((result.stage, "bold"), f" {STATUS_WORDS[result.status]}", (seconds, "dim"), f"  {result.out}")
     out.print(line, soft_wrap=True)
     if result.manifest is None:
         for name, entry in result.inputs.items():

@@ -1,6 +1,9 @@
 """What a person sees: bars on a terminal, lines in a log, numbers in a table."""
 
 import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from rich.console import Console
 
 from p2d_cli.cli import render
 from p2d_cli.runtime.progress import SilentProgress
+from p2d_cli.stages.execution import StageResult
 
 
 class FakeClock:
@@ -80,6 +84,17 @@ def test_a_heat_map_marks_what_is_selected(said):
 def test_equal_scores_do_not_break_a_heat_map(said):
     render.print_heat_map(np.ones((1, 2)), np.zeros((1, 2), bool))
     assert "1 to 1" in said["out"].getvalue()
+
+
+def test_only_work_that_was_done_has_a_time(said):
+    result = StageResult("train", Path("adapter"), "would-run", "key", {}, None, 1.5)
+    render.print_result(result)
+    assert said["out"].getvalue() == "train would run  adapter\n"
+    summary = {"parameters": 12, "dtype": "float32", "base": "model"}
+    manifest = SimpleNamespace(kind="model", summary=summary)
+    render.print_result(replace(result, status="done", manifest=manifest))
+    render.print_result(replace(result, status="up-to-date", manifest=manifest))
+    assert said["out"].getvalue().splitlines()[1::2] == ["train done  1.5 s  adapter", "train up to date  adapter"]
 
 
 def row(**changes):
