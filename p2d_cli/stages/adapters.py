@@ -26,7 +26,7 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
     folder = Path(spec).expanduser()
     recover(folder)
     if is_artifact(folder):
-        job.artifact("adapter", spec, "adapter", same_model=True)
+        job.inputs.artifact("adapter", spec, "adapter", same_model=True)
         if not (folder / ADAPTER_FILES[0]).is_file():
             raise ArtifactError(
                 f"{spec} is a whole model (trained with --scope attention or full), not an adapter",
@@ -47,7 +47,7 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
         )
     refuse_imports(folder)
     digest = digest_files([folder / name for name in (*ADAPTER_FILES, CHAT_TEMPLATE_NAME) if (folder / name).is_file()])
-    job.inputs["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
+    job.inputs.entries["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder
 
 

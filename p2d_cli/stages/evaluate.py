@@ -65,12 +65,12 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
     config = job.config
     if config.lm_eval:
         _open_tasks(job)
-        job.open_chat_template()
-    model = job.model(config.model)
+        job.inputs.open_chat_template()
+    model = job.inputs.model(config.model)
     inputs = _Inputs(
         model=model,
         adapter=open_adapter(job, config.adapter) if config.adapter is not None else None,
-        data=job.rows("data", config.data) if config.data is not None else None,
+        data=job.inputs.rows("data", config.data) if config.data is not None else None,
         choices=open_choices(job, config.choices) if config.choices is not None else None,
     )
     return job.complete(
@@ -108,7 +108,7 @@ def open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
         raise DataError(
             f"--choices {spec}: expected a JSON list of at least two strings", hint='write it as ["yes", "no"]'
         )
-    job.inputs["choices"] = InputEntry(kind="choices", digest=digest_file(path), source=spec)
+    job.inputs.entries["choices"] = InputEntry(kind="choices", digest=digest_file(path), source=spec)
     return tuple(choices)
 
 
@@ -117,14 +117,16 @@ def _open_tasks(job: StageRun[EvalConfig]) -> None:
     from p2d_cli.modeling.harness import harness_version
 
     tasks = {"version": harness_version(), "tasks": list(job.config.lm_eval)}
-    job.inputs["lm_eval"] = InputEntry(kind="tasks", digest=digest_json(tasks), source=",".join(job.config.lm_eval))
+    job.inputs.entries["lm_eval"] = InputEntry(
+        kind="tasks", digest=digest_json(tasks), source=",".join(job.config.lm_eval)
+    )
     if (spec := job.config.lm_eval_tasks) is not None:
         folder = Path(spec).expanduser()
         if not folder.is_dir():
             raise DataError(f"--lm-eval-tasks {spec} is not a folder", hint="give a folder with task files of lm-eval")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         digest = digest_json([[path.relative_to(folder).as_posix(), digest_file(path)] for path in files])
-        job.inputs["lm_eval_tasks"] = InputEntry(kind="tasks", digest=digest, source=spec)
+        job.inputs.entries["lm_eval_tasks"] = InputEntry(kind="tasks", digest=digest, source=spec)
 
 
 def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
@@ -134,7 +136,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
     records: Sequence[Record] = ()
     if inputs.data is not None:
         with job.timer.phase("prepare"):
-            records = job.read(inputs.data, limit=job.config.limit).records
+            records = job.inputs.read(inputs.data, limit=job.config.limit).records
             _check_references(job.config, records, inputs.choices)
     bench = open_workbench(job, inputs.model, job.config)
     if inputs.adapter is not None:
@@ -181,7 +183,7 @@ def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
         config.lm_eval,
         folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
         chat_template=bench.template.chat_template,
-        system=job.system,
+        system=job.inputs.system_prompt,
         limit=config.limit,
         max_length=bench.max_length,
         # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.

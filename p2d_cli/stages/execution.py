@@ -1,7 +1,7 @@
-"""What all stages do alike: identify inputs, skip what is current, charge seconds, write the artifact.
+"""What all stages do alike: skip what is current, share the work, charge seconds, write the artifact.
 
-A stage's `run` opens a `StageRun`, registers its inputs by digest, and hands its computation to `complete`. Nothing
-here imports torch, so that a run that is up to date answers at once.
+A stage's `run` opens a `StageRun`, registers its inputs, and hands its computation to `complete`. Nothing here imports
+torch, so that a run that is up to date answers at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import (
     SCHEMA_VERSIONS,
@@ -22,28 +21,18 @@ from p2d_cli.artifacts.manifest import (
     Manifest,
     ModelIdentity,
     artifact_key,
-    is_artifact,
 )
 from p2d_cli.artifacts.store import (
     clear_leftovers,
     draft,
     ensure_replaceable,
     find_current,
-    open_artifact,
-    recover,
     unfinished_folder,
 )
-from p2d_cli.artifacts.subset import SUBSET_NAME
-from p2d_cli.config import ConfigT, EvalConfig, Resolved, RowOptions
+from p2d_cli.config import ConfigT, Resolved
 from p2d_cli.core.aer import StageCost
 from p2d_cli.core.cost import StagePlan
-from p2d_cli.data.pool import Pool, open_pool
-from p2d_cli.data.prompts import read_chat_template
-from p2d_cli.data.raw_rows import RowSource
-from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
-from p2d_cli.data.sources import locate
 from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
-from p2d_cli.modeling.model_files import ModelFiles, locate_model
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import (
@@ -58,7 +47,8 @@ from p2d_cli.runtime.hardware import (
 )
 from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
-from p2d_cli.stages.identity import changes_of, digest_rows, ensure_same_model, identify_model, identity_differences
+from p2d_cli.stages.identity import changes_of, identity_differences
+from p2d_cli.stages.inputs import StageInputs
 
 
 @dataclass(frozen=True)
@@ -138,30 +128,17 @@ class StageRun(Generic[ConfigT]):
         self.options = options
         self.progress = self._progress()
         self.timer = PhaseTimer()
-        self.inputs: dict[str, InputEntry] = {}
-        self.manifests: dict[str, Manifest] = {}
-        """Manifests of the inputs that are artifacts, by the input's name."""
-        self.model_identity: ModelIdentity | None = None
+        self.inputs = StageInputs(self.config, self.progress)
         self.scorer: ModelIdentity | None = None
         """The model that does this stage's work, where it is not the one that the work is for."""
         self.devices: dict[str, int] = {}
         """The devices of a divided model, each with its number of modules; empty for a model on one device."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
-        self._names: dict[RowSource, str] = {}
-        """The input's name of each source of rows."""
-        self._ledger: dict[str, dict[str, Any]] = {}
         self._unfinished: Path | None = None
         self._key: str | None = None
         self._until_committed = ExitStack()
         self._started = time.perf_counter()
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt of rows that bring none: as given, else in an evaluation the one of the training."""
-        given = self.config.system if isinstance(self.config, RowOptions) else None
-        trained = trained_prompt(self)
-        return (trained["system"] if given is None and trained is not None else given) or None
 
     @property
     def is_main(self) -> bool:
@@ -171,137 +148,6 @@ class StageRun(Generic[ConfigT]):
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
         self.timer.synchronize_with(synchronizer(device))
-
-    def model(self, spec: str, *, name: str = "model", with_tokenizer: bool = True) -> ModelFiles:
-        """Locate and identify a model; the one called `model` is the artifact's base model.
-
-        A model that an earlier stage wrote brings the costs of its making.
-        """
-        recover(Path(spec).expanduser())
-        files = locate_model(spec)
-        if is_artifact(files.folder):
-            self.manifests[name] = open_artifact(files.folder)
-            self._inherit(self.manifests[name])
-        identity = distributed.from_main(lambda: identify_model(files))
-        entry = {"weights": identity.digest, "tokenizer": identity.tokenizer_digest if with_tokenizer else None}
-        self.inputs[name] = InputEntry(
-            kind="model", digest=digest_json(entry), source=spec, details=identity.model_dump(mode="json")
-        )
-        if name == "model":
-            self.model_identity = identity
-        return files
-
-    def rows(self, name: str, spec: str) -> RowSource:
-        """Locate and identify rows: a subset artifact, a file, a folder or a hub id."""
-        config = self._row_options
-        self.open_chat_template()
-        folder = Path(spec).expanduser()
-        recover(folder)
-        if is_artifact(folder):
-            self.artifact(name, spec, "subset")
-            source = locate(str(folder / SUBSET_NAME))
-        else:
-            source = locate(spec, split=config.split, revision=config.revision)
-            self.inputs[name] = InputEntry(kind="rows", digest=digest_rows(source), source=spec)
-        self._names[source] = name
-        return source
-
-    def open_chat_template(self) -> None:
-        """Register the file of `--chat-template` as an input, if there is one.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        spec = self._row_options.chat_template
-        if spec is None:
-            return
-        path = Path(spec).expanduser()
-        if path.exists() and not path.is_file():
-            raise DataError(f"--chat-template {spec} is no file", hint="give a file with a Jinja template")
-        read_chat_template(path)
-        self.inputs["chat_template"] = InputEntry(kind="template", digest=digest_file(path), source=spec)
-
-    def artifact(self, name: str, spec: str, kind: ArtifactKind, *, same_model: bool = False) -> Manifest:
-        """Open an artifact of another stage, verified, and take over the costs of its making.
-
-        Args:
-            name: the input's name.
-            spec: its folder.
-            kind: the kind that it must be of.
-            same_model: whether it must have been made with this run's base model.
-
-        Raises:
-            ArtifactError: not such an artifact, or made with another model.
-        """
-        manifest = open_artifact(Path(spec).expanduser(), kind)
-        if same_model and self.model_identity is not None:
-            ensure_same_model(manifest, self.model_identity, spec)
-        self._inherit(manifest)
-        self.inputs[name] = InputEntry(kind=kind, digest=manifest.content_digest, source=spec)
-        self.manifests[name] = manifest
-        return manifest
-
-    def read(self, source: RowSource, *, need_completion: bool = True, limit: int | None = None) -> RecordSet:
-        """Read rows as records, telling what was left out."""
-        records = read_records(
-            source,
-            columns=self._columns(),
-            system=self.system,
-            limit=limit,
-            skip_bad_rows=self._row_options.skip_bad_rows,
-            need_completion=need_completion,
-        )
-        self._tell(source, records.notes, SkippedRows.of(records.skipped))
-        return records
-
-    def pool(self, source: RowSource, target: Sequence[Record] = ()) -> Pool:
-        """Read through a pool once, telling what was left out; its rows are then read again where they are needed.
-
-        Args:
-            source: where its rows lie.
-            target: rows of the task, not to be chosen from the pool.
-        """
-        config = self._row_options
-
-        def scan(*, skip: Callable[[str], None], with_fields: bool = False) -> Iterator[Record]:
-            return scan_records(
-                source,
-                columns=self._columns(),
-                system=self.system,
-                skip=skip if config.skip_bad_rows else None,
-                with_fields=with_fields,
-            )
-
-        with self.progress.task("count rows of the pool", None) as advance:
-            pool = open_pool(scan, target, advance=advance)
-        self._tell(source, pool.notes, pool.skipped)
-        return pool
-
-    @property
-    def _row_options(self) -> RowOptions:
-        if not isinstance(self.config, RowOptions):
-            raise TypeError(f"{type(self.config).__name__} has no settings for rows")
-        return self.config
-
-    def _columns(self) -> ColumnMap:
-        config = self._row_options
-        return ColumnMap(
-            prompt=config.prompt_column,
-            completion=config.completion_column,
-            messages=config.messages_column,
-            id=config.id_column,
-            system=config.system_column,
-            choices=config.choices_column,
-        )
-
-    def _tell(self, source: RowSource, notes: Sequence[str], skipped: SkippedRows) -> None:
-        for note in notes:
-            self.progress.note(note)
-        if not skipped.count:
-            return
-        self.progress.note(f"{source.spec}: {skipped.count} bad rows left out, first: {skipped.first[0]}")
-        left_out = {"count": skipped.count, "first": list(skipped.first)}
-        self.facts.setdefault("bad_rows", {})[self._names[source]] = left_out
 
     def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
         """Open the record of the finished batches of `plan`, those of an interrupted run included.
@@ -474,19 +320,16 @@ class StageRun(Generic[ConfigT]):
         return {
             "schema": f"p2d.{self.kind}/{SCHEMA_VERSIONS[self.kind]}",
             "settings": self.config.identity(),
-            "inputs": {name: entry.digest for name, entry in self.inputs.items()},
+            "inputs": {name: entry.digest for name, entry in self.inputs.entries.items()},
         }
 
     def _ensure_room(self, identity: dict[str, Any]) -> None:
         out = self.config.out
-        for entry in self.inputs.values():
+        for entry in self.inputs.entries.values():
             if entry.kind != "rows" and Path(entry.source).expanduser().resolve() == out.resolve():
                 raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")
         replace = self.options.force or self.options.replace_stale
         ensure_replaceable(out, self.kind, replace=replace, changes=changes_of(out, identity))
-
-    def _inherit(self, manifest: Manifest) -> None:
-        self._ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
 
     def _manifest(
         self,
@@ -499,7 +342,8 @@ class StageRun(Generic[ConfigT]):
         hardware = combine_hardware([place.hardware for place in places], [place.where for place in places])
         peak = highest_memory_gib([place.peak_gib for place in places])
         seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
-        worker = self.scorer or self.model_identity
+        bad_rows = self.inputs.bad_rows
+        worker = self.scorer or self.inputs.base_model
         cost = StageCost(
             stage=self.stage.name,
             artifact=key,
@@ -515,7 +359,7 @@ class StageRun(Generic[ConfigT]):
             peak_gib=peak.get("device", peak["host"]),
             settings=outcome.settings | ({"scorer_model": self.scorer.source} if self.scorer else {}),
         )
-        ledger = list(self._ledger.values()) + ([cost.to_dict()] if outcome.charged else [])
+        ledger = list(self.inputs.ledger.values()) + ([cost.to_dict()] if outcome.charged else [])
         return Manifest(
             schema_=identity["schema"],
             key=key,
@@ -524,9 +368,9 @@ class StageRun(Generic[ConfigT]):
             status="complete",
             exit_code=0,
             config=self.resolved.provenance(),
-            inputs=self.inputs,
+            inputs=self.inputs.entries,
             outputs=outputs,
-            model=self.model_identity,
+            model=self.inputs.base_model,
             seed=self.config.seed,
             seconds=seconds,
             tokens=outcome.tokens,
@@ -534,7 +378,7 @@ class StageRun(Generic[ConfigT]):
             hardware=hardware,
             precision=outcome.precision,
             versions=package_versions(),
-            summary={**outcome.summary, **self.facts},
+            summary=outcome.summary | self.facts | ({"bad_rows": bad_rows} if bad_rows else {}),
             ledger=ledger,
         )
 
@@ -550,7 +394,7 @@ class StageRun(Generic[ConfigT]):
             out=self.config.out,
             status=status,
             key=key,
-            inputs=dict(self.inputs),
+            inputs=dict(self.inputs.entries),
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
             plan=plan,
@@ -564,11 +408,3 @@ class _Here:
     hardware: dict[str, Any]
     where: tuple[str, str]
     peak_gib: dict[str, float]
-
-
-def trained_prompt(job: StageRun[Any]) -> dict[str, Any] | None:
-    """Return what is on record of the prompts that an evaluation's adapter or model was trained with, if anything."""
-    if not isinstance(job.config, EvalConfig):
-        return None
-    records = (job.manifests[name].summary.get("template") for name in ("adapter", "model") if name in job.manifests)
-    return next((record for record in records if record is not None), None)

@@ -31,9 +31,9 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
             f"{config.adapter} is already a plain model folder (trained with --scope attention or full)",
             hint="use it as it is",
         )
-    base = job.model(config.model or _base_of(adapter))
+    base = job.inputs.model(config.model or _base_of(adapter))
     open_adapter(job, config.adapter)
-    if "adapter" in job.manifests and (shown := job.manifests["adapter"].summary.get("template")):
+    if "adapter" in job.inputs.manifests and (shown := job.inputs.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
     return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
 

@@ -224,8 +224,8 @@ def _score_by_rows(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, targe
 
     config = job.config
     with job.timer.phase("prepare"):
-        target_rows = job.read(target).records
-        pool = job.pool(inputs.pool, target_rows) if inputs.pool is not None else None
+        target_rows = job.inputs.read(target).records
+        pool = job.inputs.pool(inputs.pool, target_rows) if inputs.pool is not None else None
     bench = open_workbench(job, inputs.model, config)
     repeats: list[NDArray[np.float64]] = []
     notes: dict[str, Any] = {}

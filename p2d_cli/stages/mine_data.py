@@ -71,8 +71,8 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     uses_target = config.method in METHODS_WITH_TARGET
     return MiningInputs(
         model=model,
-        pool=job.rows("pool", config.pool),
-        target=job.rows("target", config.target) if uses_target and config.target is not None else None,
+        pool=job.inputs.rows("pool", config.pool),
+        target=job.inputs.rows("target", config.target) if uses_target and config.target is not None else None,
         heads_LH=heads_LH,
         relevance=open_relevance(job),
     )
@@ -81,11 +81,11 @@ def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
     config = job.config
     with job.timer.phase("prepare"):
-        target = job.read(inputs.target).records if inputs.target is not None else ()
+        target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
         if config.perf == "generate" and config.perf_metric == "number_match":
             for record in target:
                 require_number(record)
-        pool = job.pool(inputs.pool, target)
+        pool = job.inputs.pool(inputs.pool, target)
         count = pool.num_rows if config.method == "full" else resolve_count(pool.num_rows, config.ratio, config.count)
         _tell_twins(job, pool)
         if inputs.relevance is not None:

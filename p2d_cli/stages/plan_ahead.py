@@ -72,8 +72,8 @@ def _sample(
     """Read rows; those that are still to be mined are stood for by as many of their pool."""
     mined = planned.get(spec)
     if not isinstance(mined, MineDataConfig):
-        return read_sample(job, job.rows(name, spec), limit=limit)
-    pool = read_sample(job, job.rows(name, mined.pool))
+        return read_sample(job, job.inputs.rows(name, spec), limit=limit)
+    pool = read_sample(job, job.inputs.rows(name, mined.pool))
     count = pool.total if mined.method == "full" else resolve_count(pool.total, mined.ratio, mined.count)
     return pool.reduced_to(count)
 

@@ -58,7 +58,7 @@ class Sample:
 def read_sample(job: StageRun[Any], source: RowSource, *, limit: int | None = None) -> Sample:
     """Read the first rows of a source, and count the others."""
     most = READ_ROWS if limit is None else min(limit, READ_ROWS)
-    records = job.read(source, limit=most).records
+    records = job.inputs.read(source, limit=most).records
     if len(records) < READ_ROWS or limit == READ_ROWS:
         total = len(records)
     else:

@@ -29,8 +29,8 @@ def open_scored(job: StageRun[MineDataConfig], spec: str) -> MiningInputs:
         DataError: they are of another pool.
     """
     config = job.config
-    model = job.model(config.model)
-    manifest = job.artifact("scores", spec, "subset", same_model=True)
+    model = job.inputs.model(config.model)
+    manifest = job.inputs.artifact("scores", spec, "subset", same_model=True)
     method = manifest.summary["method"]
     if method in METHODS_WITHOUT_RANKING:
         raise UsageError(
@@ -41,8 +41,8 @@ def open_scored(job: StageRun[MineDataConfig], spec: str) -> MiningInputs:
         raise UsageError(
             f"--scores {spec} are of {method}, not of --method {config.method}", hint=f"give --method {method}"
         )
-    pool = job.rows("pool", config.pool)
-    if job.inputs["pool"].digest != manifest.inputs["pool"].digest:
+    pool = job.inputs.rows("pool", config.pool)
+    if job.inputs.entries["pool"].digest != manifest.inputs["pool"].digest:
         raise DataError(
             f"--scores {spec} are of another pool than {config.pool}",
             hint=f"give --pool {manifest.inputs['pool'].source}, or leave --scores out",
@@ -70,7 +70,7 @@ def choose_again(
             hint="give --id-column and --skip-bad-rows as they were given there",
         )
     has_score_N = ~np.isnan(scored.scores_N)
-    told = job.manifests["scores"].summary
+    told = job.inputs.manifests["scores"].summary
     if told["rows_not_listed"] and count > has_score_N.sum():
         raise UsageError(
             f"a shortlist left {has_score_N.sum()} rows with a score, of which {count} are to be chosen",

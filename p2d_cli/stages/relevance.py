@@ -77,5 +77,5 @@ def open_relevance(job: StageRun[MineDataConfig]) -> RelevanceTally | None:
             f"--relevance {spec}: expected a list of ids, which are texts, under 'relevant'",
             hint="write numbers as texts too, as the subset's pool_scores.parquet does",
         )
-    job.inputs["relevance"] = InputEntry(kind="relevance", digest=digest_file(path), source=spec)
+    job.inputs.entries["relevance"] = InputEntry(kind="relevance", digest=digest_file(path), source=spec)
     return RelevanceTally(frozenset(relevant))

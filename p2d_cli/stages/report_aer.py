@@ -45,7 +45,7 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
     report = with_views(report, runs)
     if config.recipe is not None:
         _read_recipe(config.recipe)
-        job.inputs["recipe"] = InputEntry(
+        job.inputs.entries["recipe"] = InputEntry(
             kind="recipe", digest=digest_file(Path(config.recipe).expanduser()), source=config.recipe
         )
     return job.complete(lambda folder: _compute(job, report, folder), alone=True)
@@ -63,7 +63,7 @@ def _read_recipe(spec: str) -> str:
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
     manifest = open_artifact(Path(spec).expanduser(), "evaluation")
     # Costs are what a report says, so here the whole manifest counts, seconds included.
-    job.inputs[name] = InputEntry(
+    job.inputs.entries[name] = InputEntry(
         kind="evaluation", digest=digest_json(manifest.model_dump(mode="json", exclude={"inputs"})), source=spec
     )
     return run_cost(manifest, spec)

@@ -65,17 +65,17 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
     task_model = config.task_model if method == "pad" else None
     return ScoringInputs(
         method=method,
-        model=job.model(config.model, with_tokenizer=needs_target),
-        task_model=job.model(task_model, name="task_model", with_tokenizer=False) if task_model else None,
-        target=job.rows("target", config.target) if needs_target and config.target else None,
-        pool=job.rows("pool", config.pool) if method in NEED_POOL and config.pool else None,
+        model=job.inputs.model(config.model, with_tokenizer=needs_target),
+        task_model=job.inputs.model(task_model, name="task_model", with_tokenizer=False) if task_model else None,
+        target=job.inputs.rows("target", config.target) if needs_target and config.target else None,
+        pool=job.inputs.rows("pool", config.pool) if method in NEED_POOL and config.pool else None,
     )
 
 
 def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> ScoringInputs:
     """Take scores that are there, with what they cost; a method that is named has to be theirs."""
-    model = job.model(job.config.model, with_tokenizer=False)
-    job.artifact("scores", spec, "heads", same_model=True)
+    model = job.inputs.model(job.config.model, with_tokenizer=False)
+    job.inputs.artifact("scores", spec, "heads", same_model=True)
     scored = load_head_scores(Path(spec).expanduser())
     if job.config.method not in {"auto", scored.method}:
         raise UsageError(f"--scores {spec} are of {scored.method}, not of --method {job.config.method}")

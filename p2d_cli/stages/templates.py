@@ -9,7 +9,7 @@ from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.config import EvalConfig, RowOptions
 from p2d_cli.data.prompts import PromptTemplate, resolve_template
 from p2d_cli.errors import ArtifactError
-from p2d_cli.stages.execution import StageRun, trained_prompt
+from p2d_cli.stages.execution import StageRun
 
 LONGEST_DEFAULT = 2048
 
@@ -25,7 +25,7 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
         DataError: a chat template that cannot be read.
         UsageError: there is no chat template, and one is asked for.
     """
-    trained = trained_prompt(job)
+    trained = job.inputs.trained_prompt
     chat_file = _chat_file(config)
     adopts_plain = trained is not None and trained["name"] == "plain" and chat_file is None
     requested = "plain" if adopts_plain and config.template == "auto" else config.template
@@ -35,7 +35,7 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
         "name": template.name,
         "digest": template.digest,
         "origin": origin if template.name == "chat" else None,
-        "system": job.system,
+        "system": job.inputs.system_prompt,
     }
     job.facts["template"] = shown
     if isinstance(config, EvalConfig) and trained is not None and not config.allow_template_mismatch:
@@ -83,7 +83,7 @@ def _ensure_same_prompt(trained: dict[str, Any], shown: dict[str, Any], spec: st
 def _tell_differences(job: StageRun[Any], shown: dict[str, Any]) -> None:
     """Note where the heads or rows of an earlier stage were found with other prompts."""
     for name in ("heads", "data"):
-        made = job.manifests[name].summary.get("template") if name in job.manifests else None
+        made = job.inputs.manifests[name].summary.get("template") if name in job.inputs.manifests else None
         if made is not None and _what_differs(made, shown):
             told = f"--{name} was made with {describe_prompt(made)}; this stage shows {describe_prompt(shown)}"
             job.progress.note(told)

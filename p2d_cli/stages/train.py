@@ -80,15 +80,15 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     for tracker in config.tracker:
         if importlib.util.find_spec(tracker) is None:
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
-    model = job.model(config.model)
+    model = job.inputs.model(config.model)
     heads_LH = None
     if config.resolved_scope == "heads" and config.heads is not None:
-        job.artifact("heads", config.heads, "heads", same_model=True)
+        job.inputs.artifact("heads", config.heads, "heads", same_model=True)
         heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
     inputs = _Inputs(
         model=model,
-        data=job.rows("data", config.data),
-        eval_data=job.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
+        data=job.inputs.rows("data", config.data),
+        eval_data=job.inputs.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
         heads_LH=heads_LH,
     )
     return job.complete(
@@ -136,8 +136,8 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
 
     config, scope = job.config, job.config.resolved_scope
     with job.timer.phase("prepare"):
-        records = job.read(inputs.data).records
-        held_out = job.read(inputs.eval_data).records if inputs.eval_data is not None else ()
+        records = job.inputs.read(inputs.data).records
+        held_out = job.inputs.read(inputs.eval_data).records if inputs.eval_data is not None else ()
     device, dtype, tokenizer = _open(job, inputs.model)
     with job.timer.phase("prepare"):
         template = template_for(job, tokenizer, config)
@@ -417,7 +417,7 @@ def _earlier(job: StageRun[TrainConfig], scratch: Path) -> Checkpoint | None:
 
 def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[str, Any]:
     """Say which heads and rows were trained, for the report."""
-    heads, subset = job.manifests.get("heads"), job.manifests.get("data")
+    heads, subset = job.inputs.manifests.get("heads"), job.inputs.manifests.get("data")
     return {
         "heads_method": heads.summary["method"] if heads else None,
         "head_share": None if inputs.heads_LH is None else float(inputs.heads_LH.mean()),

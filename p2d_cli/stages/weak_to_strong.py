@@ -25,11 +25,11 @@ def open_reader(job: StageRun[MineDataConfig]) -> ModelFiles:
         DataError: the two have different tokenizers, and `--allow-other-tokenizer` was not given.
     """
     config = job.config
-    model = job.model(config.model)
+    model = job.inputs.model(config.model)
     if config.scorer_model is None or config.method in METHODS_WITHOUT_MODEL:
         return model
-    reader = job.model(config.scorer_model, name="scorer_model")
-    job.scorer = ModelIdentity.model_validate(job.inputs["scorer_model"].details)
+    reader = job.inputs.model(config.scorer_model, name="scorer_model")
+    job.scorer = ModelIdentity.model_validate(job.inputs.entries["scorer_model"].details)
     job.facts["scorer_model"] = job.scorer.model_dump(mode="json")
     job.facts["scorer_tokenizer"] = _compare_tokenizers(job, model, reader, job.scorer)
     return reader
@@ -42,16 +42,16 @@ def ensure_own_heads(job: StageRun[MineDataConfig], spec: str) -> None:
         ArtifactError: not a heads artifact, or of another model.
     """
     if job.scorer is None:
-        job.artifact("heads", spec, "heads", same_model=True)
+        job.inputs.artifact("heads", spec, "heads", same_model=True)
         return
-    ensure_same_model(job.artifact("heads", spec, "heads"), job.scorer, spec, "--scorer-model")
+    ensure_same_model(job.inputs.artifact("heads", spec, "heads"), job.scorer, spec, "--scorer-model")
 
 
 def _compare_tokenizers(
     job: StageRun[MineDataConfig], model: ModelFiles, reader: ModelFiles, reader_identity: ModelIdentity
 ) -> str:
     """Return `same`, `same vocabulary` (with other settings or another chat template) or `other`."""
-    identity = job.model_identity
+    identity = job.inputs.base_model
     if identity is not None and identity.tokenizer_digest == reader_identity.tokenizer_digest:
         return "same"
     theirs, its = vocabulary(model), vocabulary(reader)

@@ -242,9 +242,9 @@ def cost_against_pool_size(options: argparse.Namespace) -> dict[str, Any]:
 def open_bench(options: argparse.Namespace, rows: int | None = None) -> tuple[Workbench, list[Any], list[Any]]:
     flags = {"model": options.model, "pool": options.pool, "target": options.target, "out": "unused", "heads": "unused"}
     job = StageRun("mine-data", resolve(MineDataConfig, flags=flags | {"template": "plain"}), RunOptions())
-    bench = open_workbench(job, job.model(options.model), job.config)
-    pool = job.read(job.rows("pool", options.pool), limit=rows or options.rows).records
-    return bench, list(pool), list(job.read(job.rows("target", options.target)).records)
+    bench = open_workbench(job, job.inputs.model(options.model), job.config)
+    pool = job.inputs.read(job.inputs.rows("pool", options.pool), limit=rows or options.rows).records
+    return bench, list(pool), list(job.inputs.read(job.inputs.rows("target", options.target)).records)
 
 
 def uniform_heads(bench: Workbench) -> Any:
