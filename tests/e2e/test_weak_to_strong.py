@@ -40,7 +40,10 @@ def other_tokenizer(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_heads(p2d, small, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("weak") / "heads"
-    done = p2d("score-heads", "--model", small, "--target", few["target"], "--pool", few["pool"], "--out", out)
+    done = p2d(
+        *("score-heads", "--model", small, "--target", few["target"], "--pool", few["pool"]),
+        *("--dtype", "float32", "--out", out),
+    )
     assert done.code == 0, done.said
     return out
 
@@ -50,7 +53,7 @@ def mine(p2d, tiny_folder, few, tmp_path):
     def run(scorer, heads, *options):
         return p2d(
             *("mine-data", "--model", tiny_folder, "--scorer-model", scorer, "--heads", heads, *options),
-            *("--target", few["target"], "--pool", few["pool"], "--out", tmp_path / "subset"),
+            *("--target", few["target"], "--pool", few["pool"], "--dtype", "float32", "--out", tmp_path / "subset"),
         )
 
     return run
