@@ -29,6 +29,11 @@ class Checkpoint:
     progress: dict[str, Any]
     """What the stage knew when it was sealed."""
 
+    @property
+    def updates(self) -> int:
+        """How many updates were made."""
+        return int(self.folder.name.rpartition("-")[2])
+
 
 def seal_checkpoint(folder: Path, progress: Mapping[str, Any]) -> None:
     """Record the digest of each file of a finished checkpoint, and what the stage has to know to go on from it.

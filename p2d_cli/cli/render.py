@@ -55,8 +55,9 @@ class BarProgress:
     """Bars on a terminal."""
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Advance]:
-        """Show a bar of `total` units while the body runs."""
+    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
+        """Show a bar of `total` units while the body runs; the time left is by the speed of the last 30 seconds."""
+        del found
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,7 +81,7 @@ class LineProgress:
         self._clock = clock
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
         """Write a line every ten seconds while the body runs."""
         started = last = self._clock()
         done = 0
@@ -91,7 +92,7 @@ class LineProgress:
             now = self._clock()
             if now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                self.note(f"{label}: {_how_far(done, total, now - started)}")
+                self.note(f"{label}: {_how_far(done, total, now - started, found)}")
 
         yield advance
 
@@ -101,11 +102,14 @@ class LineProgress:
         sys.stderr.flush()
 
 
-def _how_far(done: int, total: int | None, seconds: float) -> str:
+def _how_far(done: int, total: int | None, seconds: float, found: int) -> str:
     if total is None:
         return f"{done}, {seconds:.0f} s"
-    left = seconds / done * (total - done) if done else float("nan")
-    return f"{done}/{total}, {seconds:.0f} s, about {left:.0f} s left"
+    so_far = f"{done}/{total}, {seconds:.0f} s"
+    if done <= found:
+        return so_far
+    left = seconds / (done - found) * (total - done)
+    return f"{so_far}, about {f'{left:.0f} s' if left < 100 else seconds_text(left)} left"
 
 
 def progress_for(*, quiet: bool) -> ProgressProtocol:

@@ -15,8 +15,14 @@ Advance = Callable[[int], None]
 class Progress(Protocol):
     """What a stage reports to: the command line draws bars or writes lines, tests use `SilentProgress`."""
 
-    def task(self, label: str, total: int | None) -> AbstractContextManager[Advance]:
-        """Open a piece of work of `total` units, None if not known; the body calls `advance(n)` as units are done."""
+    def task(self, label: str, total: int | None, *, found: int = 0) -> AbstractContextManager[Advance]:
+        """Open a piece of work; the body calls `advance(n)` as units are done.
+
+        Args:
+            label: what it is called.
+            total: its units, None if not known.
+            found: units that an interrupted run has finished: the body counts them too, but they take no time.
+        """
         ...
 
     def note(self, message: str) -> None:
@@ -28,9 +34,9 @@ class SilentProgress:
     """Report nothing."""
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
         """Yield an `advance` that does nothing."""
-        del label, total
+        del label, total, found
         yield lambda _: None
 
     def note(self, message: str) -> None:
@@ -45,7 +51,7 @@ class LogProgress:
         self._path = path
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Advance]:
+    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
         """Write a line when the body begins, and one with its seconds when it ends, however it does."""
         started, done = time.monotonic(), 0
 
@@ -53,7 +59,7 @@ class LogProgress:
             nonlocal done
             done += units
 
-        self.note(label if total is None else f"{label}: {total} to do")
+        self.note(label if total is None else f"{label}: {total - found} to do")
         try:
             yield advance
         finally:

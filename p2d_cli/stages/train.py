@@ -368,9 +368,10 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
     job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
     spent, started = job.timer.seconds["train"], time.perf_counter()
     updates = min(planned_updates(len(lesson.rows), plan), plan.max_steps or sys.maxsize)
+    found = earlier.updates if earlier else 0
     with (
         job.timer.phase("train"),
-        job.progress.task(f"train ({job.config.resolved_scope})", updates) as advance,
+        job.progress.task(f"train ({job.config.resolved_scope})", updates, found=found) as advance,
         # An update is worth finishing; behind the last one there is nothing left but to write the result.
         signals.deferred(),
     ):

@@ -177,7 +177,7 @@ def finish_batches(
         job.timer.phase(phase),
         _FinishedBatches(job, bench, label, batches, phase) as finished,
         # Batches fill the same number of tokens, so their count tells the time that is left; that of rows does not.
-        job.progress.task(f"{label}, batches", len(batches)) as advance,
+        job.progress.task(f"{label}, batches", len(batches), found=finished.found) as advance,
     ):
         for start in range(0, len(batches), distributed.world_size()):
             with signals.deferred():
@@ -198,12 +198,15 @@ class _FinishedBatches:
         self._journal: Journal | None = None
         self._known: frozenset[int] = frozenset()
 
+    @property
+    def found(self) -> int:
+        """How many batches an interrupted run has finished."""
+        return len(self._known)
+
     def __enter__(self) -> _FinishedBatches:
         self._known = distributed.from_main(self._open)
-        if self._known:
-            self._job.progress.note(
-                f"{self._label}: {len(self._known)} of {len(self._batches)} batches were finished before"
-            )
+        if self.found:
+            self._job.progress.note(f"{self._label}: {self.found} of {len(self._batches)} batches were finished before")
         return self
 
     def __exit__(self, *raised: Any) -> None:

@@ -54,6 +54,21 @@ def test_work_of_unknown_length_says_how_far_it_is(capsys, said):
         advance(3)
 
 
+def test_what_an_interrupted_run_finished_does_not_count_as_speed(capsys):
+    clock = FakeClock()
+    with render.LineProgress(clock).task("train", 100, found=60) as advance:
+        advance(60)
+        clock.now = 10
+        advance(0)
+        assert capsys.readouterr().err == "train: 60/100, 10 s\n"
+        clock.now = 20
+        advance(8)
+        assert capsys.readouterr().err == "train: 68/100, 20 s, about 80 s left\n"
+        clock.now = 900
+        advance(8)
+        assert capsys.readouterr().err == "train: 76/100, 900 s, about 22 min left\n"
+
+
 def test_progress_fits_the_listener(monkeypatch, said):
     assert isinstance(render.progress_for(quiet=True), SilentProgress)
     assert isinstance(render.progress_for(quiet=False), render.LineProgress)
