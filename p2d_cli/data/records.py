@@ -15,6 +15,8 @@ from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = ("prompt", "question", "instruction")
 _COMPLETION_NAMES = ("completion", "answer", "output")
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+_ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
 _SKIPPED_SHOWN = 5
 _FLAGS = "name them with --prompt-column and --completion-column, or --messages-column"
 
@@ -69,9 +71,9 @@ class Record:
 class ColumnMap:
     """Columns named by the user; `None` leaves one to be found.
 
-    Found by themselves are `prompt`/`completion`, `messages`, `instruction`/`input`/`output` and
-    `question`/`answer`, and beside any of them `id`, `system` (a text) and `choices` (a list of texts).
-    In CSV, `messages` and `choices` are lists written as JSON.
+    Found by themselves are `prompt`/`completion`, `messages` or `conversations` (messages of `role` and `content`,
+    or of `from` and `value`), `instruction`/`input`/`output` and `question`/`answer`, and beside any of them `id`,
+    `system` (a text) and `choices` (a list of texts). In CSV, messages and choices are lists written as JSON.
     """
 
     prompt: str | None = None
@@ -251,6 +253,7 @@ class _Layout:
 _SHAPES: dict[str, _Layout] = {
     "prompt/completion": _Layout(prompt="prompt", completion="completion"),
     "messages": _Layout(messages="messages"),
+    "conversations": _Layout(messages="conversations"),
     "instruction/input/output": _Layout(prompt="instruction", input="input", completion="output"),
     "question/answer": _Layout(prompt="question", completion="answer"),
 }
@@ -411,10 +414,11 @@ def _unpacked(value: Any) -> Any:
 
 
 def _message(row: RawRow, turn: Any, what: str) -> Message:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-        raise DataError(f"{row.where}: {what} must have role and content; found {turn!r:.60}")
-    role, content = turn["role"], turn["content"]
-    return Message(_require_text(row, role, f"{what}.role"), _require_text(row, content, f"{what}.content"))
+    for speaker, said in _MESSAGE_KEYS:
+        if isinstance(turn, Mapping) and {speaker, said} <= turn.keys():
+            role = _require_text(row, turn[speaker], f"{what}.{speaker}")
+            return Message(_ROLES.get(role, role), _require_text(row, turn[said], f"{what}.{said}"))
+    raise DataError(f"{row.where}: {what} must have role and content, or from and value; found {turn!r:.60}")
 
 
 def _own_id(row: RawRow, column: str | None) -> str:

@@ -30,14 +30,19 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def said(speaker, text):
+    return {"from": speaker, "value": text}
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=TEXT, extra=st.none() | st.just(" ") | TEXT, completion=TEXT, shape=st.integers(0, 3))
+@given(prompt=TEXT, extra=st.none() | st.just(" ") | TEXT, completion=TEXT, shape=st.integers(0, 4))
 def test_every_shape_says_the_same(read, prompt, extra, completion, shape):
     row = [
         {"prompt": prompt, "completion": completion},
         {"messages": [user(prompt), assistant(completion)]},
         {"instruction": prompt, "input": extra, "output": completion},
         {"question": prompt, "answer": completion},
+        {"conversations": [said("human", prompt), said("gpt", completion)]},
     ][shape]
     [record] = read(row | {"other": 1}).records
     expected = f"{prompt}\n{extra}" if shape == 2 and extra and extra.strip() else prompt
@@ -64,6 +69,16 @@ def test_earlier_answers_are_context(read):
     assert (record.system, record.prompt, record.completion) == ("s", "a\nb\nc", "d")
 
 
+def test_conversations_of_sharegpt(read):
+    turns = [said("system", "s"), said("human", "a"), said("gpt", "b"), said("user", "c"), said("assistant", "d")]
+    [record] = read({"conversations": turns}).records
+    assert [message.role for message in record.messages] == ["system", "user", "assistant", "user"]
+    assert (record.system, record.prompt, record.completion) == ("s", "a\nb\nc", "d")
+    assert read({"conversations": [user("a"), assistant("b")]}).records[0].completion == "b"
+    with pytest.raises(DataError, match="the columns fit messages and conversations"):
+        read({"conversations": turns, "messages": [user("a"), assistant("b")]})
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
@@ -76,7 +91,8 @@ def test_earlier_answers_are_context(read):
         ([user("a"), assistant("")], "the completion is empty"),
         ([user(None), assistant("b")], r"messages\[0\]\.content must be a text; found null"),
         ([{"from": "human"}, assistant("b")], r"messages\[0\] must have role and content"),
-        ([user("a"), "b"], r"messages\[1\] must have role and content"),
+        ([user("a"), "b"], r"messages\[1\] must have role and content, or from and value"),
+        ([said("human", 1), said("gpt", "b")], r"messages\[0\]\.value must be a text; found int"),
     ],
 )
 def test_conversations_that_cannot_be_used(read, turns, message):
