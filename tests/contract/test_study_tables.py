@@ -1,4 +1,4 @@
-"""What the README and RESULTS.md say of the study is what its raw results say."""
+"""What the README, findings.md and RESULTS.md say of the study is what its raw results say."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "tests" / "benchmarks" / "study"
+TASKS = ("snips_parse", "banking77", "gsm8k")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +28,69 @@ def test_the_results_are_made_from_the_raw_ones(tables, capsys):
 def test_every_recipe_of_a_table_is_in_the_study(tables):
     for study in tables.STUDIES:
         assert (STUDY / f"{study.recipe}.toml").is_file()
-        report = json.loads((STUDY / "results" / f"{study.recipe}.json").read_text(encoding="utf-8"))["report"]
+        report = read(f"tests/benchmarks/study/results/{study.recipe}.json")["report"]
         assert len(report["rows"]) > 2
 
 
-def test_the_readme_quotes_scores_of_the_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    measured = readme[readme.index("### A mixed pool") : readme.index("### What each scope reaches")]
-    in_tables = "\n".join(line for line in measured.splitlines() if line.startswith("|"))
-    quoted = set(re.findall(r"[+-]?\d\.\d{3} \[[^]]*\]|\[[+-][^]]*\]", in_tables))
+@pytest.mark.parametrize(
+    ("page", "begin", "end", "at_least"),
+    [
+        ("README.md", "### A mixed pool", "## The commands", 20),
+        ("tests/benchmarks/study/findings.md", "# The study", "## What each scope reaches", 30),
+    ],
+)
+def test_scores_in_tables_are_those_of_the_results(page, begin, end, at_least):
+    quoted = set(re.findall(r"[+-]?\d\.\d{3} \[[^]]*\]|\[[+-][^]]*\]", "\n".join(table_lines(page, begin, end))))
     results = (STUDY / "RESULTS.md").read_text(encoding="utf-8")
-    assert len(quoted) > 20
+    assert len(quoted) > at_least
     assert [value for value in sorted(quoted) if value not in results] == []
+
+
+def test_the_readme_crosses_heads_and_rows_as_the_results_do():
+    [of_readme, of_results] = [
+        crossing("README.md", "**Which heads deserve", "### A pool of one task"),
+        crossing(
+            "tests/benchmarks/study/RESULTS.md", "Exact match of all three together", "## banking77, a pool of one"
+        ),
+    ]
+    assert len(of_readme) == 24
+    assert of_readme == {place: score.split()[0] for place, score in of_results.items()}
+
+
+def crossing(page, begin, end):
+    heading, _, *lines = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table_lines(page, begin, end)
+    )
+    return {
+        (heads.split()[0], rows): score
+        for heads, *scores in lines
+        for rows, score in zip(heading[1:], scores, strict=True)
+    }
+
+
+def test_the_scopes_are_means_over_seeds():
+    results = {name: read(f"tests/benchmarks/results/scopes_{name}.json")["results"] for name in TASKS}
+    _, _, *lines = table_lines("tests/benchmarks/study/findings.md", "## What each scope reaches", None)
+    for line, scope in zip(lines, ("heads", "lora", "attention", "full"), strict=True):
+        _, *cells = line.strip("| ").split(" | ")
+        of_scope = {name: [row for row in rows if row["scope"] == scope] for name, rows in results.items()}
+        scores = [of_seeds(of_scope[name], "exact_match") for name in ("snips_parse", "banking77")]
+        assert cells[:2] == [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in scores]
+        assert cells[2] == f"{of_seeds(of_scope['gsm8k'], 'perplexity')[0]:.2f}"
+        seconds = [row["train_seconds"] for row in of_scope["banking77"]]
+        assert cells[3] == f"{sum(seconds) / len(seconds):.0f}"
+
+
+def of_seeds(rows, metric):
+    ends = [[row["metrics"][metric][end] for row in rows] for end in ("value", "low", "high")]
+    return [sum(values) / len(values) for values in ends]
+
+
+def table_lines(page, begin, end):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    part = text[text.index(begin) : end and text.index(end)]
+    return [line for line in part.splitlines() if line.startswith("|")]
+
+
+def read(path):
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))

@@ -32,8 +32,8 @@ class Study(NamedTuple):
     baseline: str = "full, all rows"
     one_epoch: str = ""
     """The raw result of one epoch on all rows, where three were cut short."""
-    crossed_with: str = ""
-    """The recipe of the same grid's other cells."""
+    crossed_with: tuple[str, ...] = ()
+    """The recipes of the same grid's other cells."""
 
 
 _WHOLE = (
@@ -66,7 +66,13 @@ STUDIES = (
         "Which heads are trained, on which rows: the other rows",
         "The same, on another day, on which full fine-tuning was ended after 12 updates, and its cost extrapolated.",
         "random heads, all rows",
-        crossed_with="cross",
+    ),
+    Study(
+        "cross_all_rows",
+        "Which heads are trained, on which rows: all rows",
+        "The same, on a third day, for the sets of heads that are left.",
+        "uniform heads, all rows",
+        crossed_with=("cross", "cross_rows"),
     ),
     Study("banking77", "banking77, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, three seeds."),
     Study("coverage", "banking77, rows that cover the pool", "The same, two seeds.", "random heads, random rows"),
@@ -86,7 +92,7 @@ def section(study: Study) -> str:
     if study.one_epoch:
         parts.append(one_epoch(study.one_epoch))
     if study.crossed_with:
-        parts += ["Exact match of both together:", crossing(study.crossed_with, study.recipe)]
+        parts += ["Exact match of all three together:", crossing(*study.crossed_with, study.recipe)]
     return "\n\n".join(parts)
 
 
