@@ -21,8 +21,6 @@ UNCHARGED_PHASES = frozenset({"load", "compile", "evaluate"})
 """Phases that every run has alike, or that are no part of adapting: timed, shown, and left out of AER."""
 STEPS_PHASE = "train"
 """The phase of the train stage whose time grows with the optimizer's updates."""
-BEGIN_PHASE = "begin"
-"""The phase of the train stage that ends with the first update: it is slower than the others, as memory is claimed."""
 CONTROL_HEADS = frozenset({"random", "uniform"})
 CONTROL_DATA = frozenset({"random", "full"})
 DEFAULT_CONFIDENCE = 0.95
@@ -269,7 +267,8 @@ def reference_seconds(run: RunCost) -> Reference:
     training = trainings[0]
     seconds = training.charged_seconds
     if training.is_cut_short and training.steps_done and training.steps_planned:
-        seconds += _seconds_an_update(training) * (training.steps_planned - training.steps_done)
+        measured = training.seconds.get(STEPS_PHASE, seconds)
+        seconds += measured * (training.steps_planned / training.steps_done - 1.0)
     return Reference(
         seconds=seconds,
         extrapolated=training.is_cut_short,
@@ -278,15 +277,6 @@ def reference_seconds(run: RunCost) -> Reference:
         hardware=training.hardware,
         precision=training.precision,
     )
-
-
-def _seconds_an_update(training: StageCost) -> float:
-    """Return the mean seconds of the updates behind the first, or those until the first if it is the only one."""
-    measured = training.seconds.get(STEPS_PHASE, training.charged_seconds)
-    updates = training.steps_done or 0
-    if BEGIN_PHASE not in training.seconds:
-        return measured / updates
-    return measured / (updates - 1) if updates > 1 else measured + training.seconds[BEGIN_PHASE]
 
 
 def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = False) -> AerReport:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from p2d_cli.artifacts.adapter import (
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig
-from p2d_cli.core.aer import BEGIN_PHASE, STEPS_PHASE
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
@@ -367,34 +365,21 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
 
     scratch = _checkpoints(job, plan)
     earlier = distributed.from_main(lambda: _earlier(job, scratch))
-    if earlier:
-        begun = earlier.progress.get("begin", 0.0)
-        job.timer.charge(BEGIN_PHASE, begun)
-        job.timer.charge(STEPS_PHASE, earlier.progress["seconds"] - begun)
-    spent = sum(job.timer.seconds.get(phase, 0.0) for phase in (BEGIN_PHASE, STEPS_PHASE))
-    started = time.perf_counter()
+    job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
+    spent, started = job.timer.seconds["train"], time.perf_counter()
     updates = min(planned_updates(len(lesson.rows), plan), plan.max_steps or sys.maxsize)
     found = earlier.updates if earlier else 0
     with (
-        job.timer.phase(STEPS_PHASE),
+        job.timer.phase("train"),
         job.progress.task(f"train ({job.config.resolved_scope})", updates, found=found) as advance,
         # An update is worth finishing; behind the last one there is nothing left but to write the result.
         signals.deferred(),
-        ExitStack() as opening,
     ):
-        if earlier is None:
-            opening.enter_context(job.timer.phase(BEGIN_PHASE))
-
-        def on_step(made: int) -> None:
-            opening.close()
-            advance(made)
 
         def seal(folder: Path, tokens: int) -> None:
             seconds = spent + time.perf_counter() - started
             if job.is_main:
-                begun = job.timer.seconds.get(BEGIN_PHASE, 0.0)
-                progress = {"seconds": seconds, "begin": begun, "tokens": tokens, "work": job.key}
-                seal_checkpoint(folder, progress)
+                seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
 
         record = train(
             model,
@@ -411,7 +396,7 @@ def _train(job: StageRun[TrainConfig], model: Any, lesson: _Lesson, plan: Traini
             ),
             resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
             hooks=TrainingHooks(
-                on_step=on_step,
+                on_step=advance,
                 on_checkpoint=seal,
                 should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
                 after_loading=freeze_placing if job.config.resolved_scope == "heads" else lambda _: None,

@@ -133,7 +133,7 @@ def judge(
         "scope": scope,
         "seed": seed,
         "learning_rate": lr,
-        "train_seconds": manifest["seconds"]["begin"] + manifest["seconds"]["train"],
+        "train_seconds": manifest["seconds"]["train"],
         "rows": manifest["summary"]["rows"],
         "updates": manifest["summary"]["updates"],
         "peak_gib": manifest["peak_memory_gib"],

@@ -126,15 +126,6 @@ def test_a_reference_that_was_cut_short_is_extrapolated_by_its_updates_and_says_
     assert any("extrapolated from 20 of 200 updates" in flag for flag in report.flags)
 
 
-def test_the_slow_first_update_is_not_scaled_up():
-    found = reference_seconds(_full({"prepare": 4.0, "begin": 20.0, "train": 44.0}, done=12, planned=492))
-    assert found.seconds == pytest.approx(4.0 + 20.0 + 491 * 4.0)
-    alone = reference_seconds(_full({"begin": 20.0, "train": 0.5}, done=1, planned=10))
-    assert alone.seconds == pytest.approx(20.5 * 10)
-    whole = reference_seconds(_full({"begin": 20.0, "train": 44.0}, done=12, planned=12))
-    assert whole == Reference(64.0, False, 12, 12, "H200", "bfloat16")
-
-
 def test_without_a_train_phase_all_charged_seconds_are_scaled():
     found = reference_seconds(_full({"loop": 60.0, "other": 40.0, "load": 5.0}, done=10, planned=20))
     assert found.seconds == pytest.approx(200.0)
