@@ -60,6 +60,20 @@ STUDIES = (
         "1,312 rows of 21 tasks, 64 target rows; 132 rows are chosen, 100 test rows, one seed. A lower perplexity is"
         " better; full fine-tuning was ended after 12 updates, and its cost extrapolated.",
     ),
+    *(
+        Study(
+            f"rows_{target}",
+            f"{name} out of a mixed pool, other ways to choose rows",
+            "The same on another day, on which full fine-tuning was ended after 12 updates, and its cost extrapolated."
+            f" p2d keeps the {kept} rows above the floor that the target's own rows set (`floor-quantile = 0.05`), the"
+            " others 132.",
+            baseline,
+        )
+        for target, name, kept, baseline in (
+            ("banking77", "banking77", 79, "random heads, random rows"),
+            ("snips_parse", "snips-nlu", 53, "random heads, random rows"),
+        )
+    ),
     Study("cross", "Which heads are trained, on which rows", f"banking77. {_MIXED}"),
     Study(
         "cross_rows",
