@@ -48,6 +48,9 @@ class StageCost:
     model: str = ""
     """Identity of the model that did the work: the base model, or the smaller one that mined rows for it."""
     tokens: int | None = None
+    """Tokens that were read, padding included."""
+    tokens_planned: int | None = None
+    """Those that all epochs would have read (train)."""
     peak_gib: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """What a report says about the stage: the method, and for a training which heads and rows it trained."""
@@ -63,8 +66,11 @@ class StageCost:
         return self.steps_done is not None and self.steps_planned is not None and self.steps_done < self.steps_planned
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry in plain JSON types."""
-        return asdict(self)
+        """Return the entry in plain JSON types; `tokens_planned`, a later key, only where it says something."""
+        entry = asdict(self)
+        if self.tokens_planned is None:
+            del entry["tokens_planned"]
+        return entry
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> StageCost:
@@ -268,7 +274,11 @@ def reference_seconds(run: RunCost) -> Reference:
     seconds = training.charged_seconds
     if training.is_cut_short and training.steps_done and training.steps_planned:
         measured = training.seconds.get(STEPS_PHASE, seconds)
-        seconds += measured * (training.steps_planned / training.steps_done - 1.0)
+        whole = training.steps_planned / training.steps_done
+        if training.tokens and training.tokens_planned:
+            # The rows of an update are of similar length, so that a few updates may be long ones or short ones.
+            whole = training.tokens_planned / training.tokens
+        seconds += measured * (whole - 1.0)
     return Reference(
         seconds=seconds,
         extrapolated=training.is_cut_short,

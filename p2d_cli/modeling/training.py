@@ -85,6 +85,9 @@ class TrainingRecord:
     steps_planned: int
     """Updates that all epochs would take; more than `steps_done` when it was cut short."""
     tokens: int
+    """Tokens that were read, padding and held-out rows included."""
+    tokens_planned: int | None
+    """Those that all epochs would read; None where there were held-out rows."""
     final_loss: float
     best_step: int | None = None
     """The update whose weights were kept, where there were held-out rows."""
@@ -433,7 +436,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet_transformers():
         _run(trainer, resume)
-    return _record(trainer, plan, planned, evaluates=bool(eval_rows))
+    return _record(trainer, plan, planned, [len(row.input_ids) for row in rows], evaluates=bool(eval_rows))
 
 
 def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
@@ -448,13 +451,16 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
         ) from problem
 
 
-def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, evaluates: bool) -> TrainingRecord:
+def _record(
+    trainer: CompletionTrainer, plan: TrainingPlan, planned: int, lengths: Sequence[int], *, evaluates: bool
+) -> TrainingRecord:
     log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
     return TrainingRecord(
         log=log,
         steps_done=trainer.state.global_step,
         steps_planned=planned,
         tokens=trainer.tokens_of_all_ranks(),
+        tokens_planned=None if evaluates else planned_tokens(lengths, plan, trainer.ranks.size),
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
         best_step=trainer.state.best_global_step if evaluates else None,
         best_eval_loss=trainer.state.best_metric if evaluates else None,
@@ -472,6 +478,27 @@ def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
 def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
     """Return the number of updates that one epoch takes."""
     return math.ceil(num_rows / plan.batch_size)
+
+
+def planned_tokens(lengths: Sequence[int], plan: TrainingPlan, size: int = 1) -> int:
+    """Return the number of tokens, padding included, that the updates of all epochs read.
+
+    Args:
+        lengths: tokens of each row.
+        plan: optimisation settings.
+        size: ranks that share each micro-batch.
+    """
+    order = LengthGrouped(lengths, plan.batch_size, plan.seed)
+    updates, tokens = planned_updates(len(lengths), plan), 0
+    for epoch in range(math.ceil(plan.epochs)):
+        order.set_epoch(epoch)
+        left = updates - epoch * updates_per_epoch(len(lengths), plan)
+        places = list(order)[: left * plan.batch_size]
+        for start in range(0, len(places), plan.micro_batch):
+            batch = [lengths[place] for place in places[start : start + plan.micro_batch]]
+            shares = [batch[rank::size] for rank in range(size) if batch[rank::size]]
+            tokens += sum(sum(share) if plan.packing else len(share) * max(share) for share in shares)
+    return tokens
 
 
 def collate_or_none(batch: Sequence[TrainingRow], pad_id: int, *, packing: bool) -> Batch:

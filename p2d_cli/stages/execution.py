@@ -96,6 +96,7 @@ class Outcome:
     precision: str
     device: str
     tokens: int = 0
+    tokens_planned: int | None = None
     epochs: float | None = None
     steps_done: int | None = None
     steps_planned: int | None = None
@@ -356,6 +357,7 @@ class StageRun(Generic[ConfigT]):
             steps_planned=outcome.steps_planned,
             model=worker.digest if worker else "",
             tokens=outcome.tokens,
+            tokens_planned=outcome.tokens_planned,
             peak_gib=peak.get("device", peak["host"]),
             settings=outcome.settings | ({"scorer_model": self.scorer.source} if self.scorer else {}),
         )

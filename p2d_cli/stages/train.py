@@ -178,6 +178,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         precision=precision,
         device=device,
         tokens=record.tokens,
+        tokens_planned=record.tokens_planned,
         epochs=config.epochs,
         steps_done=record.steps_done,
         steps_planned=_steps_meant(config, record),

@@ -126,6 +126,15 @@ def test_a_reference_that_was_cut_short_is_extrapolated_by_its_updates_and_says_
     assert any("extrapolated from 20 of 200 updates" in flag for flag in report.flags)
 
 
+def test_extrapolation_is_by_tokens_where_they_are_known():
+    found = reference_seconds(
+        _full({"prepare": 4.0, "train": 60.0}, done=12, planned=492, tokens=9_000, tokens_planned=300_000)
+    )
+    assert found.seconds == pytest.approx(4.0 + 2000.0)
+    whole = reference_seconds(_full({"train": 60.0}, done=12, planned=12, tokens=9_000, tokens_planned=9_000))
+    assert whole.seconds == 60.0
+
+
 def test_without_a_train_phase_all_charged_seconds_are_scaled():
     found = reference_seconds(_full({"loop": 60.0, "other": 40.0, "load": 5.0}, done=10, planned=20))
     assert found.seconds == pytest.approx(200.0)

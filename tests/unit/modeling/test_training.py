@@ -1,9 +1,22 @@
-"""The order of rows, and their batches."""
+"""The order of rows, their batches, and how many tokens these hold."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from p2d_cli.modeling.training import LengthGrouped, RankBatches, Ranks, TrainingRow, collate, collate_or_none, pack
+from p2d_cli.modeling.training import (
+    LengthGrouped,
+    RankBatches,
+    Ranks,
+    TrainingPlan,
+    TrainingRow,
+    collate,
+    collate_or_none,
+    pack,
+    planned_tokens,
+    train,
+)
 
 LENGTHS = [(7 * index) % 41 + 1 for index in range(997)]
 
@@ -99,3 +112,28 @@ def test_a_batch_without_rows_is_one_token_that_is_not_learnt(packing):
     assert batch["labels"].tolist() == [[-100]]
     assert batch["names"] == []
     assert ("position_ids" in batch) == packing
+
+
+@pytest.mark.parametrize(("accumulation", "packing", "epochs"), [(1, False, 1.5), (3, False, 2.0), (2, True, 1.0)])
+def test_the_tokens_of_a_training_are_known_before_it(tiny_model, tmp_path, accumulation, packing, epochs):
+    rows = rows_of_tokens(*(3 + 7 * place % 11 for place in range(20)))
+    plan = TrainingPlan(
+        epochs=epochs, max_steps=None, learning_rate=1e-3, batch_size=6, accumulation=accumulation, schedule="constant",
+        warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0, autocast="float32", device="cpu", seed=3,
+        checkpointing=False, trackers=(), packing=packing,
+    )  # fmt: skip
+    found = train(tiny_model("llama"), rows, plan, pad_id=0, scratch=tmp_path)
+    assert found.steps_done == found.steps_planned
+    assert found.tokens == found.tokens_planned == planned_tokens([len(row.input_ids) for row in rows], plan)
+    short = train(tiny_model("llama"), rows, replace(plan, max_steps=2), pad_id=0, scratch=tmp_path)
+    assert short.tokens < short.tokens_planned == found.tokens_planned
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_pad_their_own_shares(size):
+    lengths = list(range(3, 15))
+    plan = TrainingPlan(1.0, None, 1e-3, 12, 2, "constant", 0.0, 0.0, 1.0, "float32", "cpu", 0, False, ())
+    order = LengthGrouped(lengths, plan.batch_size, plan.seed)
+    shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
+    padded = [len(batch) * max(lengths[place] for place in batch) for share in shares for batch in share]
+    assert planned_tokens(lengths, plan, size) == sum(padded)
