@@ -50,7 +50,7 @@ class StageCost:
     tokens: int | None = None
     """Tokens that were read, padding included."""
     tokens_planned: int | None = None
-    """Those that all epochs would have read (train)."""
+    """Those that all epochs would have read (a training that was cut short)."""
     peak_gib: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """What a report says about the stage: the method, and for a training which heads and rows it trained."""

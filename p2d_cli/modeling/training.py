@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -87,7 +88,7 @@ class TrainingRecord:
     tokens: int
     """Tokens that were read, padding and held-out rows included."""
     tokens_planned: int | None
-    """Those that all epochs would read; None where there were held-out rows."""
+    """Those that all epochs would read, where it was cut short; None if there were held-out rows."""
     final_loss: float
     best_step: int | None = None
     """The update whose weights were kept, where there were held-out rows."""
@@ -153,7 +154,7 @@ class CompletionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._order = order
+        self.order = order
         self.ranks = ranks
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
@@ -201,7 +202,7 @@ class CompletionTrainer(Trainer):
         if self.ranks.size == 1:
             return super().get_train_dataloader()
         dataset: Any = self.train_dataset
-        batches = RankBatches(self._order, self.args.gradient_accumulation_steps, self.ranks)
+        batches = RankBatches(self.order, self.args.gradient_accumulation_steps, self.ranks)
         return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -275,7 +276,7 @@ class CompletionTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
-        return self._order
+        return self.order
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
@@ -292,7 +293,7 @@ class LengthGrouped(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = torch.tensor(lengths)
+        self.lengths = tuple(lengths)
         self.batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -302,14 +303,15 @@ class LengthGrouped(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         rng = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(len(self._lengths), generator=rng)
+        lengths = torch.tensor(self.lengths)
+        order = torch.randperm(len(lengths), generator=rng)
         batches: list[torch.Tensor] = []
         for part in torch.split(order, MEGABATCHES * self.batch_size):
-            by_length = part[torch.argsort(self._lengths[part], descending=True, stable=True)]
+            by_length = part[torch.argsort(lengths[part], descending=True, stable=True)]
             batches.extend(torch.split(by_length, self.batch_size))
         # The batch that is not full, if any, stays last.
         full = len(batches) - (len(batches[-1]) < self.batch_size if batches else 0)
@@ -436,7 +438,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet_transformers():
         _run(trainer, resume)
-    return _record(trainer, plan, planned, [len(row.input_ids) for row in rows], evaluates=bool(eval_rows))
+    return _record(trainer, plan, planned, evaluates=bool(eval_rows))
 
 
 def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
@@ -451,16 +453,15 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
         ) from problem
 
 
-def _record(
-    trainer: CompletionTrainer, plan: TrainingPlan, planned: int, lengths: Sequence[int], *, evaluates: bool
-) -> TrainingRecord:
+def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, evaluates: bool) -> TrainingRecord:
+    is_cut_short = not evaluates and trainer.state.global_step < planned
     log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
     return TrainingRecord(
         log=log,
         steps_done=trainer.state.global_step,
         steps_planned=planned,
         tokens=trainer.tokens_of_all_ranks(),
-        tokens_planned=None if evaluates else planned_tokens(lengths, plan, trainer.ranks.size),
+        tokens_planned=planned_tokens(trainer.order, plan, trainer.ranks.size) if is_cut_short else None,
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
         best_step=trainer.state.best_global_step if evaluates else None,
         best_eval_loss=trainer.state.best_metric if evaluates else None,
@@ -480,24 +481,22 @@ def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
     return math.ceil(num_rows / plan.batch_size)
 
 
-def planned_tokens(lengths: Sequence[int], plan: TrainingPlan, size: int = 1) -> int:
+def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> int:
     """Return the number of tokens, padding included, that the updates of all epochs read.
 
     Args:
-        lengths: tokens of each row.
+        order: the rows of all updates; it is left at the last epoch.
         plan: optimisation settings.
         size: ranks that share each micro-batch.
     """
-    order = LengthGrouped(lengths, plan.batch_size, plan.seed)
-    updates, tokens = planned_updates(len(lengths), plan), 0
+    updates, tokens = planned_updates(len(order), plan), 0
+    shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
     for epoch in range(math.ceil(plan.epochs)):
         order.set_epoch(epoch)
-        left = updates - epoch * updates_per_epoch(len(lengths), plan)
-        places = list(order)[: left * plan.batch_size]
-        for start in range(0, len(places), plan.micro_batch):
-            batch = [lengths[place] for place in places[start : start + plan.micro_batch]]
-            shares = [batch[rank::size] for rank in range(size) if batch[rank::size]]
-            tokens += sum(sum(share) if plan.packing else len(share) * max(share) for share in shares)
+        left = updates - epoch * updates_per_epoch(len(order), plan)
+        for batch in chain.from_iterable(islice(share, left * plan.accumulation) for share in shares):
+            lengths = [order.lengths[place] for place in batch]
+            tokens += sum(lengths) if plan.packing else len(lengths) * max(lengths, default=0)
     return tokens
 
 

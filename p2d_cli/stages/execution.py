@@ -15,20 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal
 
 from p2d_cli.artifacts.journal import Journal
-from p2d_cli.artifacts.manifest import (
-    SCHEMA_VERSIONS,
-    InputEntry,
-    Manifest,
-    ModelIdentity,
-    artifact_key,
-)
-from p2d_cli.artifacts.store import (
-    clear_leftovers,
-    draft,
-    ensure_replaceable,
-    find_current,
-    unfinished_folder,
-)
+from p2d_cli.artifacts.manifest import SCHEMA_VERSIONS, InputEntry, Manifest, ModelIdentity, artifact_key
+from p2d_cli.artifacts.store import clear_leftovers, draft, ensure_replaceable, find_current, unfinished_folder
 from p2d_cli.config import ConfigT, Resolved
 from p2d_cli.core.aer import StageCost
 from p2d_cli.core.cost import StagePlan

@@ -122,18 +122,18 @@ def test_the_tokens_of_a_training_are_known_before_it(tiny_model, tmp_path, accu
         warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0, autocast="float32", device="cpu", seed=3,
         checkpointing=False, trackers=(), packing=packing,
     )  # fmt: skip
-    found = train(tiny_model("llama"), rows, plan, pad_id=0, scratch=tmp_path)
-    assert found.steps_done == found.steps_planned
-    assert found.tokens == found.tokens_planned == planned_tokens([len(row.input_ids) for row in rows], plan)
+    order = LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed)
+    whole = train(tiny_model("llama"), rows, plan, pad_id=0, scratch=tmp_path)
+    assert whole.steps_done == whole.steps_planned
+    assert whole.tokens == planned_tokens(order, plan)
     short = train(tiny_model("llama"), rows, replace(plan, max_steps=2), pad_id=0, scratch=tmp_path)
-    assert short.tokens < short.tokens_planned == found.tokens_planned
+    assert short.tokens < short.tokens_planned == whole.tokens
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_pad_their_own_shares(size):
-    lengths = list(range(3, 15))
     plan = TrainingPlan(1.0, None, 1e-3, 12, 2, "constant", 0.0, 0.0, 1.0, "float32", "cpu", 0, False, ())
-    order = LengthGrouped(lengths, plan.batch_size, plan.seed)
-    shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
-    padded = [len(batch) * max(lengths[place] for place in batch) for share in shares for batch in share]
-    assert planned_tokens(lengths, plan, size) == sum(padded)
+    order = LengthGrouped(list(range(3, 17)), plan.batch_size, plan.seed)
+    lengths = [order.lengths[place] for place in order]
+    shares = [batch[rank::size] for batch in batches(lengths, plan.micro_batch) for rank in range(size)]
+    assert planned_tokens(order, plan, size) == sum(len(share) * max(share) for share in shares if share)
