@@ -27,6 +27,10 @@ class Message:
 
     role: str
     content: str
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What chat templates read beside the content: `tool_calls`, `reasoning_content`, `name`, `tool_call_id`."""
+    is_learnt: bool = True
+    """Whether an assistant's turn counts in the loss (`weight: 0` and `train: false` say no)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,15 @@ class Record:
     """The row's columns as they came."""
     where: str
     """`file:line` (from 1) or `file#row` (from 0)."""
+    answer_parts: Mapping[str, Any] = field(default_factory=dict)
+    """What the answer has beside its text; see `Message.parts`."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the model may call, as JSON schemas."""
+
+    @property
+    def answer(self) -> Message:
+        """The assistant's turn that answers."""
+        return Message("assistant", self.completion, self.answer_parts)
 
     @property
     def system(self) -> str | None:
