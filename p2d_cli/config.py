@@ -7,6 +7,7 @@ models, so that a setting has one name, one default and one description. Torch-f
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,18 @@ def _split_commas(value: Any) -> Any:
     return value
 
 
+def _json_object(value: Any) -> Any:
+    """Take a JSON text for what it says, as a flag or a variable gives it; a recipe gives a table."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f'expected a JSON object such as {{"enable_thinking": false}}: {problem}') from None
+
+
 CommaList = BeforeValidator(_split_commas)
+TemplateArguments = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -175,6 +187,12 @@ class RowOptions(StageConfig):
     chat_template: PathSpec | None = setting(
         None, "A file with a Jinja chat template, instead of the tokenizer's.", panel="Rows"
     )
+    chat_template_kwargs: TemplateArguments = setting(
+        None,
+        'Values of the chat template\'s own variables, as JSON such as {"enable_thinking": false}.',
+        identity=False,
+        panel="Rows",
+    )
     system: str | None = setting(None, "System prompt of the rows that bring none.", panel="Rows")
     token_budget: Positive = setting(
         8192, "Tokens of one forward batch, padding included (not for train).", identity=False, panel="Run"
@@ -200,6 +218,8 @@ class RowOptions(StageConfig):
     def _one_template(self) -> RowOptions:
         if self.template == "plain" and self.chat_template is not None:
             raise ValueError("--template plain and --chat-template exclude each other: give one of them")
+        if self.template == "plain" and self.chat_template_kwargs:
+            raise ValueError("--template plain and --chat-template-kwargs exclude each other: give one of them")
         return self
 
     @model_validator(mode="after")

@@ -335,6 +335,8 @@ def encode_episode(
     """
     if not tokenizer.is_fast:
         raise DataError("few-shot episodes need a fast tokenizer, one that tells each token's characters")
+    for record in (*demos, *queries):
+        _require_text_alone(record)
     conversation = _Conversation.of(template, tokenizer, [*demos, *queries])
     located = conversation.locate(template, tokenizer)
     cut: set[int] = set()
@@ -348,6 +350,15 @@ def encode_episode(
         f"the demos for {queries[0].where} cannot be cut to --max-length {max_length}",
         hint="raise --max-length or lower --demos",
     )
+
+
+def _require_text_alone(record: Record) -> None:
+    turns = (*record.messages, record.answer)
+    if record.tools or any("tool_calls" in turn.parts or turn.role == "tool" for turn in turns):
+        raise DataError(
+            f"{record.where}: few-shot episodes cannot show tools and their calls",
+            hint="let heads read rows one at a time: --affinity readout, and score-heads --method readout",
+        )
 
 
 @dataclass(frozen=True)
@@ -369,18 +380,18 @@ class _Conversation:
                 turns = [turn for turn in turns if turn.role != "system"]
             elif system:
                 turns = fold_system(turns)
-            rows.append((*turns, Message("assistant", record.completion)))
+            rows.append((*turns, record.answer))
         return cls(Message("system", shared.pop() or "") if apart else None, tuple(rows))
 
     def locate(self, template: PromptTemplate, tokenizer: Any) -> _Located:
-        """Render and tokenize; the last answer is written behind the rendered text as it is."""
+        """Render and tokenize; the last answer is written as it is behind what the template writes before answers."""
         turns = [turn for row in self.rows for turn in row]
         head = [] if self.system is None else [self.system]
         placed = template.place(tokenizer, [*head, *turns[:-1]])
-        lead = "" if template.name == "chat" or _adds_bos(tokenizer) else _SEPARATOR
+        blank = "" if template.name == "chat" or _adds_bos(tokenizer) else _SEPARATOR
         answer = turns[-1].content
-        text = lead + placed.text + answer
-        spans = [(start + len(lead), stop + len(lead)) for start, stop in placed.spans[len(head) :]]
+        text = blank + placed.text + template.simple_frame(tokenizer).lead + answer
+        spans = [(start + len(blank), stop + len(blank)) for start, stop in placed.spans[len(head) :]]
         spans.append((len(text) - len(answer), len(text)))
         input_ids, offsets = template.tokenize(tokenizer, text)
         by_row, position = [], 0

@@ -6,12 +6,14 @@ A tokenizer is any fast tokenizer of `transformers`, passed in; this module does
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from p2d_cli.data.records import Message, Record
+from p2d_cli.data.turns import TurnFrame, frame_of, split_turn, without_reasoning
 from p2d_cli.errors import DataError, UsageError
 
 TemplateName = Literal["chat", "plain"]
@@ -19,12 +21,14 @@ LossOn = Literal["all", "last"]
 Span = tuple[int, int]
 """First character, and the one behind the last."""
 
-# Templates of the Llama 3 family print today's date unless they are given one, and tokens must not depend on the
-# day; this is the date that those templates fall back to themselves.
+# Templates of the Llama 3 family print today's date unless they are given one, and those of others (gpt-oss) ask for it
+# by `strftime_now`. Tokens must not depend on the day; this is the one that Llama's templates fall back to themselves.
 _TEMPLATE_DATE = "26 Jul 2024"
+_TEMPLATE_DAY = datetime(2024, 7, 26)
 _TEMPLATE_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What the expressions of a template may raise, such as `1 / 0`."""
-_PLAIN_HINT = "use --template plain"
+PLAIN_HINT = "use --template plain"
+_Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class EncodedExample:
     """Whether the template shows an earlier turn otherwise than the model would write it, so that none is learnt."""
     lost: int = 0
     """Earlier turns that are not learnt because tokens were cut from them or right before them."""
+    lead_length: int = 0
+    """Tokens of the completion before its answer: what the template writes there, and the row's reasoning."""
+    hides_reasoning: bool = False
+    """Whether the row has reasoning that the template does not show."""
+
+    @property
+    def answer_start(self) -> int:
+        """Tokens before the answer; metrics, likelihoods and readout look at those behind, training at all."""
+        return self.prompt_length + self.lead_length
 
     @property
     def label_mask(self) -> tuple[bool, ...]:
@@ -80,6 +93,9 @@ class PromptTemplate:
     _skeletons: dict[tuple[str, ...], _Skeleton | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _frames: dict[str, TurnFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shown: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Kinds of conversations whose parts this template is known to show."""
 
     @property
     def digest(self) -> str:
@@ -90,24 +106,60 @@ class PromptTemplate:
         """Return the text that the model is to continue with the completion.
 
         Raises:
-            DataError: the chat template refuses the conversation.
+            DataError: the chat template refuses the conversation, or does not show its tools.
         """
-        return self._open(tokenizer, self.conversation(tokenizer, record))
+        self._require_shown(tokenizer, record)
+        return self._open(tokenizer, self.conversation(tokenizer, record), record.tools)
 
     def render_example(self, tokenizer: Any, record: Record) -> tuple[str, str]:
         """Return prompt text and completion text, the end-of-turn token included.
 
+        The completion is what the model has to write at inference: the answer, and what the template writes around it
+        behind the prompt (an empty think block, a role header), so that the model learns to write it.
+
         Raises:
-            DataError: the chat template refuses the conversation, or changes the prompt once it is answered.
+            DataError: the chat template refuses the conversation, does not show its tools, or changes the prompt once
+                it is answered.
         """
-        prompt, completion = self._answered(tokenizer, self.conversation(tokenizer, record), record.completion)
+        self._require_shown(tokenizer, record)
+        messages = self.conversation(tokenizer, record)
+        prompt, completion = self._answered(tokenizer, messages, record.answer, record.tools)
         if completion is None:
             raise DataError(
                 f"{record.where}: {self.origin} cannot be split into prompt and completion: "
                 "the answered conversation does not begin with the unanswered one",
-                hint=_PLAIN_HINT,
+                hint=PLAIN_HINT,
             )
         return prompt, completion
+
+    def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
+        """Return what the template writes around the answer of this row."""
+        return self._frame(tokenizer, self.conversation(tokenizer, record), record.tools)
+
+    def end_of_turn(self, tokenizer: Any) -> int | None:
+        """Return the id of the token with which an answer ends; `None` if this template closes answers with none."""
+        end = self.simple_frame(tokenizer).end
+        return None if end is None else int(tokenizer.convert_tokens_to_ids(end))
+
+    def simple_frame(self, tokenizer: Any) -> TurnFrame:
+        """Return what the template writes around the answer to a single question."""
+        return self._frame(tokenizer, [Message("user", "?")], ())
+
+    def reference(self, tokenizer: Any, record: Record) -> str:
+        """Return the text that a right answer is compared with, without the row's reasoning.
+
+        A call of a tool has the form in which the template writes it.
+
+        Raises:
+            DataError: as `render_example`.
+        """
+        if "tool_calls" not in record.answer_parts:
+            return without_reasoning(record.completion)
+        frame, (_, turn) = self.frame(tokenizer, record), self.render_example(tokenizer, record)
+        text = frame.answer(turn)
+        for token in frame.specials:
+            text = text.replace(token, "")
+        return text.strip()
 
     def earlier_turns(self, tokenizer: Any, record: Record) -> tuple[Span, ...] | None:
         """Return where the assistant's earlier turns stand in the prompt, each with its end-of-turn token.
@@ -115,17 +167,18 @@ class PromptTemplate:
         A turn stands where the conversation up to it, rendered as for inference, ends. `None` if the prompt does not
         begin, for each turn, with what the model had been shown and was to write there: the template drops an
         earlier turn's reasoning, moves the system message, or closes earlier turns in another way. A turn before
-        the first user's answers nothing, and is left out.
+        the first user's answers nothing, and is left out, as is one that is not to be learnt.
 
         Raises:
             DataError: the chat template refuses the conversation, or its beginning.
         """
         messages = self.conversation(tokenizer, record)
-        users = [index for index, message in enumerate(messages) if message.role == "user"]
-        turns = [index for index in range(users[0], len(messages)) if messages[index].role == "assistant"]
-        whole, spans = self._open(tokenizer, messages) if turns else "", []
+        first = next((index for index, message in enumerate(messages) if message.role == "user"), len(messages))
+        turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
+        turns = [index for index in turns if messages[index].is_learnt]
+        whole, spans = self._open(tokenizer, messages, record.tools) if turns else "", []
         for index in turns:
-            prompt, completion = self._answered(tokenizer, messages[:index], messages[index].content)
+            prompt, completion = self._answered(tokenizer, messages[:index], messages[index], record.tools)
             if completion is None or not whole.startswith(prompt + completion):
                 return None
             spans.append((len(prompt), len(prompt) + len(completion)))
@@ -169,11 +222,7 @@ class PromptTemplate:
             raise UsageError(f"--max-length {max_length} has no room for a prompt and a completion", hint="raise it")
         prompt_text, completion_text = self.render_example(tokenizer, record)
         prompt_ids, offsets = self.tokenize(tokenizer, prompt_text)
-        whole_ids = self.tokenize(tokenizer, prompt_text + completion_text)[0]
-        if whole_ids[: len(prompt_ids)] == prompt_ids:
-            completion_ids = whole_ids[len(prompt_ids) :]
-        else:  # a token reaches over the border; at inference the prompt ends there all the same
-            completion_ids = _call(tokenizer, completion_text, add_special_tokens=False)["input_ids"]
+        completion_ids, lead = self._completion(tokenizer, record, prompt_text, prompt_ids, completion_text)
         kept = completion_ids[: max_length - 1]
         gap = self._gap(tokenizer, record, len(prompt_ids), max_length - len(kept))
         shown = prompt_ids[: gap[0]] + prompt_ids[gap[1] :]
@@ -186,7 +235,22 @@ class PromptTemplate:
             earlier=tuple(turn for turn in turns if turn is not None),
             rewritten=spans is None,
             lost=turns.count(None),
+            lead_length=min(lead, max(len(kept) - 1, 0)),
+            hides_reasoning=_hides_reasoning(record, completion_text),
         )
+
+    def _completion(
+        self, tokenizer: Any, record: Record, prompt: str, prompt_ids: Sequence[int], completion: str
+    ) -> tuple[list[int], int]:
+        """Return the completion's tokens, and how many of them stand before its answer."""
+        border = self.frame(tokenizer, record).find_answer(completion) or 0
+        ids, offsets = self.tokenize(tokenizer, prompt + completion)
+        if ids[: len(prompt_ids)] == list(prompt_ids):
+            ids, offsets, border = ids[len(prompt_ids) :], offsets[len(prompt_ids) :], len(prompt) + border
+        else:  # a token reaches over the border; at inference the prompt ends there all the same
+            encoded = _call(tokenizer, completion, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        return ids, sum(stop <= border for _, stop in offsets) if border else 0
 
     def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
@@ -235,44 +299,96 @@ class PromptTemplate:
         if not spans:
             raise DataError(
                 f"{self.origin} drops or changes messages, so that they cannot be told apart in its text",
-                hint=_PLAIN_HINT,
+                hint=PLAIN_HINT,
             )
         return PlacedText(text, spans)
 
-    def _open(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+    def _open(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = ()) -> str:
         """Return a conversation up to where the model answers."""
         if self.name == "plain":
             return _plain_text(messages, tokenizer.eos_token or "").text
-        return self._render(tokenizer, messages, answer=True)
+        return self._render(tokenizer, messages, tools, answer=True)
 
-    def _answered(self, tokenizer: Any, messages: Sequence[Message], answer: str) -> tuple[str, str | None]:
+    def _answered(
+        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools = ()
+    ) -> tuple[str, str | None]:
         """Return the conversation's text up to its answer, and the answer's with its end-of-turn token.
 
         The latter is `None` where the template changes the conversation once it is answered.
         """
-        prompt = self._open(tokenizer, messages)
-        if self.name == "plain":
-            return prompt, answer + (tokenizer.eos_token or "")
-        whole = self._render(tokenizer, [*messages, Message("assistant", answer)], answer=False)
-        if not whole.startswith(prompt):
-            return prompt, None
-        return prompt, _without_trailing_space(tokenizer, whole[len(prompt) :])
+        prompt = self._open(tokenizer, messages, tools)
+        turn = self._turn(tokenizer, messages, answer, tools, prompt)
+        if turn is None or self.name == "plain":
+            return prompt, turn
+        # White space that templates write behind the end-of-turn token a model never gets to generate.
+        closes = self._frame(tokenizer, messages, tools).closes
+        return prompt, turn.rstrip() if closes(turn.rstrip()) else turn
 
-    def _render(self, tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> str:
+    def _turn(
+        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools, prompt: str
+    ) -> str | None:
+        """Return what follows the prompt once it is answered; `None` if the prompt changes then."""
+        if self.name == "plain":
+            return answer.content + (tokenizer.eos_token or "")
+        return split_turn(prompt, self._render(tokenizer, [*messages, answer], tools, answer=False))
+
+    def _frame(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools) -> TurnFrame:
+        """Take the template's turn around an answer apart, once for each kind of conversation."""
+        kind = "plain" if self.name == "plain" else _kind(messages, tools)
+        if kind not in self._frames:
+            try:
+                prompt = self._open(tokenizer, messages, tools)
+                turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
+            except DataError:
+                turn = prompt = ""
+            added = tokenizer.added_tokens_decoder.values()
+            self._frames[kind] = frame_of(
+                turn,
+                _mark(0),
+                prompt=prompt,
+                added=[str(token) for token in added],
+                specials=[str(token) for token in added if token.special],
+            )
+        return self._frames[kind]
+
+    def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         import jinja2
 
         try:
             text: str = tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                [{"role": message.role, "content": message.content, **message.parts} for message in messages],
+                tools=list(tools) or None,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=answer,
                 date_string=_TEMPLATE_DATE,
+                strftime_now=_TEMPLATE_DAY.strftime,
             )
         except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=_PLAIN_HINT) from None
+            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=PLAIN_HINT) from None
         return text
+
+    def _require_shown(self, tokenizer: Any, record: Record) -> None:
+        """Refuse a row with tools whose tools, calls or results the template leaves out.
+
+        Raises:
+            DataError: naming the row and what is not shown.
+        """
+        messages = (*self.conversation(tokenizer, record), record.answer)
+        if not (record.tools or any(message.role == "tool" or "tool_calls" in message.parts for message in messages)):
+            return
+        if self.name == "plain":
+            message = f"{record.where}: plain text cannot show tools, their calls and results"
+            raise DataError(message, hint="use a chat template that does: --template chat, or --chat-template FILE")
+        kind = _kind(messages, record.tools)
+        if kind in self._shown:
+            return
+        for what, probe, tools in _tool_probes(messages, record.tools):
+            if _mark(0) not in self._render(tokenizer, probe, tools, answer=False):
+                hint = "give --chat-template FILE with a template that shows tools"
+                raise DataError(f"{record.where}: {self.origin} does not show {what}", hint=hint)
+        self._shown.add(kind)
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
         if roles not in self._skeletons:
@@ -300,76 +416,31 @@ class PromptTemplate:
     def _head_length(self, tokenizer: Any, record: Record) -> int:
         """Return how many tokens stand before the first turn's content."""
         messages = self.conversation(tokenizer, record)
-        try:
-            placed = self.place(tokenizer, messages)
-        except DataError:
+        first = next((index for index, message in enumerate(messages) if message.role != "system"), None)
+        if first is None:
             return 0
-        starts = [span[0] for span, message in zip(placed.spans, messages, strict=True) if message.role != "system"]
-        _, spans = self.tokenize(tokenizer, placed.text)
-        return sum(end <= starts[0] for _, end in spans)
-
-
-def resolve_template(
-    tokenizer: Any, requested: Literal["auto", "chat", "plain"] = "auto", *, chat_file: Path | None = None
-) -> PromptTemplate:
-    """Choose how rows are shown: `auto` is the tokenizer's chat template, if it has one.
-
-    Args:
-        tokenizer: the model's.
-        requested: `auto`, `chat` or `plain`.
-        chat_file: a chat template that takes the place of the tokenizer's.
-
-    Raises:
-        DataError: the file cannot be read, or is not a template.
-        UsageError: `chat` is asked for, and there is no chat template.
-    """
-    if requested != "plain" and chat_file is not None:
-        return PromptTemplate("chat", read_chat_template(chat_file), origin=f"the chat template {chat_file.name}")
-    if requested == "plain" or (requested == "auto" and not tokenizer.chat_template):
-        return PromptTemplate("plain")
-    if not tokenizer.chat_template:
-        hint = f"{_PLAIN_HINT}, or give --chat-template FILE"
-        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=hint)
-    return PromptTemplate("chat", str(tokenizer.get_chat_template()))
-
-
-def read_chat_template(path: Path) -> str:
-    """Return the Jinja source of a chat template, which is parsed once to see that it is one.
-
-    Raises:
-        DataError: the file cannot be read, is empty, or is not valid Jinja, by file and line.
-    """
-    import jinja2
-    from jinja2.ext import loopcontrols
-
-    from p2d_cli.data.generation_tag import GenerationTag
-
-    try:
-        source = path.read_text(encoding="utf-8-sig")
-        jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]).parse(source)
-    except OSError as problem:
-        raise DataError(f"cannot read the chat template {path}: {problem.strerror or problem}") from None
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path}: not valid UTF-8: {problem.reason} at byte {problem.start + 1}") from None
-    except jinja2.TemplateSyntaxError as problem:
-        raise DataError(f"{path.name}:{problem.lineno}: not a valid chat template: {problem.message}") from None
-    if not source.strip():
-        raise DataError(f"{path}: the chat template is empty")
-    return source
+        messages[first] = replace(messages[first], content=_mark(0))
+        head, mark, _ = self._open(tokenizer, messages, record.tools).partition(_mark(0))
+        if not mark:
+            return 0
+        _, spans = self.tokenize(tokenizer, self._open(tokenizer, self.conversation(tokenizer, record), record.tools))
+        return sum(end <= len(head) for _, end in spans)
 
 
 def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:
     """Say what of these rows is not learnt, each kind of loss in one line."""
     cut = sum(example.truncated > 0 for example in examples)
-    empty = sum(len(example.input_ids) == example.prompt_length for example in examples)
+    empty = sum(len(example.input_ids) == example.answer_start for example in examples)
     lost = sum(example.lost for example in examples)
     rewritten = sum(example.rewritten for example in examples)
+    hidden = sum(example.hides_reasoning for example in examples)
     notes = {
         f"{cut} of {len(examples)} rows were longer than {max_length} tokens and were cut": cut,
         f"{empty} rows lost their whole completion to truncation and were left out": empty,
         f"{lost} earlier answers were cut and are not learnt": lost,
         f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
         "answers otherwise than the model writes them": rewritten,
+        f"{hidden} of {len(examples)} rows have reasoning that the chat template does not show: not learnt": hidden,
     }
     return tuple(note for note, count in notes.items() if count)
 
@@ -378,7 +449,7 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Put the system message at the start of the first other message, two line breaks between them."""
     system = "".join(f"{message.content}\n\n" for message in messages if message.role == "system")
     first, *rest = (message for message in messages if message.role != "system")
-    return [Message(first.role, system + first.content), *rest]
+    return [replace(first, content=system + first.content), *rest]
 
 
 @dataclass(frozen=True)
@@ -465,13 +536,42 @@ def _closed_up(turn: Span, gap: Span) -> Span | None:
     return (turn[0] - shift, turn[1] - shift) if turn[0] > gap[1] or not shift else None
 
 
-def _without_trailing_space(tokenizer: Any, completion: str) -> str:
-    """Drop the white space that templates write behind the end-of-turn token; a model never gets to generate it."""
-    bare = completion.rstrip()
-    if bare == completion:
-        return completion
-    closing = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return bare if closing and bare.endswith(closing) else completion
+def _kind(messages: Sequence[Message], tools: _Tools) -> str:
+    """Name the kind of a conversation: its roles, which parts they have, and whether there are tools."""
+    return json.dumps([[message.role, bool(message.content), sorted(message.parts)] for message in messages]) + str(
+        bool(tools)
+    )
+
+
+def _hides_reasoning(record: Record, completion: str) -> bool:
+    """Whether the reasoning of a row's answer, in its text or beside it, is missing from the completion."""
+    given = str(record.answer_parts.get("reasoning_content") or "").strip()
+    before = record.completion[: len(record.completion) - len(without_reasoning(record.completion))]
+    return given not in completion or "".join(before.split()) not in "".join(completion.split())
+
+
+def _tool_probes(
+    messages: Sequence[Message], tools: _Tools
+) -> Iterator[tuple[str, Sequence[Message], Sequence[Mapping[str, Any]]]]:
+    """Yield, for each thing that a template may leave out, its name and a conversation with a mark in its place."""
+    if tools:
+        yield "the functions that may be called (tools)", messages, [_marked_function(tools[0]), *tools[1:]]
+    for index, message in enumerate(messages):
+        if calls := message.parts.get("tool_calls"):
+            parts = {**message.parts, "tool_calls": [_marked_function(calls[0]), *calls[1:]]}
+            probe = replace(message, parts=parts)
+            yield "calls of tools (tool_calls)", [*messages[:index], probe, *messages[index + 1 :]], tools
+        if message.role == "tool":
+            probe = replace(message, content=_mark(0))
+            yield "results of tools (turns of role tool)", [*messages[:index], probe, *messages[index + 1 :]], tools
+
+
+def _marked_function(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tool's schema or call under a mark as its name."""
+    function = entry.get("function")
+    if isinstance(function, Mapping):
+        return {**entry, "function": {**function, "name": _mark(0)}}
+    return {**entry, "name": _mark(0)}
 
 
 def _call(tokenizer: Any, text: str, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from p2d_cli.data.turns import TurnFrame
 from p2d_cli.modeling.answers import (
     completion_log_likelihood,
     finite_logits,
@@ -35,23 +36,26 @@ def generate_greedy(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     names: Sequence[str] = (),
+    frame: TurnFrame = TurnFrame(),  # noqa: B008 - frozen
 ) -> tuple[list[str], int]:
     """Continue prompts, taking the most likely token each time.
 
     The sampling settings, penalties and length limits of the model's own `generation_config` are left out of account;
-    its end-of-sequence tokens count, as does the tokenizer's.
+    its end-of-sequence tokens count, as do the tokenizer's and the token with which the template ends a turn.
 
     Args:
         model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
         tokenizer: The model's tokenizer.
         prompt_ids: Token ids of each prompt.
         max_new_tokens: Limit of each continuation.
-        stop: Strings that end a continuation. They may be the text of a special token.
+        stop: Strings that end an answer; in what stands before it they are passed over. They may be the text of a
+            special token.
         names: What an error calls each prompt.
+        frame: What stands around an answer.
 
     Returns:
-        The texts, without special tokens and cut before the first stop string, and the number of tokens generated for
-        them in all, those that ended a text included.
+        The turns, cut before the first stop string of the answer and without special tokens but those that tell where
+        the answer begins; and the number of tokens generated for them in all, those that ended a text included.
 
     Raises:
         NonFiniteError: The logits of a token are not finite.
@@ -59,9 +63,9 @@ def generate_greedy(
     """
     plain = plain_model(model)
     stop = tuple(string for string in stop if string)
-    config = _greedy_config(plain, tokenizer, max_new_tokens)
+    config = _greedy_config(plain, tokenizer, max_new_tokens, frame)
     input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
-    stopper, device = _StopStrings(tokenizer, stop, *input_ids_BT.shape), input_device(plain)
+    stopper, device = _StopStrings(tokenizer, stop, frame, *input_ids_BT.shape), input_device(plain)
     with torch.no_grad(), _neutral_defaults(plain), finite_logits(plain, names):
         output_BT = plain.generate(
             input_ids_BT.to(device),
@@ -70,8 +74,17 @@ def generate_greedy(
             stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
         )
     new_ids = stopper.generated(output_BT, config.eos_token_id)
-    texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [_cut(text, stop) for text in texts], sum(len(ids) for ids in new_ids)
+    turns = decode_turns(tokenizer, new_ids, frame)
+    return [_cut(turn, stop, frame) for turn in turns], sum(len(ids) for ids in new_ids)
+
+
+def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frame: TurnFrame) -> list[str]:
+    """Decode without special tokens, but for those that tell where the answer begins."""
+    added = tokenizer.added_tokens_decoder.items()
+    dropped = {number for number, token in added if token.special and str(token) not in frame.marks}
+    kept = [[token for token in ids if token not in dropped] for ids in new_ids]
+    texts: list[str] = tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return texts
 
 
 def score_completions(
@@ -119,14 +132,17 @@ def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) ->
 
 
 class _StopStrings(StoppingCriteria):
-    """Ends each row of a batch at the first stop string in its new text.
+    """Ends each row of a batch at the first stop string in its answer.
 
     The criterion of transformers looks at the prompt's end as well, and prepares the whole vocabulary beforehand.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], batch: int, prompt_length: int) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], frame: TurnFrame, batch: int, prompt_length: int) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._frame = frame
+        self._begun_at: list[int | None] = [None] * batch
+        """Before which new token of each row its answer has begun."""
         self._prompt_length = prompt_length
         self._window = _TOKENS_PER_CHARACTER * max(map(len, stop), default=0) + _SPARE_TOKENS
         self._stopped_at: list[int | None] = [None] * batch
@@ -134,14 +150,24 @@ class _StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """`[B]` bool: the rows that have a stop string by now."""
         del scores
-        running = [row for row, length in enumerate(self._stopped_at) if length is None]
-        tails = input_ids[running, self._prompt_length :][:, -self._window :]
+        new_ids_BT = input_ids[:, self._prompt_length :]
+        self._look_for_answers(new_ids_BT)
+        running = [
+            row for row, length in enumerate(self._stopped_at) if length is None and self._begun_at[row] is not None
+        ]
+        tails = [new_ids_BT[row, self._begun_at[row] :][-self._window :].tolist() for row in running]
         # Special tokens are part of the text here, so that a stop string can be one.
-        for row, text in zip(running, self._tokenizer.batch_decode(tails.tolist()), strict=True):
+        for row, text in zip(running, self._tokenizer.batch_decode(tails), strict=True):
             if any(stop in text for stop in self._stop):
-                self._stopped_at[row] = input_ids.shape[1] - self._prompt_length
+                self._stopped_at[row] = new_ids_BT.shape[1]
         stopped = [length is not None for length in self._stopped_at]
         return torch.tensor(stopped, device=input_ids.device, dtype=torch.bool)
+
+    def _look_for_answers(self, new_ids_BT: Tensor) -> None:
+        waiting = [row for row, begun_at in enumerate(self._begun_at) if begun_at is None]
+        for row, turn in zip(waiting, self._tokenizer.batch_decode(new_ids_BT[waiting].tolist()), strict=True):
+            if self._frame.has_begun(turn):
+                self._begun_at[row] = new_ids_BT.shape[1] - 1
 
     def generated(self, output_BT: Tensor, eos_ids: Sequence[int] | None) -> list[list[int]]:
         """Take the new tokens of each row, up to the one that ended it."""
@@ -152,10 +178,16 @@ class _StopStrings(StoppingCriteria):
         return rows
 
 
-def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def end_ids(model: Any, tokenizer: Any, frame: TurnFrame) -> list[int]:
+    """Return the tokens that end a generation: the model's own, the tokenizer's, and the template's end of a turn."""
     own = model.generation_config.eos_token_id
     own_ids = own if isinstance(own, list) else [own]
-    eos_ids = sorted({token for token in (*own_ids, tokenizer.eos_token_id) if token is not None})
+    end_id = None if frame.end is None else tokenizer.convert_tokens_to_ids(frame.end)
+    return sorted({token for token in (*own_ids, tokenizer.eos_token_id, end_id) if token is not None})
+
+
+def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int, frame: TurnFrame) -> GenerationConfig:
+    eos_ids = end_ids(model, tokenizer, frame)
     pad_id = tokenizer.pad_token_id
     return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         do_sample=False,
@@ -178,9 +210,12 @@ def _neutral_defaults(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _cut(text: str, stop: tuple[str, ...]) -> str:
-    found = [position for position in (text.find(string) for string in stop) if position >= 0]
-    return text[: min(found)] if found else text
+def _cut(turn: str, stop: tuple[str, ...], frame: TurnFrame) -> str:
+    start = frame.find_answer(turn)
+    if start is None:
+        return turn
+    found = [position for position in (turn.find(string, start) for string in stop) if position >= 0]
+    return turn[: min(found)] if found else turn
 
 
 @torch.no_grad()

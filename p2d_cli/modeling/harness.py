@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.data.turns import TurnFrame
 from p2d_cli.errors import UnavailableError, UsageError, first_line
 from p2d_cli.modeling.answers import finite_logits, require_finite_logits
+from p2d_cli.modeling.generation import decode_turns, end_ids
 
 PACKAGE = "lm-eval"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -68,6 +70,7 @@ def run_tasks(
     *,
     folder: Path | None,
     chat_template: str | None,
+    frame: TurnFrame,
     system: str | None,
     limit: int | None,
     max_length: int,
@@ -82,6 +85,7 @@ def run_tasks(
         tasks: Names of tasks or groups; `*` stands for any letters.
         folder: A folder with task files of one's own, beside those that lm-eval brings.
         chat_template: The chat template that prompts go through; None for plain text.
+        frame: What stands around an answer. Its token ends a generated turn, and tasks are given the answer alone.
         system: The system prompt, if any.
         limit: Only the first so many documents of each task.
         max_length: Longest sequence in tokens.
@@ -95,12 +99,12 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), _counted_tokens(model) as counted:
+    with _quiet(), _counted_tokens(model) as counted, _ended_by(model, tokenizer, frame):
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         manager = TaskManager(include_path=None if folder is None else str(folder))
         _ensure_known(manager, tasks)
-        harness = _harness_class(progress)(
+        harness = _harness_class(progress, frame)(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
         )
         with _explained(", ".join(tasks)):
@@ -140,8 +144,8 @@ def _ensure_known(manager: Any, tasks: Sequence[str]) -> None:
         )
 
 
-def _harness_class(progress: Progress) -> Any:
-    """Return lm-eval's wrapper of Hugging Face models, with p2d's way of showing progress."""
+def _harness_class(progress: Progress, frame: TurnFrame) -> Any:
+    """Return lm-eval's wrapper of Hugging Face models, with p2d's ways of showing progress and of reading a turn."""
     from lm_eval.models.huggingface import HFLM
 
     class WatchedModel(HFLM):  # type: ignore[misc]  # lm-eval is optional, and untyped where it is missing
@@ -165,11 +169,18 @@ def _harness_class(progress: Progress) -> Any:
             self._advance(len(inps))
             return logits
 
-        def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
+        def _model_generate(self, context: Any, *args: Any, stop: list[str], **options: Any) -> Any:
+            # A stop string ends an answer; in a think block before it, it would leave none. lm-eval cuts afterwards.
+            stop = [] if frame.lead.strip() or frame.opened else stop
             with finite_logits(self.model, ()):
-                output = super()._model_generate(context, *args, **options)
+                output = super()._model_generate(context, *args, stop=stop, **options)
             self._advance(len(context))
             return output
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+            if not (skip_special_tokens and isinstance(tokens, list)):
+                return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
+            return frame.answer(decode_turns(self.tokenizer, [tokens], frame)[0])
 
         @contextmanager
         def _watched(self, label: str, requests: Sequence[Any]) -> Iterator[None]:
@@ -294,6 +305,18 @@ def _counted_tokens(model: Any) -> Iterator[list[int]]:
         yield counted
     finally:
         handle.remove()
+
+
+@contextmanager
+def _ended_by(model: Any, tokenizer: Any, frame: TurnFrame) -> Iterator[None]:
+    """Let the template's end of a turn end what is generated while the block runs."""
+    settings = model.generation_config
+    own = settings.eos_token_id
+    settings.eos_token_id = end_ids(model, tokenizer, frame) or None
+    try:
+        yield
+    finally:
+        settings.eos_token_id = own
 
 
 @contextmanager

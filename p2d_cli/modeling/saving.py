@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,22 @@ def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any]
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+
+
+def add_end_of_turn(folder: Path, token: int | None) -> None:
+    """Let whoever generates with a model folder stop at the token with which its chat template ends a turn.
+
+    Args:
+        folder: what `save_plain_model` wrote; its `generation_config.json` names the tokens that end a generation.
+        token: the token's id, or None where there is none.
+    """
+    if token is None:
+        return
+    path = folder / GENERATION_CONFIG_NAME
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    if (known := settings.get("eos_token_id")) is None:
+        known = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+    ends = known if isinstance(known, list) else [known] if known is not None else []
+    if token not in ends:
+        settings["eos_token_id"] = [*ends, token]
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

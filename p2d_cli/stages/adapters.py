@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.artifacts.digests import digest_files
 from p2d_cli.artifacts.manifest import InputEntry, is_artifact
 from p2d_cli.artifacts.store import recover
+from p2d_cli.data.chat_templates import find_chat_template
 from p2d_cli.errors import ArtifactError
 from p2d_cli.modeling.model_files import find_pickled
 from p2d_cli.stages.execution import StageRun
@@ -46,7 +46,8 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
             hint="give a folder that p2d train or PEFT's save_pretrained wrote",
         )
     refuse_imports(folder)
-    digest = digest_files([folder / name for name in (*ADAPTER_FILES, CHAT_TEMPLATE_NAME) if (folder / name).is_file()])
+    template = find_chat_template(folder)
+    digest = digest_files([*(folder / name for name in ADAPTER_FILES), *([] if template is None else [template])])
     job.inputs.entries["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder
 

@@ -6,6 +6,7 @@ Legend: M rows to choose from, E episodes, B batch, T tokens, K chosen heads in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
 from p2d_cli.data.pool import Chunk
 from p2d_cli.data.records import Record
+from p2d_cli.data.turns import without_reasoning
 from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments
@@ -153,7 +155,7 @@ class EpisodeReader:
         for position, (episode, encoded) in enumerate(zip(plan, chosen, strict=True)):
             for start, query in zip(_answer_starts(encoded.answer_mask), episode.queries, strict=True):
                 prompts.append(list(encoded.input_ids[:start]))
-                references.append(self._queries[query].completion)
+                references.append(without_reasoning(self._queries[query].completion))
                 owners.append(position)
         judged: list[list[float]] = [[] for _ in chosen]
         for owner, answer, reference in zip(owners, self._generate(prompts), references, strict=True):
@@ -165,17 +167,19 @@ class EpisodeReader:
 
     def _generate(self, prompts: list[list[int]]) -> list[str]:
         bench, config = self._bench, self._config
+        # The prompts end where answers begin, behind what the template writes before them.
+        frame = replace(bench.template.simple_frame(bench.tokenizer), lead="", opened=None)
         answers = [""] * len(prompts)
         batches = bench.batches([len(prompt) + config.max_new_tokens for prompt in prompts])
         stop = ("\n\n",) if bench.template.name == "plain" else ()
         for batch in batches:
             asked = [prompts[index] for index in batch]
             texts, new_tokens = generate_greedy(
-                bench.model, bench.tokenizer, asked, max_new_tokens=config.max_new_tokens, stop=stop
+                bench.model, bench.tokenizer, asked, max_new_tokens=config.max_new_tokens, stop=stop, frame=frame
             )
             bench.tokens += new_tokens + sum(map(len, asked))
             for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
+                answers[index] = frame.answer(text)
         return answers
 
     def _metric(self, answer: str, reference: str) -> float | None:

@@ -183,6 +183,7 @@ def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
         config.lm_eval,
         folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
         chat_template=bench.template.chat_template,
+        frame=bench.template.simple_frame(bench.tokenizer),
         system=job.inputs.system_prompt,
         limit=config.limit,
         max_length=bench.max_length,
@@ -208,18 +209,22 @@ def _measure(
     job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record], choices: tuple[str, ...] | None
 ) -> _Measured:
     """Compute p2d's own metrics, each where its rows were read."""
-    from p2d_cli.stages.row_scoring import generate_answers
+    from p2d_cli.stages.row_scoring import generate_turns
 
     config = job.config
     columns: dict[str, Any] = {
         "id": [record.id for record in records],
         "prompt": [record.prompt for record in records],
-        "reference": [record.completion for record in records],
+        "reference": [bench.template.reference(bench.tokenizer, record) for record in records],
     }
     metrics: dict[str, MetricValue] = {}
     notes: dict[str, Any] = {}
     if generated := [name for name in config.metric if name in ANSWER_METRICS]:
-        columns["prediction"] = generate_answers(job, bench, records)
+        columns["generated"] = generate_turns(job, bench, records)
+        columns["prediction"] = [
+            bench.template.frame(bench.tokenizer, record).answer(turn)
+            for record, turn in zip(records, columns["generated"], strict=True)
+        ]
         _judge(config, generated, columns, metrics, notes)
     if "accuracy" in config.metric:
         _choose(job, bench, records, choices, columns, metrics, notes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
 from p2d_cli.artifacts.manifest import is_artifact
 from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved
+from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, resolve_template
 from p2d_cli.errors import ArtifactError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.adapters import open_adapter
@@ -74,8 +74,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         model = merge(model).to(dtype)
     with job.saving():
         save_plain_model(model, base.folder, folder)
-        if (adapter / CHAT_TEMPLATE_NAME).is_file():
-            shutil.copyfile(adapter / CHAT_TEMPLATE_NAME, folder / CHAT_TEMPLATE_NAME)
+        _hand_on_template(job, base, adapter, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
     return Outcome(
@@ -85,3 +84,17 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         device=device,
         charged=False,
     )
+
+
+def _hand_on_template(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folder: Path) -> None:
+    """Write the chat template that the adapter brings, and let generation stop at the end of its turns."""
+    from p2d_cli.modeling.loading import load_tokenizer
+    from p2d_cli.modeling.saving import add_end_of_turn
+
+    carried = find_chat_template(adapter)
+    if carried is not None:
+        (folder / CHAT_TEMPLATE_NAME).write_text(read_chat_template(carried), encoding="utf-8")
+    is_plain = job.facts.get("template", {}).get("name") == "plain"
+    tokenizer = load_tokenizer(base.folder)
+    template = resolve_template(tokenizer, "plain" if is_plain else "auto", chat_file=None if is_plain else carried)
+    add_end_of_turn(folder, template.end_of_turn(tokenizer))

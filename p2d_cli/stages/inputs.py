@@ -5,6 +5,7 @@ What an input was made of is charged to whoever uses it: its manifest's ledger j
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from p2d_cli.artifacts.manifest import InputEntry, Manifest, ModelIdentity, is_a
 from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import EvalConfig, RowOptions, StageConfig
+from p2d_cli.data.chat_templates import read_chat_template
 from p2d_cli.data.pool import Pool, open_pool
-from p2d_cli.data.prompts import read_chat_template
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import locate
@@ -97,11 +98,15 @@ class StageInputs:
         return source
 
     def open_chat_template(self) -> None:
-        """Register the file of `--chat-template` as an input, if there is one.
+        """Register the file of `--chat-template` and its arguments as inputs, if there are any.
 
         Raises:
             DataError: it cannot be read.
         """
+        if arguments := self._row_options.chat_template_kwargs:
+            self.entries["chat_template_kwargs"] = InputEntry(
+                kind="template", digest=digest_json(arguments), source=json.dumps(arguments)
+            )
         spec = self._row_options.chat_template
         if spec is None:
             return

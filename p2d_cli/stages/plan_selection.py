@@ -281,5 +281,5 @@ def _mine_by_rows(planner: Planner, others: Sequence[Record], total: int, target
         return
     planner.read("read rows", sizes_of(rows, logits=True))
     if method == "ifd":
-        alone = [len(row.input_ids) - row.prompt_length for row in rows]
+        alone = [len(row.input_ids) - row.answer_start for row in rows]
         planner.read("read completions", [(length + 1, length) for length in alone])

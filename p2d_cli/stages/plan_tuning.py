@@ -106,7 +106,7 @@ def _learnt(planner: Planner, data: Sample) -> list[tuple[int, int]]:
     sizes = [
         (len(example.input_ids), sum(example.label_mask))
         for example in examples
-        if len(example.input_ids) > example.prompt_length
+        if len(example.input_ids) > example.answer_start
     ]
     if not sizes:
         raise DataError(
@@ -212,7 +212,7 @@ def plan_eval(
 def _choose(planner: Planner, data: Sample, choices: Sequence[str]) -> None:
     """Count weighing each row's choices, its prompt read once for those that fit into the budget with it."""
     variants = [
-        (number, replace(record, completion=text))
+        (number, replace(record, completion=text, answer_parts={}))
         for number, record in enumerate(data.records)
         for text in record.choices or choices
     ]
@@ -225,12 +225,12 @@ def _choose(planner: Planner, data: Sample, choices: Sequence[str]) -> None:
     sizes: list[tuple[int, int]] = []
     previous: tuple[int, tuple[int, ...]] | None = None
     for owner, example in zip(owners, examples, strict=True):
-        answer = len(example.input_ids) - example.prompt_length
+        answer = len(example.input_ids) - example.answer_start
         read = max(answer - 1, 0)
-        prompt = (owner, example.input_ids[: example.prompt_length])
+        prompt = (owner, example.input_ids[: example.answer_start])
         if previous == prompt and sizes[-1][0] + read <= planner.counter.token_budget:
             sizes[-1] = (sizes[-1][0] + read, sizes[-1][1] + answer)
         else:
-            sizes.append((example.prompt_length + read, answer))
+            sizes.append((example.answer_start + read, answer))
         previous = prompt
     planner.read("weigh choices", sizes)

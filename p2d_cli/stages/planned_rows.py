@@ -125,12 +125,13 @@ class RowCounter:
         """Return the length of each prompt and of its reference answer."""
         chosen = evenly(records, EXACT_ROWS)
         started = time.perf_counter()
+        references = [self.template.reference(self.tokenizer, record) for record in chosen]
         lengths = [
             (
                 len(self.template.encode_prompt(self.tokenizer, record, room)),
-                len(self.tokenizer(record.completion, add_special_tokens=False)["input_ids"]) + 1,
+                len(self.tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1,
             )
-            for record in chosen
+            for record, reference in zip(chosen, references, strict=True)
         ]
         return self._all(lengths, total, started)
 

@@ -164,10 +164,9 @@ def largest_of(shapes: Iterable[BatchShape]) -> BatchShape:
 
 
 def sizes_of(examples: Iterable[Any], *, logits: bool) -> list[tuple[int, int]]:
-    """Return the length of each example, and the number of its completion's tokens if their logits are wanted."""
+    """Return the length of each example, and the number of its answer's tokens if their logits are wanted."""
     return [
-        (len(example.input_ids), len(example.input_ids) - example.prompt_length if logits else 0)
-        for example in examples
+        (len(example.input_ids), len(example.input_ids) - example.answer_start if logits else 0) for example in examples
     ]
 
 

@@ -133,7 +133,7 @@ def _score_ifd(task: PoolTask) -> PoolScored:
     for chunk in task.chunks():
         examples = _encode(task, bench, chunk.records)
         given = _completion_losses(task, bench, _given(examples), chunk, "read rows")
-        alone = [((first, *example.input_ids[example.prompt_length :]), 1) for example in examples]
+        alone = [((first, *example.input_ids[example.answer_start :]), 1) for example in examples]
         ratio = np.exp(given - _completion_losses(task, bench, alone, chunk, "read completions"))
         scores_M[chunk.places] = np.where(ratio < 1, ratio, -ratio)
     return scored_by_model(bench, scores_M)
@@ -145,7 +145,7 @@ def _encode(task: PoolTask, bench: Workbench, records: Sequence[Record]) -> list
 
 
 def _given(examples: Sequence[EncodedExample]) -> list[tuple[Sequence[int], int]]:
-    return [(example.input_ids, example.prompt_length) for example in examples]
+    return [(example.input_ids, example.answer_start) for example in examples]
 
 
 def _completion_losses(

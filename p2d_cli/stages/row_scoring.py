@@ -26,12 +26,12 @@ from p2d_cli.stages.workbench import Workbench, finish_batches
 
 PHASE = "evaluate"
 Example = tuple[Sequence[int], int]
-"""Token ids of prompt and completion, and the number of prompt tokens."""
+"""Token ids of prompt and completion, and how many of them stand before the answer."""
 
 
-def generate_answers(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record]) -> list[str]:
-    """Answer every row greedily."""
-    config = job.config
+def generate_turns(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record]) -> list[str]:
+    """Let the model write its turn to every row, greedily."""
+    config, frame = job.config, bench.template.frame(bench.tokenizer, records[0])
     room = max(1, bench.max_length - config.max_new_tokens)
     prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
 
@@ -44,6 +44,7 @@ def generate_answers(job: StageRun[EvalConfig], bench: Workbench, records: Seque
             max_new_tokens=config.max_new_tokens,
             stop=config.stop,
             names=[records[index].where for index in group],
+            frame=frame,
         )
         bench.tokens += new_tokens + sum(map(len, asked))
         return {"answers": pack_texts(texts)}
@@ -77,7 +78,9 @@ def weigh_choices(
     A prompt is read once for all its answers where the model allows it, otherwise once for each.
     """
     variants = [
-        replace(record, completion=text) for record, texts in zip(records, offered, strict=True) for text in texts
+        replace(record, completion=text, answer_parts={})
+        for record, texts in zip(records, offered, strict=True)
+        for text in texts
     ]
     examples = _encode(bench, variants)
     if can_pack(bench.model, max(len(ids) for ids, _ in examples)):
@@ -88,7 +91,7 @@ def weigh_choices(
 
 
 def _encode(bench: Workbench, records: Sequence[Record]) -> list[Example]:
-    return [(example.input_ids, example.prompt_length) for example in bench.encode_examples(records)]
+    return [(example.input_ids, example.answer_start) for example in bench.encode_examples(records)]
 
 
 def _weigh_packs(

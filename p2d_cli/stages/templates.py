@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
-from p2d_cli.config import EvalConfig, RowOptions
-from p2d_cli.data.prompts import PromptTemplate, resolve_template
+from p2d_cli.config import EvalConfig, RowOptions, TrainConfig
+from p2d_cli.data.chat_templates import find_chat_template, resolve_template
+from p2d_cli.data.prompts import PromptTemplate
 from p2d_cli.errors import ArtifactError
 from p2d_cli.stages.execution import StageRun
 
@@ -26,37 +26,58 @@ def template_for(job: StageRun[Any], tokenizer: Any, config: RowOptions) -> Prom
         UsageError: there is no chat template, and one is asked for.
     """
     trained = job.inputs.trained_prompt
-    chat_file = _chat_file(config)
-    adopts_plain = trained is not None and trained["name"] == "plain" and chat_file is None
-    requested = "plain" if adopts_plain and config.template == "auto" else config.template
-    template = resolve_template(tokenizer, requested, chat_file=chat_file)
+    adopts_plain = trained is not None and trained["name"] == "plain" and config.template == "auto"
+    chat_file = _chat_file(config, look_in_adapter=not adopts_plain)
+    requested = "plain" if adopts_plain and chat_file is None else config.template
+    template = resolve_template(tokenizer, requested, chat_file=chat_file, arguments=config.chat_template_kwargs)
     origin = "tokenizer" if chat_file is None else chat_file.name
-    shown = {
+    shown: dict[str, Any] = {
         "name": template.name,
         "digest": template.digest,
         "origin": origin if template.name == "chat" else None,
         "system": job.inputs.system_prompt,
     }
+    if config.chat_template_kwargs:
+        shown["arguments"] = config.chat_template_kwargs
     job.facts["template"] = shown
+    _tell_missing_end(job, template, tokenizer)
     if isinstance(config, EvalConfig) and trained is not None and not config.allow_template_mismatch:
         _ensure_same_prompt(trained, shown, config.adapter or config.model)
     _tell_differences(job, shown)
     return template
 
 
-def _chat_file(config: RowOptions) -> Path | None:
+def _chat_file(config: RowOptions, *, look_in_adapter: bool) -> Path | None:
     """Return the file of `--chat-template`, else in an evaluation the one that the adapter's folder holds."""
     if config.chat_template is not None:
         return Path(config.chat_template).expanduser()
     if not isinstance(config, EvalConfig) or config.adapter is None or config.template != "auto":
         return None
-    carried = Path(config.adapter).expanduser() / CHAT_TEMPLATE_NAME
-    return carried if carried.is_file() else None
+    return find_chat_template(Path(config.adapter).expanduser()) if look_in_adapter else None
+
+
+def _tell_missing_end(job: StageRun[Any], template: PromptTemplate, tokenizer: Any) -> None:
+    """Note where no token tells a model that its answer is over."""
+    if not isinstance(job.config, TrainConfig | EvalConfig) or template.end_of_turn(tokenizer) is not None:
+        return
+    what = (
+        "the tokenizer has no end-of-sequence token"
+        if template.name == "plain"
+        else (f"{template.origin} closes answers with no special token")
+    )
+    effect = (
+        "no end is learnt, and the model will not stop by itself"
+        if isinstance(job.config, TrainConfig)
+        else "answers end at --max-new-tokens, at --stop, or where the model's own end-of-sequence token comes"
+    )
+    job.progress.note(f"{what}: {effect}")
 
 
 def describe_prompt(shown: dict[str, Any]) -> str:
     """Return what a manifest records of a template in a few words."""
     origin = "the tokenizer's" if shown["origin"] == "tokenizer" else shown["origin"]
+    if shown.get("arguments"):
+        origin += " with " + ", ".join(f"{name}={value!r}" for name, value in shown["arguments"].items())
     text = "plain text" if shown["name"] == "plain" else f"chat template {shown['digest'][:12]} ({origin})"
     return f"{text}, " + ("no system prompt" if shown["system"] is None else f"system prompt {shown['system']!r:.80}")
 

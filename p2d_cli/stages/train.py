@@ -132,6 +132,7 @@ def is_sharded() -> bool:
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import trainable_share
+    from p2d_cli.modeling.saving import add_end_of_turn
     from p2d_cli.stages.templates import template_for
 
     config, scope = job.config, job.config.resolved_scope
@@ -161,6 +162,10 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     if job.is_main:
         with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
+            if config.chat_template is not None or config.chat_template_kwargs:
+                (folder / CHAT_TEMPLATE_NAME).write_text(template.chat_template or "", encoding="utf-8")
+            if scope in {"attention", "full"}:
+                add_end_of_turn(folder, template.end_of_turn(tokenizer))
             save_training_log(folder, record.log)
             save_model_card(
                 folder, inputs.model.name, inputs.model.asked_revision, scope=scope, figures=_card_figures(summary)
@@ -444,7 +449,7 @@ def _encode(
     rows = [
         TrainingRow(record.where, example.input_ids, tuple(example.labels(IGNORED_LABEL)))
         for record, example in zip(records, examples, strict=True)
-        if len(example.input_ids) > example.prompt_length
+        if len(example.input_ids) > example.answer_start
     ]
     if not rows:
         raise DataError(
@@ -532,7 +537,7 @@ def _save(
     folder: Path,
     state: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write the PEFT folder, or the whole model with the base model's tokenizer; and the chat template, if given.
+    """Write the PEFT folder, or the whole model with the base model's tokenizer.
 
     The weights are those of `state` if the model itself holds only a part of them.
     """
@@ -544,8 +549,6 @@ def _save(
         from p2d_cli.modeling.saving import save_plain_model
 
         save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
-    if config.chat_template is not None:
-        shutil.copyfile(Path(config.chat_template).expanduser(), folder / CHAT_TEMPLATE_NAME)
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:

@@ -110,13 +110,13 @@ class Workbench:
         return model_layout(self.model)
 
     def head_outputs(self, chosen: Sequence[EncodedExample], heads_LH: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Read a batch of rows; the mean output of the heads over each completion's tokens, float32 `[B, K, d]`.
+        """Read a batch of rows; the mean output of the heads over each answer's tokens, float32 `[B, K, d]`.
 
         There the heads relate answer to prompt, which tells tasks apart whose prompts look alike. The forward pass
         ends at the deepest layer that has one of these heads.
         """
         input_ids_BT = self.pad([example.input_ids for example in chosen])
-        token_mask_BT = pad_mask([_completion_mask(example) for example in chosen], 0).to(self.device)
+        token_mask_BT = pad_mask([_answer_mask(example) for example in chosen], 0).to(self.device)
         outputs_BKd = mean_head_outputs(
             self.model,
             self.layout,
@@ -135,8 +135,8 @@ class Workbench:
         return query_mask_BT.to(self.device), segment_BT.to(self.device)
 
 
-def _completion_mask(example: EncodedExample) -> list[int]:
-    return [0] * example.prompt_length + [1] * (len(example.input_ids) - example.prompt_length)
+def _answer_mask(example: EncodedExample) -> list[int]:
+    return [0] * example.answer_start + [1] * (len(example.input_ids) - example.answer_start)
 
 
 def finish_batches(

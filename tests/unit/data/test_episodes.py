@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from p2d_cli.data.chat_templates import resolve_template
 from p2d_cli.data.episodes import (
     duplicate_groups,
     encode_episode,
@@ -13,7 +14,7 @@ from p2d_cli.data.episodes import (
     plan_mining,
     plan_self_mining,
 )
-from p2d_cli.data.prompts import PromptTemplate, resolve_template
+from p2d_cli.data.prompts import PromptTemplate
 from p2d_cli.data.records import Message
 from p2d_cli.errors import DataError
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.data.prompts import EncodedExample, PromptTemplate, encoding_notes, resolve_template
+from p2d_cli.data.chat_templates import resolve_template
+from p2d_cli.data.prompts import EncodedExample, PromptTemplate, encoding_notes
 from p2d_cli.data.records import Message, Record
 from p2d_cli.errors import DataError, UsageError
 

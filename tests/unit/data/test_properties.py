@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2d_cli.data.chat_templates import resolve_template
 from p2d_cli.data.episodes import encode_episode
-from p2d_cli.data.prompts import resolve_template
 from p2d_cli.data.records import Message, Record, read_records
 from p2d_cli.data.sources import locate
 
