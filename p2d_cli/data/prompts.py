@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any, Literal
 
 from p2d_cli.data.records import Message, Record
@@ -24,7 +23,13 @@ Span = tuple[int, int]
 # Templates of the Llama 3 family print today's date unless they are given one, and those of others (gpt-oss) ask for it
 # by `strftime_now`. Tokens must not depend on the day; this is the one that Llama's templates fall back to themselves.
 _TEMPLATE_DATE = "26 Jul 2024"
-_TEMPLATE_DAY = datetime(2024, 7, 26)
+_DAY = {"%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"}
+_DAY |= dict.fromkeys(("%H", "%M", "%S"), "00")
+_FIXED_DAY = (
+    "{%- macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('{sign}', '{value}')" for sign, value in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
 _TEMPLATE_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What the expressions of a template may raise, such as `1 / 0`."""
 PLAIN_HINT = "use --template plain"
@@ -354,15 +359,15 @@ class PromptTemplate:
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         import jinja2
 
+        source = self.chat_template or ""
         try:
             text: str = tokenizer.apply_chat_template(
                 [{"role": message.role, "content": message.content, **message.parts} for message in messages],
                 tools=list(tools) or None,
-                chat_template=self.chat_template,
+                chat_template=_FIXED_DAY + source if "strftime_now" in source else source,
                 tokenize=False,
                 add_generation_prompt=answer,
                 date_string=_TEMPLATE_DATE,
-                strftime_now=_TEMPLATE_DAY.strftime,
             )
         except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
             roles = ", ".join(message.role for message in messages)
