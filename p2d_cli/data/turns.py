@@ -115,23 +115,31 @@ def frame_of(turn: str, mark: str, *, prompt: str, added: Iterable[str], special
 def split_turn(prompt: str, whole: str) -> str | None:
     """Return what a model has to write behind the prompt so that the conversation is the answered one.
 
-    Some templates open a think block in the prompt that the answered conversation does not show (DeepSeek R1's
-    distillations). There the model has to close it first.
+    Some templates write a think block into the prompt that the answered conversation does not show. Where they only
+    open it (DeepSeek R1's distillations), the model has to close it first; where they write it whole, to go on behind
+    it.
 
     Args:
         prompt: the conversation up to where the model answers.
         whole: the answered conversation.
 
     Returns:
-        The turn; `None` if the template changes the conversation once it is answered.
+        The turn; `None` if the template changes the conversation in another way once it is answered.
     """
     if whole.startswith(prompt):
         return whole[len(prompt) :]
-    bare = prompt.rstrip()
     for opening, closing in REASONING:
-        head = bare.removesuffix(opening)
-        if head != bare and whole.startswith(head):
-            return f"\n{closing}\n\n{whole[len(head) :].lstrip()}"
+        for start in (prompt.rfind(opening), prompt.rfind(closing)):
+            rest = whole[max(start, 0) :].lstrip("\n")
+            head = prompt[: max(start, 0)]
+            is_inside = head.rstrip().endswith(opening)
+            if start < 0 or is_inside or not whole.startswith(head) or rest.startswith((opening, closing)):
+                continue
+            block = prompt[start:].split()
+            if block == [opening]:
+                return f"\n{closing}\n\n{rest}"
+            if block in ([opening, closing], [opening + closing], [closing]):
+                return rest
     return None
 
 

@@ -151,6 +151,13 @@ def test_the_turn_closes_a_block_that_only_the_prompt_opens():
     assert split_turn("Q:A:<think>\n", "Q:A:yes.") == "\n</think>\n\nyes."
     assert split_turn("Q:A:", "Q:A:yes.") == "yes."
     assert split_turn("Q:A:", "other") is None
+    assert split_turn("Q:A:<think>\n", "Q:A:<think>hm</think>yes.") is None
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", "</think>"])
+def test_the_turn_goes_on_behind_a_block_that_only_the_prompt_has(block):
+    assert split_turn(f"Q:A:{block}", "Q:A:yes.") == "yes."
+    assert split_turn(f"Q:A:{block}", "Q:A:<think>\nhm\n</think>\n\nyes.") is None
 
 
 # --- the day, and arguments
