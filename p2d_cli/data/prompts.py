@@ -357,6 +357,20 @@ class PromptTemplate:
         return self._frames[kind]
 
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
+        """Render; calls of tools have their arguments as an object, or as JSON text for templates that want it so."""
+        try:
+            return self._apply(tokenizer, messages, tools, answer=answer)
+        except DataError:
+            written = [_with_written_arguments(message) for message in messages]
+            if written == list(messages):
+                raise
+            try:
+                return self._apply(tokenizer, written, tools, answer=answer)
+            except DataError:
+                pass
+            raise
+
+    def _apply(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, *, answer: bool) -> str:
         import jinja2
 
         source = self.chat_template or ""
@@ -553,6 +567,21 @@ def _hides_reasoning(record: Record, completion: str) -> bool:
     given = str(record.answer_parts.get("reasoning_content") or "").strip()
     before = record.completion[: len(record.completion) - len(without_reasoning(record.completion))]
     return given not in completion or "".join(before.split()) not in "".join(completion.split())
+
+
+def _with_written_arguments(message: Message) -> Message:
+    """Return a message whose calls of tools have their arguments as JSON text."""
+    calls = message.parts.get("tool_calls")
+    if not calls:
+        return message
+    written = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping) and not isinstance(function.get("arguments"), str):
+            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": text}}
+        written.append(call)
+    return replace(message, parts={**message.parts, "tool_calls": written})
 
 
 def _tool_probes(

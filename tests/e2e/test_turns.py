@@ -267,3 +267,28 @@ metric_list:
     [metric] = done.json["summary"]["metrics"].values()
     assert metric["value"] == 1, name
     assert math.isclose(metric["count"], len(ROWS))
+
+
+# --- mining
+
+
+@pytest.mark.parametrize("method", ["readout", "loss", "ifd"])
+def test_a_block_counts_for_nothing_whether_the_prompt_or_the_answer_has_it(
+    p2d, chat_model, switch, rows, tmp_path, method
+):
+    """The text is the same; what comes before the answer is read but not scored."""
+    pool, target = (tmp_path / name for name in ("pool.jsonl", "target.jsonl"))
+    for path, source in ((pool, rows["pool"]), (target, rows["target"])):
+        path.write_text("".join(source.read_text().splitlines(keepends=True)[:24]))
+    how = ("-m", chat_model, "--pool", pool, "--target", target, "--chat-template", switch, "--dtype", "float32")
+    heads = ("score-heads", *how, "--method", "uniform", "--out", tmp_path / "heads")
+    assert p2d(*heads).code == 0
+    mine = ["--heads", tmp_path / "heads"] if method == "readout" else ["--method", method]
+    scores = []
+    for value in ("true", "false"):
+        out = tmp_path / value
+        done = p2d("mine-data", *how, *mine, "--chat-template-kwargs", f'{{"enable_thinking": {value}}}', "--out", out)
+        assert done.code == 0, done.said
+        scores.append(pq.read_table(out / "pool_scores.parquet").sort_by("id")["score"].to_pylist())
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-5)
+    assert len(set(scores[0])) > 12
