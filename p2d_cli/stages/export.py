@@ -58,8 +58,9 @@ def _base_of(adapter: Path) -> str:
 def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folder: Path) -> Outcome:
     import torch
 
-    from p2d_cli.modeling.head_adapter import load_adapter, merge
+    from p2d_cli.modeling.head_adapter import load_adapter
     from p2d_cli.modeling.loading import load_model, resolve_device, resolve_dtype
+    from p2d_cli.modeling.merging import merge
     from p2d_cli.modeling.saving import save_plain_model
 
     config = job.config
