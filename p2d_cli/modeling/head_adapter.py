@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
-from p2d_cli.errors import ArtifactError, UsageError, first_line
+from p2d_cli.errors import ArtifactError, UsageError
 from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
@@ -35,6 +36,7 @@ from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, m
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LONGEST_REASON = 500
 _PEFT_PROBLEMS = (
     *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, NotImplementedError),
 )
@@ -282,8 +284,9 @@ def load_adapter(model: Any, path: Path | str) -> Any:
         adapted, unused = _from_folder(model, folder, empty=places is not None)
     except (*_PEFT_PROBLEMS, UserWarning, SafetensorError) as problem:
         raise ArtifactError(
-            f"the adapter in {folder} does not fit this model: {first_line(problem)}",
-            hint="load it on the base model that it was trained on",
+            f"the adapter in {folder} does not fit this model: {shorten(str(problem), _LONGEST_REASON)}",
+            hint="load it on the base model that it was trained on; if tokens were added to that, on a copy of it "
+            "with resize_token_embeddings",
         ) from problem
     if places is not None:
         model.hf_device_map = places
