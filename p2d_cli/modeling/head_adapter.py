@@ -96,7 +96,7 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         lora_dropout=0.0,
         bias="none",
     )
-    with _known_warnings_silenced():
+    with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     _forget_local_path(peft_model)
     for name, (positions, on_input) in placed.items():
@@ -174,7 +174,7 @@ def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dro
         lora_dropout=dropout,
         bias="none",
     )
-    with _known_warnings_silenced():
+    with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     _forget_local_path(peft_model)
     return peft_model
@@ -311,7 +311,7 @@ def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[st
     from peft import PeftModel
 
     _require_finite_file(folder)
-    with _known_warnings_silenced():
+    with known_warnings_silenced():
         # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(
@@ -352,10 +352,13 @@ def _fill_divided(base: Any, folder: Path) -> list[str]:
 
 
 @contextmanager
-def _known_warnings_silenced() -> Iterator[None]:
-    """Silence what PEFT 0.21 provokes in transformers 5 by itself, and nothing else."""
+def known_warnings_silenced() -> Iterator[None]:
+    """Silence what PEFT 0.21 provokes in transformers 5 by itself or what p2d sees to, and nothing else."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # `p2d_cli.modeling.merging` parts the embeddings before it merges.
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         yield
 
 

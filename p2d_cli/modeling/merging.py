@@ -11,6 +11,7 @@ import torch
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, first_line
 from p2d_cli.modeling.answers import input_device
+from p2d_cli.modeling.head_adapter import known_warnings_silenced
 
 PROBED_TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -36,9 +37,10 @@ def merge(model: Any) -> Any:
         NonFiniteError: a merged weight is not finite.
         ArtifactError: PEFT cannot merge an adapter of this kind.
     """
-    _part_tied(model.get_base_model())
+    parted = _part_tied(model.get_base_model())
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        with known_warnings_silenced():
+            merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as problem:
         if isinstance(problem, ValueError) and "NaN" in str(problem):
             raise NonFiniteError(
@@ -48,32 +50,31 @@ def merge(model: Any) -> Any:
         raise ArtifactError(
             f"PEFT cannot merge this adapter: {first_line(problem)}", hint="serve it as an adapter, without p2d export"
         ) from problem
-    _tie_if_equal(merged)
+    if parted:
+        _settle_tie(merged)
     return merged
 
 
-def _part_tied(base: Any) -> None:
-    """Give the output layer a copy of the embeddings that it shares, if the adapter changes either."""
+def _part_tied(base: Any) -> bool:
+    """Give the output layer a copy of the embeddings that it shares, if the adapter changes either; say if it did."""
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     if None in ends or not any(_is_adapted(module) for module in ends):
-        return
+        return False
     inputs, outputs = (_original(module) for module in ends)
-    if inputs.weight is outputs.weight:
-        outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
+    if inputs.weight is not outputs.weight:
+        return False
+    outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
+    return True
 
 
-def _tie_if_equal(model: Any) -> None:
-    """Share the weights again where they came out equal; else let the config say that there are two."""
+def _settle_tie(model: Any) -> None:
+    """Share the weights again where they came out equal, else not, and let the config say which."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    configs = (model.config, model.config.get_text_config())
-    is_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
-    if outputs is None or not is_tied or inputs.weight is outputs.weight:
-        return
-    if torch.equal(inputs.weight, outputs.weight):
+    is_tied = torch.equal(inputs.weight, outputs.weight)
+    if is_tied:
         outputs.weight = inputs.weight
-        return
-    for config in configs:
-        config.tie_word_embeddings = False
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_tied
 
 
 def _is_adapted(module: Any) -> bool:
