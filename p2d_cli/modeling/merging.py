@@ -14,9 +14,8 @@ from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.head_adapter import known_warnings_silenced
 
 PROBED_TOKENS = 16
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""By how much logits may differ, as a share of the largest, for sums in another order."""
-_TOLERANCE_16_BIT = 1e-2
+TOLERANCE = 1e-3
+"""By how much logits may differ, as a share of the largest, for float32 sums in another order."""
 _EMBEDDINGS_AT_ONCE = 4096
 
 
@@ -125,25 +124,33 @@ def answer(model: Any, ids_1n: torch.Tensor) -> torch.Tensor:
     return logits[0].float().cpu()
 
 
-def require_same_answers(found_nV: torch.Tensor, expected_nV: torch.Tensor, dtype: torch.dtype, doing: str) -> None:
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round what is saved of a float32 model to `dtype`, in place, so that it computes in float32 what is written.
+
+    `model.to(dtype)` would also round what is not saved, such as the frequencies of rotary embeddings.
+    """
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+
+
+def require_same_answers(found_nV: torch.Tensor, expected_nV: torch.Tensor, doing: str) -> None:
     """Refuse a model that answers otherwise than it should.
 
     Args:
-        found_nV: its logits.
+        found_nV: its logits, computed in float32.
         expected_nV: those that it should have.
-        dtype: in which both were computed.
         doing: what was done to it, for the message.
 
     Raises:
         ArtifactError: they differ by more than sums in another order do.
     """
-    allowed = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT) * float(expected_nV.abs().max())
+    allowed = TOLERANCE * float(expected_nV.abs().max())
     if found_nV.shape != expected_nV.shape:
         difference = f"it has {found_nV.shape[-1]} logits a token where the adapter has {expected_nV.shape[-1]}"
     elif not (found := float((found_nV - expected_nV).abs().max())) <= allowed:
-        difference = (
-            f"its logits differ by up to {found:.3g} from the adapter's, and {allowed:.3g} was expected at most"
-        )
+        difference = f"its logits differ from the adapter's by up to {found:.3g}, expected {allowed:.3g} at most"
     else:
         return
     raise ArtifactError(

@@ -78,7 +78,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     from p2d_cli.modeling.head_adapter import load_adapter
     from p2d_cli.modeling.loading import load_model, resolve_device, resolve_dtype
     from p2d_cli.modeling.memory import release_memory
-    from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers
+    from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers, round_weights
     from p2d_cli.modeling.saving import copy_tokenizer, save_plain_model
 
     config = job.config
@@ -93,9 +93,10 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         ids_1n = probe_tokens(model)
         expected_nV = answer(model, ids_1n)
         model = merge(model)
-        require_same_answers(answer(model, ids_1n), expected_nV, torch.float32, "merging the adapter")
-        model = model.to(dtype)
+        require_same_answers(answer(model, ids_1n), expected_nV, "merging the adapter")
+        round_weights(model, dtype)
         expected_nV = answer(model, ids_1n)
+        model = model.to(dtype)
     with job.saving():
         save_plain_model(model, base.folder, folder)
         if has_new_tokens(adapter, base.folder) is not None:
@@ -108,8 +109,8 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         del model
         release_memory(cycles=True)
         # As whoever uses it will load it: what a config does not say is lost only there.
-        written = load_model(folder, dtype=dtype, device=device)
-        require_same_answers(answer(written, ids_1n), expected_nV, dtype, "writing the merged model")
+        written = load_model(folder, dtype=torch.float32, device=device)
+        require_same_answers(answer(written, ids_1n), expected_nV, "writing the merged model")
     figures = {"Parameters": f"{parameters:,}", "Precision": precision}
     save_merged_card(folder, base.name_elsewhere, base.asked_revision, config.adapter, figures)
     return Outcome(
