@@ -292,10 +292,11 @@ def load_adapter(model: Any, path: Path | str) -> Any:
         model.hf_device_map = places
         unused = _fill_divided(adapted.get_base_model(), folder)
     if unused:
+        whole = "on a divided model p2d takes a plain LoRA only: leave out --device-map"
         raise ArtifactError(
             f"the adapter in {folder} does not fit this model: {len(unused)} of its tensors belong nowhere, the first "
             f"is {unused[0]}",
-            hint="load it on the base model that it was trained on",
+            hint="load it on the base model that it was trained on" if places is None else whole,
         )
     return adapted.eval()
 
