@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,31 @@ def _identify_anywhere(job: StageRun[Any], folder: Path, manifest: Manifest) -> 
 
 
 def has_new_tokens(adapter: Path, model: Path) -> str | None:
-    """Return a token of the tokenizer in an adapter's folder that the model's own has not, or has as another."""
+    """Return a token of the tokenizer in an adapter's folder that the model's own has not, or has as another.
+
+    Tokens that a folder names beside its tokenizer.json, transformers adds to it as it loads it, and saves in it.
+    """
     brought, known = vocabulary_in(adapter), vocabulary_in(model)
     if brought is None or known is None:
         return None
-    return next((token for token, index in brought.items() if known.get(token) != index), None)
+    changed = [token for token, index in brought.items() if known.get(token) != index]
+    named = _tokens_beside(model) if changed else set()
+    return next((token for token in changed if token in known or token not in named), None)
+
+
+def _tokens_beside(folder: Path) -> set[str]:
+    """Return all texts in the files beside a tokenizer.json, among them the tokens that are added to it."""
+    found: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        with suppress(OSError, ValueError, RecursionError):
+            left = [json.loads((folder / name).read_bytes())]
+            while left:
+                part = left.pop()
+                if isinstance(part, str):
+                    found.add(part)
+                elif isinstance(part, list | dict):
+                    left.extend([*part, *part.values()] if isinstance(part, dict) else part)
+    return found
 
 
 def _refuse_new_tokens(job: StageRun[Any], folder: Path, spec: str) -> None:
