@@ -436,7 +436,7 @@ class TrainConfig(RowOptions):
         "cosine", "Learning-rate schedule after warm-up.", panel="Optimisation"
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = setting(
-        0.03, "Share of the updates that warm up.", panel="Optimisation"
+        0.03, "Share of the updates that warm up, from above 0 to the peak rate.", panel="Optimisation"
     )
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "AdamW weight decay.", panel="Optimisation")
     max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, "Clip gradients to this norm.", panel="Optimisation")

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.core.adapter_rank import common_rank
+
 FLOAT32 = 4
 MEGABATCHES = 50
 """Training sorts rows by length within so many batches; the order of the batches stays random."""
@@ -258,6 +260,8 @@ class Trained:
     """Values of the frozen 0/1 factors of a head adapter."""
     layers: int
     """How many layers, from the top, the gradient runs through."""
+    saved: int = 0
+    """Values of an adapter's factors on disk, where all modules have one rank."""
 
     @property
     def optimizer_bytes(self) -> int:
@@ -282,7 +286,19 @@ def heads_trained(size: ModelSize, heads_LH: NDArray[np.bool_], projections: Ite
     rows = {name: units[name] * size.head_dim for name in asked}
     placing = sum(count * (fused if size.fused and name != "o" else width[name]) for name, count in rows.items())
     lowest = int(layers.min()) if len(layers) else 0
-    return Trained(size.hidden * sum(rows.values()), placing, size.layers - lowest)
+    counts_LP = {name: (groups if name in ("k", "v") else heads_LH).sum(axis=1) * size.head_dim for name in asked}
+    saved = _saved_values(size, counts_LP)
+    return Trained(size.hidden * sum(rows.values()), placing, size.layers - lowest, saved)
+
+
+def _saved_values(size: ModelSize, counts_LP: Mapping[str, NDArray[np.int_]]) -> int:
+    """Return how many values the padded factors have; `counts_LP` are the trained rows of each projection by layer."""
+    ends = {"q": size.queries, "k": size.keys, "v": size.keys, "o": size.queries}
+    modules = dict(counts_LP)
+    if size.fused and (inputs := [modules.pop(name) for name in ("q", "k", "v") if name in modules]):
+        modules["fused"], ends["fused"] = np.sum(inputs, axis=0), size.queries + 2 * size.keys
+    rank = common_rank([int(counts_L.max(initial=0)) for counts_L in modules.values()])
+    return rank * sum(int((counts_L > 0).sum()) * (size.hidden + ends[name]) for name, counts_L in modules.items())
 
 
 def lora_trained(size: ModelSize, rank: int, projections: Iterable[str]) -> Trained:
@@ -293,4 +309,4 @@ def lora_trained(size: ModelSize, rank: int, projections: Iterable[str]) -> Trai
     if size.fused and outputs:
         outputs = [size.queries + 2 * size.keys]
     ends = sum(size.hidden + output for output in outputs) + ("o" in asked) * (size.queries + size.hidden)
-    return Trained(size.layers * rank * ends, 0, size.layers)
+    return Trained(size.layers * rank * ends, 0, size.layers, size.layers * rank * ends)

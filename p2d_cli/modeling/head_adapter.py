@@ -5,6 +5,9 @@ row i of `A` at row `rows[i]`; with `r = alpha = len(rows)` the scaling is 1, so
 For columns of the output projection the factors swap: `ΔW[:, columns] = B`, and `A` places. So an adapter of p2d is an
 ordinary PEFT folder that any tool can load or merge.
 
+While it is trained, each module has the rank of its own rows. When it is saved, rows and columns of zeros bring all
+modules to one rank (see `p2d_cli.core.adapter_rank`), which changes no product.
+
 Only weights are trained: where projections have biases (Qwen2, GPT-2), these stay as they are.
 """
 
@@ -17,13 +20,15 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.core.adapter_rank import common_rank
+from p2d_cli.errors import ArtifactError, UsageError
 from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
@@ -31,6 +36,11 @@ from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, m
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LONGEST_REASON = 500
+_PEFT_PROBLEMS = (
+    *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, NotImplementedError),
+)
+"""What PEFT raises, depending on the kind of adapter, where an adapter does not fit its model."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         lora_dropout=0.0,
         bias="none",
     )
-    with _known_warnings_silenced():
+    with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     _forget_local_path(peft_model)
     for name, (positions, on_input) in placed.items():
@@ -94,8 +104,17 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
     return peft_model
 
 
+def saved_rank(model: Any) -> int:
+    """Return the rank that all modules of a PeftModel's adapter have once it is saved."""
+    config = model.peft_config[ADAPTER_NAME]
+    return common_rank(config.rank_pattern.values()) if _is_of_heads(config) else int(config.r)
+
+
 def freeze_placing(model: Any) -> None:
     """Freeze the placing factors of a head adapter again, which PEFT unfreezes whenever it loads one to train on.
+
+    The zeros that a saved adapter was padded with stay zeros: neither of the two factors that multiply them gets a
+    gradient.
 
     Raises:
         ArtifactError: the adapter has a factor that should place rows and does not: it is not a head adapter.
@@ -155,7 +174,7 @@ def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dro
         lora_dropout=dropout,
         bias="none",
     )
-    with _known_warnings_silenced():
+    with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     _forget_local_path(peft_model)
     return peft_model
@@ -211,6 +230,8 @@ def save_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and nothing else, the same bytes each time.
 
+    All modules of a head adapter are saved with one rank, which is alpha too.
+
     Args:
         model: a PeftModel.
         folder: where to; created if it is not there.
@@ -221,14 +242,19 @@ def save_adapter(
     Raises:
         NonFiniteError: it holds NaN or infinity; nothing was written.
     """
-    weights = _factors_of(model) if state is None else state.items()
-    require_finite_weights(weights, "saving the adapter", hint="lower --lr, or try --dtype float32")
+    factors = dict(_factors_of(model) if state is None else state)
+    require_finite_weights(factors.items(), "saving the adapter", hint="lower --lr, or try --dtype float32")
     saved = model.peft_config[ADAPTER_NAME]
     saved.base_model_name_or_path, saved.revision = base_model, revision
+    rank = saved_rank(model)
+    if _is_of_heads(saved):
+        factors = {name: _padded(name, factor, rank) for name, factor in factors.items()}
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=factors)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
+    if _is_of_heads(saved):
+        config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     # PEFT keeps the targets as a set, whose order differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -246,7 +272,6 @@ def load_adapter(model: Any, path: Path | str) -> Any:
         ArtifactError: not such a folder, damaged, or made for another model.
         NonFiniteError: it holds NaN or infinity.
     """
-    from peft import PeftModel
     from safetensors import SafetensorError
 
     folder = Path(path)
@@ -256,30 +281,65 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     # PEFT would place a divided model anew; the adapter is small and follows the modules that it belongs to instead.
     places = vars(model).pop("hf_device_map", None)
     try:
-        with _known_warnings_silenced():
-            # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(
-                model,
-                str(folder),
-                adapter_name=ADAPTER_NAME,
-                is_trainable=False,
-                low_cpu_mem_usage=places is not None,
-            )
-    except (RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as problem:
+        adapted, unused = _from_folder(model, folder, empty=places is not None)
+    except (*_PEFT_PROBLEMS, UserWarning, SafetensorError) as problem:
         raise ArtifactError(
-            f"the adapter in {folder} does not fit this model: {problem}",
-            hint="load it on the base model that it was trained on",
+            f"the adapter in {folder} does not fit this model: {shorten(str(problem), _LONGEST_REASON)}",
+            hint="load it on the base model that it was trained on; if tokens were added to that, on a copy of it "
+            "with resize_token_embeddings",
         ) from problem
     if places is not None:
         model.hf_device_map = places
-        _fill_divided(adapted.get_base_model(), folder)
-    require_finite_weights(_factors_of(adapted), f"loading the adapter in {folder}", hint="train it again")
+        unused = _fill_divided(adapted.get_base_model(), folder)
+    if unused:
+        whole = "on a divided model p2d takes a plain LoRA only: leave out --device-map"
+        raise ArtifactError(
+            f"the adapter in {folder} does not fit this model: {len(unused)} of its tensors belong nowhere, the first "
+            f"is {unused[0]}",
+            hint="load it on the base model that it was trained on" if places is None else whole,
+        )
     return adapted.eval()
 
 
-def _fill_divided(base: Any, folder: Path) -> None:
-    """Put each factor where the module that it changes computes; PEFT leaves it, empty, where that module waits."""
+def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[str]]:
+    """Return the adapted model, and the names of tensors in the file that PEFT found no place for.
+
+    Args:
+        model: the plain base model.
+        folder: a PEFT folder.
+        empty: whether the factors stay without values, for `_fill_divided` to give them.
+    """
+    from peft import PeftModel
+
+    _require_finite_file(folder)
+    with known_warnings_silenced():
+        # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), adapter_name=ADAPTER_NAME, is_trainable=False, low_cpu_mem_usage=empty
+        )
+        if empty:
+            return adapted, []
+        # It says nothing at all of those that the file has too many of, unless it is asked a second time.
+        device = str(working_device(adapted.get_input_embeddings()))
+        result = adapted.load_adapter(str(folder), ADAPTER_NAME, torch_device=device)
+    return adapted, list(result.unexpected_keys)
+
+
+def _require_finite_file(folder: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+        named = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dictionary
+        require_finite_weights(named, f"loading the adapter in {folder}", hint="train it again")
+
+
+def _fill_divided(base: Any, folder: Path) -> list[str]:
+    """Put each factor where the module that it changes computes; PEFT leaves it, empty, where that module waits.
+
+    Returns:
+        The names of tensors in the file that are no factors of it.
+    """
     from safetensors.torch import load_file
 
     stored = load_file(folder / WEIGHTS_FILE)
@@ -287,38 +347,19 @@ def _fill_divided(base: Any, folder: Path) -> None:
         device = working_device(module.base_layer)
         for letter, factors in (("A", module.lora_A), ("B", module.lora_B)):
             factor = factors[ADAPTER_NAME]
-            weight = stored[f"base_model.model.{name}.lora_{letter}.weight"].to(device, factor.weight.dtype)
+            weight = stored.pop(f"base_model.model.{name}.lora_{letter}.weight").to(device, factor.weight.dtype)
             factor.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-
-def merge(model: Any) -> Any:
-    """Add an adapter's change to the weights of its base model.
-
-    The change is rounded to the weights' dtype: merge into an fp32 base where bfloat16 would lose small changes.
-
-    Args:
-        model: a PeftModel; it is used up.
-
-    Returns:
-        The plain model. With a head adapter, weights outside of the trained rows are bit-identical to the base.
-
-    Raises:
-        NonFiniteError: a merged weight is not finite.
-    """
-    try:
-        return model.merge_and_unload(safe_merge=True)
-    except ValueError as problem:
-        raise NonFiniteError(
-            f"merging the adapter failed: {problem}",
-            hint="the adapter holds values that are not finite: train it again",
-        ) from problem
+    return sorted(stored)
 
 
 @contextmanager
-def _known_warnings_silenced() -> Iterator[None]:
-    """Silence what PEFT 0.21 provokes in transformers 5 by itself, and nothing else."""
+def known_warnings_silenced() -> Iterator[None]:
+    """Silence what PEFT 0.21 provokes in transformers 5 by itself or what p2d sees to, and nothing else."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # `p2d_cli.modeling.merging` parts the embeddings before it merges.
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         yield
 
 
@@ -369,6 +410,20 @@ def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
     placing.requires_grad_(False)
 
 
+def _is_of_heads(config: Any) -> bool:
+    """Whether an adapter in the making is one of heads: its modules have ranks of their own."""
+    return bool(config.rank_pattern)
+
+
+def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return a factor with zeros up to `rank`: rows of A `[r, in]`, columns of B `[out, r]`."""
+    axis = 0 if ".lora_A." in name else 1
+    missing = rank - factor.shape[axis]
+    shape = [*factor.shape]
+    shape[axis] = missing
+    return torch.cat([factor.detach(), factor.new_zeros(shape)], dim=axis)
+
+
 def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
 
@@ -380,11 +435,12 @@ def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.
 
 
 def _places_rows(placing: torch.Tensor, *, on_input: bool) -> bool:
-    """Whether each column of `[out, r]` (each row of `[r, in]`) is a unit vector, none of them twice."""
+    """Whether the columns of `[out, r]` (the rows of `[r, in]`) are unit vectors, none of them twice, or padding."""
     by_position = placing.T if on_input else placing
     ones = by_position == 1
     zero_or_one = bool((ones | (by_position == 0)).all())
-    return zero_or_one and bool((ones.sum(dim=0) == 1).all()) and bool((ones.sum(dim=1) <= 1).all())
+    at_most_one = bool((ones.sum(dim=0) <= 1).all()) and bool((ones.sum(dim=1) <= 1).all())
+    return zero_or_one and at_most_one and bool(ones.any())
 
 
 def _lora_modules(base: Any) -> Iterator[tuple[str, Any]]:

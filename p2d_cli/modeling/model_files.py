@@ -44,6 +44,11 @@ class ModelFiles:
         return self.spec if self.revision is None else self.spec.partition("@")[0]
 
     @property
+    def name_elsewhere(self) -> str:
+        """The hub id without its revision, or the folder's absolute path, which means the same in any other folder."""
+        return self.name if self.revision is not None else str(self.folder.resolve())
+
+    @property
     def asked_revision(self) -> str | None:
         """The revision of a hub id, as it was asked for."""
         return None if self.revision is None else self.spec.partition("@")[2] or None
@@ -84,7 +89,16 @@ def vocabulary(files: ModelFiles) -> dict[str, int] | None:
     Raises:
         DataError: the file is not what the tokenizers library writes.
     """
-    path = files.folder / "tokenizer.json"
+    return vocabulary_in(files.folder)
+
+
+def vocabulary_in(folder: Path) -> dict[str, int] | None:
+    """Return which id each token of the fast tokenizer in a folder has; None without tokenizer.json.
+
+    Raises:
+        DataError: the file is not what the tokenizers library writes.
+    """
+    path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     try:

@@ -30,9 +30,9 @@ def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any]
     require_finite_weights(weights, "saving the model", hint="lower --lr, or try --dtype float32")
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG_NAME):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    copy_tokenizer(base, folder)
+    if (base / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(base / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
 
 
 def add_end_of_turn(folder: Path, token: int | None) -> None:
@@ -52,3 +52,10 @@ def add_end_of_turn(folder: Path, token: int | None) -> None:
     if token not in ends:
         settings["eos_token_id"] = [*ends, token]
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, its chat template among them, as they are."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

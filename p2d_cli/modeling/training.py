@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
@@ -148,6 +149,7 @@ class CompletionTrainer(Trainer):
         self,
         *args: Any,
         order: LengthGrouped,
+        rate: Callable[[int], float],
         hooks: TrainingHooks,
         tokens_seen: int,
         ranks: Ranks,
@@ -155,6 +157,8 @@ class CompletionTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.order = order
+        self.rate = rate
+        """The learning rate of the update behind so many others, as a share of the peak."""
         self.ranks = ranks
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
@@ -163,6 +167,14 @@ class CompletionTrainer(Trainer):
         """The update behind which the last checkpoint was written."""
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_finite
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return a scheduler of p2d's own rates, since transformers' warm-up makes its first update at rate 0."""
+        del num_training_steps
+        if self.lr_scheduler is None:
+            updated: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(updated, self.rate)
+        return self.lr_scheduler
 
     def compute_loss(
         self,
@@ -427,6 +439,7 @@ def train(
         args=_arguments(plan, planned, scratch, num_rows=len(rows), evaluates=bool(eval_rows), size=ranks.size),
         train_dataset=list(rows),
         order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
+        rate=_rate_of(plan, planned),
         eval_dataset=list(eval_rows) or None,
         data_collator=lambda batch: collate_or_none(batch, pad_id, packing=plan.packing),
         callbacks=callbacks,
@@ -469,6 +482,36 @@ def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, eva
         if trainer.is_fsdp_enabled
         else None,
     )
+
+
+def rate_share(schedule: str, done: int, warmup: int, updates: int) -> float:
+    """Return the learning rate of an update as a share of the peak; it is above 0 for each of them.
+
+    It rises by equal steps to the peak, which it has after the warm-up, and falls towards 0, which it would have after
+    the last update. transformers' schedules, the same behind the warm-up, begin at 0: their first update changes
+    nothing, and a training of a single update nothing at all.
+
+    Args:
+        schedule: cosine, linear or constant.
+        done: the updates made before it.
+        warmup: the updates that rise to the peak.
+        updates: all updates.
+    """
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    left = max(1, updates - warmup)
+    if schedule == "linear":
+        return max(0.0, (updates - done) / left)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((done - warmup) / left))))
+
+
+def _rate_of(plan: TrainingPlan, planned: int) -> Callable[[int], float]:
+    # A training that is cut short warms up as the whole one does, so that its updates are like the whole one's.
+    warmup = math.ceil(plan.warmup_ratio * planned)
+    updates = min(planned, plan.max_steps or planned)
+    return lambda done: rate_share(plan.schedule, done, warmup, updates)
 
 
 def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
@@ -571,7 +614,7 @@ def _arguments(
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=plan.accumulation,
-        # A run that is cut short follows the schedule of the whole one, so that its steps are like the whole one's.
+        # What trackers show; `_rate_of` makes the rates.
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[plan.schedule],
         warmup_steps=math.ceil(plan.warmup_ratio * planned),
         weight_decay=plan.weight_decay,

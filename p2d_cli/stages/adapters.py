@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.digests import digest_files
-from p2d_cli.artifacts.manifest import InputEntry, is_artifact
+from p2d_cli.artifacts.adapter import ADAPTER_RANK
+from p2d_cli.artifacts.digests import digest_files, digest_json
+from p2d_cli.artifacts.manifest import InputEntry, Manifest, is_artifact
 from p2d_cli.artifacts.store import recover
+from p2d_cli.config import EvalConfig
 from p2d_cli.data.chat_templates import find_chat_template
 from p2d_cli.errors import ArtifactError
-from p2d_cli.modeling.model_files import find_pickled
+from p2d_cli.modeling.model_files import find_pickled, locate_model, vocabulary_in
 from p2d_cli.stages.execution import StageRun
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+APPLIED_TYPES = (
+    *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA"),
+    *("HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA"),
+    *("RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA"),
+    "WAVEFT",
+)
+"""Adapters of PEFT that change a model's modules and nothing else, so that whoever calls these has the adapter too.
+
+The others change what the model is given (virtual tokens), need to know the task of each row, or read each row twice.
+"""
+_NOT_IN_MODULES = {
+    "alora_invocation_tokens": "which comes into force behind certain tokens only",
+    "arrow_config": "which chooses among adapters token by token",
+    "layer_replication": "which repeats layers of the model",
+}
+"""What a LoRA may ask for beyond changed modules."""
 
 
 def open_adapter(job: StageRun[Any], spec: str) -> Path:
@@ -26,13 +45,14 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
     folder = Path(spec).expanduser()
     recover(folder)
     if is_artifact(folder):
-        job.inputs.artifact("adapter", spec, "adapter", same_model=True)
+        manifest = job.inputs.artifact("adapter", spec, "adapter", same_model=True)
         if not (folder / ADAPTER_FILES[0]).is_file():
             raise ArtifactError(
                 f"{spec} is a whole model (trained with --scope attention or full), not an adapter",
                 hint="give it as --model, without --adapter",
             )
-        refuse_imports(folder)
+        refuse_unusable(folder)
+        _identify_anywhere(job, folder, manifest)
         return folder
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing and (pickled := find_pickled(folder)):
@@ -45,18 +65,75 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
             f"expected an adapter at {spec}, found no {missing[0]} there",
             hint="give a folder that p2d train or PEFT's save_pretrained wrote",
         )
-    refuse_imports(folder)
+    refuse_unusable(folder)
+    if isinstance(job.config, EvalConfig):
+        _refuse_new_tokens(job, folder, spec)
     template = find_chat_template(folder)
     digest = digest_files([*(folder / name for name in ADAPTER_FILES), *([] if template is None else [template])])
     job.inputs.entries["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder
 
 
-def refuse_imports(folder: Path) -> None:
-    """Refuse an adapter whose config makes PEFT import a module that the config names.
+def _identify_anywhere(job: StageRun[Any], folder: Path, manifest: Manifest) -> None:
+    """Leave out of the adapter's digest where its base model lies, which its config says for other tools."""
+    if ADAPTER_RANK not in manifest.summary:
+        # The first adapters that p2d wrote are known by the digests that they had then.
+        return
+    config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
+    said = {name: file.sha256 for name, file in manifest.outputs.items() if file.content}
+    said[ADAPTER_FILES[0]] = digest_json(config | {"base_model_name_or_path": None})
+    entry = job.inputs.entries["adapter"]
+    job.inputs.entries["adapter"] = entry.model_copy(update={"digest": digest_json(said)})
+
+
+def has_new_tokens(adapter: Path, model: Path) -> str | None:
+    """Return a token of the tokenizer in an adapter's folder that the model's own has not, or has as another.
+
+    Tokens that a folder names beside its tokenizer.json, transformers adds to it as it loads it, and saves in it.
+    """
+    brought, known = vocabulary_in(adapter), vocabulary_in(model)
+    if brought is None or known is None:
+        return None
+    changed = [token for token, index in brought.items() if known.get(token) != index]
+    named = _tokens_beside(model) if changed else set()
+    return next((token for token in changed if token in known or token not in named), None)
+
+
+def _tokens_beside(folder: Path) -> set[str]:
+    """Return all texts in the files beside a tokenizer.json, among them the tokens that are added to it."""
+    found: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        with suppress(OSError, ValueError, RecursionError):
+            left = [json.loads((folder / name).read_bytes())]
+            while left:
+                part = left.pop()
+                if isinstance(part, str):
+                    found.add(part)
+                elif isinstance(part, list | dict):
+                    left.extend([*part, *part.values()] if isinstance(part, dict) else part)
+    return found
+
+
+def _refuse_new_tokens(job: StageRun[Any], folder: Path, spec: str) -> None:
+    """Refuse an adapter that was trained with tokens which the model's tokenizer would cut into others.
 
     Raises:
-        ArtifactError: it does, or is not a JSON object.
+        ArtifactError: naming the first of them.
+    """
+    model = locate_model(job.inputs.entries["model"].source)
+    if (token := has_new_tokens(folder, model.folder)) is not None:
+        raise ArtifactError(
+            f"{spec} brings a tokenizer with tokens that the model's own lacks, such as {token!r}, and rows are read "
+            "with the model's",
+            hint="export the adapter, and evaluate the exported model, which has the adapter's tokenizer",
+        )
+
+
+def refuse_unusable(folder: Path) -> None:
+    """Refuse an adapter that p2d could not apply, from its config alone.
+
+    Raises:
+        ArtifactError: its config is not a JSON object; it makes PEFT import a module; its weights are not in modules.
     """
     path = folder / ADAPTER_FILES[0]
     try:
@@ -70,4 +147,19 @@ def refuse_imports(folder: Path) -> None:
             f"{path} asks for code from the module {config.get('megatron_core')!r} (megatron_config), which p2d does "
             "not run",
             hint="remove megatron_config from it: p2d reads plain adapters",
+        )
+    _refuse_kind(path, config)
+
+
+def _refuse_kind(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind not in APPLIED_TYPES:
+        raise ArtifactError(
+            f"{path} is of peft_type {kind!r}, which p2d does not apply: expected an adapter with weights in the "
+            "model's modules, such as LORA",
+            hint="run it with PEFT itself; p2d trains, evaluates and exports LoRA",
+        )
+    if found := next((key for key in _NOT_IN_MODULES if config.get(key)), None):
+        raise ArtifactError(
+            f"{path} asks for {found}, {_NOT_IN_MODULES[found]}: p2d does not apply it", hint="run it with PEFT itself"
         )

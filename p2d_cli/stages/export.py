@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME
+from p2d_cli.artifacts.adapter import CARD_NAME, CHAT_TEMPLATE_NAME, save_merged_card
 from p2d_cli.artifacts.manifest import is_artifact
 from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, resolve_template
-from p2d_cli.errors import ArtifactError, UsageError
+from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.stages.adapters import open_adapter
+from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 
@@ -31,11 +31,28 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
             f"{config.adapter} is already a plain model folder (trained with --scope attention or full)",
             hint="use it as it is",
         )
-    base = job.inputs.model(config.model or _base_of(adapter))
+    if (adapter / ADAPTER_FILES[0]).is_file():
+        # What p2d does not apply at all is refused as that, before its base model is looked for.
+        refuse_unusable(adapter)
+    base = _open_base(job, adapter)
     open_adapter(job, config.adapter)
     if "adapter" in job.inputs.manifests and (shown := job.inputs.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
     return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
+
+
+def _open_base(job: StageRun[ExportConfig], adapter: Path) -> ModelFiles:
+    """Register the base model: that of `--model`, else the one that the adapter's config names."""
+    if job.config.model is not None:
+        return job.inputs.model(job.config.model)
+    named = _base_of(adapter)
+    try:
+        return job.inputs.model(named)
+    except (DataError, UnavailableError) as problem:
+        raise type(problem)(
+            f"the base model that {adapter} names cannot be opened: {problem.message}",
+            hint="give --model, the folder or hub id of the model that the adapter was trained on",
+        ) from None
 
 
 def _base_of(adapter: Path) -> str:
@@ -58,9 +75,11 @@ def _base_of(adapter: Path) -> str:
 def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folder: Path) -> Outcome:
     import torch
 
-    from p2d_cli.modeling.head_adapter import load_adapter, merge
+    from p2d_cli.modeling.head_adapter import load_adapter
     from p2d_cli.modeling.loading import load_model, resolve_device, resolve_dtype
-    from p2d_cli.modeling.saving import save_plain_model
+    from p2d_cli.modeling.memory import release_memory
+    from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers, round_weights
+    from p2d_cli.modeling.saving import copy_tokenizer, save_plain_model
 
     config = job.config
     with job.timer.phase("load"):
@@ -71,22 +90,39 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         # Merged in float32 and rounded once: in bfloat16 the sum would lose most of a small change.
         model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
     with job.timer.phase("merge"):
-        model = merge(model).to(dtype)
+        ids_1n = probe_tokens(model)
+        expected_nV = answer(model, ids_1n)
+        model = merge(model)
+        require_same_answers(answer(model, ids_1n), expected_nV, "merging the adapter")
+        round_weights(model, dtype)
+        expected_nV = answer(model, ids_1n)
+        model = model.to(dtype)
     with job.saving():
         save_plain_model(model, base.folder, folder)
-        _hand_on_template(job, base, adapter, folder)
+        if has_new_tokens(adapter, base.folder) is not None:
+            copy_tokenizer(adapter, folder)
+        _hand_on_template(job, adapter, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
+    with job.timer.phase("check"):
+        del model
+        release_memory(cycles=True)
+        # As whoever uses it will load it: what a config does not say is lost only there.
+        written = load_model(folder, dtype=torch.float32, device=device)
+        require_same_answers(answer(written, ids_1n), expected_nV, "writing the merged model")
+    figures = {"Parameters": f"{parameters:,}", "Precision": precision}
+    save_merged_card(folder, base.name_elsewhere, base.asked_revision, config.adapter, figures)
     return Outcome(
         summary={"base": base.spec, "parameters": parameters, "dtype": precision},
         settings={},
         precision=precision,
         device=device,
         charged=False,
+        decoration=frozenset({CARD_NAME}),
     )
 
 
-def _hand_on_template(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folder: Path) -> None:
+def _hand_on_template(job: StageRun[ExportConfig], adapter: Path, folder: Path) -> None:
     """Write the chat template that the adapter brings, and let generation stop at the end of its turns."""
     from p2d_cli.modeling.loading import load_tokenizer
     from p2d_cli.modeling.saving import add_end_of_turn
@@ -95,6 +131,6 @@ def _hand_on_template(job: StageRun[ExportConfig], base: ModelFiles, adapter: Pa
     if carried is not None:
         (folder / CHAT_TEMPLATE_NAME).write_text(read_chat_template(carried), encoding="utf-8")
     is_plain = job.facts.get("template", {}).get("name") == "plain"
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(folder)
     template = resolve_template(tokenizer, "plain" if is_plain else "auto", chat_file=None if is_plain else carried)
     add_end_of_turn(folder, template.end_of_turn(tokenizer))

@@ -168,7 +168,7 @@ def _weight_bytes(planner: Planner, config: TrainConfig, trained: Trained) -> tu
 
 def _training_disk(planner: Planner, config: TrainConfig, trained: Trained, adapter: int) -> None:
     whole = config.resolved_scope in {"attention", "full"}
-    planner.disk["artifact"] = planner.size.parameters * planner.itemsize if whole else adapter
+    planner.disk["artifact"] = planner.size.parameters * planner.itemsize if whole else trained.saved * FLOAT32
     weights = planner.memory["weights"] if whole else adapter
     planner.disk["checkpoints"] = CHECKPOINTS_AT_ONCE * (weights + trained.optimizer_bytes)
     if config.eval_data is None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.adapter import (
+    ADAPTER_RANK,
     CARD_NAME,
     CHAT_TEMPLATE_NAME,
     TRAINING_LOG_NAME,
@@ -131,7 +132,7 @@ def is_sharded() -> bool:
 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
-    from p2d_cli.modeling.head_adapter import trainable_share
+    from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
     from p2d_cli.modeling.saving import add_end_of_turn
     from p2d_cli.stages.templates import template_for
 
@@ -159,6 +160,8 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "eval_rows": len(eval_rows),
         "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
     }
+    if scope in {"heads", "lora"}:
+        summary[ADAPTER_RANK] = saved_rank(model)
     if job.is_main:
         with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
@@ -168,7 +171,12 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
                 add_end_of_turn(folder, template.end_of_turn(tokenizer))
             save_training_log(folder, record.log)
             save_model_card(
-                folder, inputs.model.name, inputs.model.asked_revision, scope=scope, figures=_card_figures(summary)
+                folder,
+                inputs.model.name_elsewhere,
+                inputs.model.asked_revision,
+                scope=scope,
+                figures=_card_figures(summary),
+                rank=summary.get(ADAPTER_RANK),
             )
             _draw(job, record.log, folder)
     settings = {
@@ -541,13 +549,14 @@ def _save(
 
     The weights are those of `state` if the model itself holds only a part of them.
     """
+    from p2d_cli.modeling.saving import copy_tokenizer, save_plain_model
+
     if config.resolved_scope in {"heads", "lora"}:
         from p2d_cli.modeling.head_adapter import save_adapter
 
-        save_adapter(model, folder, base.name, state, revision=base.asked_revision)
+        save_adapter(model, folder, base.name_elsewhere, state, revision=base.asked_revision)
+        copy_tokenizer(base.folder, folder)
     else:
-        from p2d_cli.modeling.saving import save_plain_model
-
         save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
 
 

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from p2d_cli.modeling.loading import load_model
 from p2d_cli.stages import workbench
@@ -93,6 +95,21 @@ def test_evaluations_with_an_adapter_are_alike(both, pipeline, tiny_folder, few,
     )
     rows = [pq.read_table(folder / "predictions.parquet").to_pylist() for folder in folders]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["norm"]}], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_divided_model_takes_plain_loras_only(p2d, divided, tiny_folder, few, tmp_path, settings):
+    """Other tensors would stay without values, or on other devices than their modules."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **settings)
+    get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    evaluate = ("eval", "--model", tiny_folder, "--adapter", tmp_path / "a", "--data", few["test"], "--limit", 2)
+    done = p2d(*evaluate, "--max-new-tokens", 2, "--device-map", "auto", "--out", tmp_path / "e")
+    assert divided
+    assert done.code == 65
+    assert "leave out --device-map" in done.said
+    assert p2d(*evaluate, "--max-new-tokens", 2, "--out", tmp_path / "e").code == 0
 
 
 def test_training_is_refused_with_the_way_that_there_is(p2d, tiny_folder, few, tmp_path):

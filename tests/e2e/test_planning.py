@@ -94,7 +94,8 @@ def test_training_takes_what_was_foretold(foretold, pipeline, tiny_folder, few, 
     if scope in {"heads", "lora"}:
         with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as file:
             stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - no dictionary
-        assert plan["memory"]["adapter"] == plan["disk"]["artifact"] == stored
+        assert plan["disk"]["artifact"] == stored
+        assert plan["memory"]["adapter"] <= stored, "it trains without the padding"
     assert plan["memory"]["weights"] == 4 * summary["total_parameters"]
 
 

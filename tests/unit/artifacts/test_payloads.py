@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors import safe_open
 
 from p2d_cli.artifacts import subset
-from p2d_cli.artifacts.adapter import save_model_card, save_training_log
+from p2d_cli.artifacts.adapter import save_merged_card, save_model_card, save_training_log
 from p2d_cli.artifacts.evaluation import load_metrics, save_evaluation
 from p2d_cli.artifacts.head_scores import HEAD_SCORES_NAME, HeadScores, load_head_scores, save_head_scores
 from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores, load_subset_rows, save_subset
@@ -181,6 +182,30 @@ def test_model_card_says_how_to_load(tmp_path, scope, loads_with):
     assert "| Rows | 3 |" in card
     assert "Base model: `owner/base@v1`" in card
     assert ('"owner/base", revision="v1")' in card) == (scope == "heads")
+
+
+@pytest.mark.parametrize("base", ["owner/base", "/models/base", "/a folder: #1", "0.5", "-x", "yes", "Größe/ß"])
+def test_the_header_of_a_card_names_the_base_model(tmp_path, base):
+    for save in (
+        lambda: save_model_card(tmp_path, base, None, scope="lora", figures={}, rank=16),
+        lambda: save_merged_card(tmp_path, base, None, "runs/adapter", {}),
+    ):
+        save()
+        header = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+        assert yaml.safe_load(header)["base_model"] == base
+    assert "base_model: owner/base\n" in header or base != "owner/base"
+
+
+@pytest.mark.parametrize(
+    ("rank", "text"),
+    [(64, "`--max-lora-rank 64`"), (12, "`--max-lora-rank 16`"), (640, "vLLM serves adapters of up to 512: merge it")],
+)
+def test_a_card_says_how_the_adapter_is_served(tmp_path, rank, text):
+    save_model_card(tmp_path, "owner/base", None, scope="heads", figures={}, rank=rank)
+    card = (tmp_path / "README.md").read_text()
+    assert f"All modules have rank {rank}" in card
+    assert text in card
+    assert "requires_grad_(False)" in card
 
 
 def test_training_log_is_json_lines(tmp_path):

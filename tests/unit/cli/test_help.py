@@ -49,7 +49,7 @@ def test_what_every_command_that_makes_something_takes(shown, command):
 
 def test_every_flag_in_the_readme_exists(tiny_folder):
     text = (tiny_folder.parent.parent / "README.md").read_text(encoding="utf-8")
-    others = re.compile(r"pip install|#SBATCH|srun|torchrun|pytest|benchmarks/")
+    others = re.compile(r"pip install|#SBATCH|srun|torchrun|pytest|benchmarks/|vLLM")
     prose = "\n".join(line for line in text.split("\n") if not others.search(line))
     known = {flag_name(name) for config in STAGE_CONFIGS.values() for name in config.model_fields}
     known |= {*COMMON, "--time", "--rows", "--confidence", "--quiet", "--verbose", "--version"}

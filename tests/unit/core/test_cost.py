@@ -79,6 +79,8 @@ def test_heads_of_one_group_train_its_keys_once(size):
     assert trained.placing == 4 * 8 + 2 * 4 + 2 * 4 + 4 * 8
     assert trained.layers == 1
     assert trained.optimizer_bytes == 8 * trained.parameters
+    # Padded to rank 8: q [4 -> 8] and o [4 -> 8] of 8 + 8, k and v [2 -> 8] of 8 + 4.
+    assert trained.saved == 8 * (16 + 12 + 12 + 16)
 
 
 def test_a_lora_adds_both_ends_of_each_projection(size):

@@ -65,6 +65,14 @@ def run_plain_adamw(model: Any, rows: list[Batch], projections: tuple[str, ...],
     return losses
 
 
+def test_a_single_step_changes_the_weights(tiny_model, token_ids):
+    """The proxy's rate is constant: no warm-up makes the only step of a small task an empty one."""
+    model = tiny_model("llama")
+    proxy = AttentionProxy(model, model_layout(model), lr=1e-2)
+    list(proxy.steps(batches(token_ids, 1)))
+    assert (proxy.task_weights(0).q_HdD - proxy.base_weights(0).q_HdD).abs().max() > 1e-3
+
+
 PARTS = [("llama-gqa", ("v", "o")), ("phi3", ("q",)), ("gpt2", ("k",)), ("gpt2", ("v", "o")), ("gpt_neox", ("q",))]
 
 

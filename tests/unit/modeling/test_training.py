@@ -1,20 +1,24 @@
 """The order of rows, their batches, and how many tokens these hold."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from p2d_cli.modeling.training import (
     LengthGrouped,
     RankBatches,
     Ranks,
+    TrainingHooks,
     TrainingPlan,
     TrainingRow,
     collate,
     collate_or_none,
     pack,
     planned_tokens,
+    rate_share,
     train,
 )
 
@@ -137,3 +141,71 @@ def test_ranks_pad_their_own_shares(size):
     lengths = [order.lengths[place] for place in order]
     shares = [batch[rank::size] for batch in batches(lengths, plan.micro_batch) for rank in range(size)]
     assert planned_tokens(order, plan, size) == sum(len(share) * max(share) for share in shares if share)
+
+
+# --- learning rates
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def rates_of_transformers(schedule, warmup, updates):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(SCHEDULES[schedule], optimizer, num_warmup_steps=warmup, num_training_steps=updates)
+    rates = []
+    for _ in range(updates):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "updates"), [(0, 1), (0, 7), (1, 1), (1, 2), (2, 39), (3, 4), (30, 1), (5, 5)])
+def test_every_update_has_a_rate_and_behind_the_warmup_that_of_transformers(schedule, warmup, updates):
+    rates = [rate_share(schedule, done, warmup, updates) for done in range(updates)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[warmup:] == rates_of_transformers(schedule, warmup, updates)[warmup:]
+    assert rates[:warmup] == [(done + 1) / (warmup + 1) for done in range(min(warmup, updates))]
+
+
+def test_the_longest_decay_ends_above_zero():
+    for schedule in SCHEDULES:
+        assert rate_share(schedule, 999_999, 30_000, 1_000_000) > 0
+
+
+PLAN = TrainingPlan(
+    epochs=1.0, max_steps=None, learning_rate=1e-3, batch_size=4, accumulation=1, schedule="cosine",
+    warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0, autocast="float32", device="cpu", seed=3,
+    checkpointing=False, trackers=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (4, {}),  # a single update, which is all warm-up
+        (4, {"accumulation": 2}),
+        (40, {"max_steps": 1}),  # the first of ten, cut short
+        (12, {"warmup_ratio": 0.99}),
+        (12, {}),
+    ],
+)
+def test_every_update_changes_weights(tiny_model, tmp_path, schedule, rows, settings):
+    """Each by about its rate, as Adam's do; transformers' own warm-up leaves the first update without any."""
+    model = tiny_model("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before, changes = weight.detach().clone(), []
+
+    def note(_):
+        changes.append((weight.detach() - before).abs().max().item())
+        before.copy_(weight.detach())
+
+    plan = replace(PLAN, schedule=schedule, **settings)
+    record = train(
+        model, rows_of_tokens(*[6] * rows), plan, pad_id=0, scratch=tmp_path, hooks=TrainingHooks(on_step=note)
+    )
+    assert record.steps_done == len(changes) == min(rows // plan.batch_size, plan.max_steps or math.inf)
+    for entry, change in zip(record.log, changes, strict=True):
+        assert entry["learning_rate"] > 0
+        assert change > 0.1 * entry["learning_rate"]
