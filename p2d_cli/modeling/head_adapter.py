@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
-from p2d_cli.errors import ArtifactError, UsageError
+from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
 from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
@@ -37,9 +37,7 @@ ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _LONGEST_REASON = 500
-_PEFT_PROBLEMS = (
-    *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, NotImplementedError),
-)
+_PEFT_PROBLEMS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError)
 """What PEFT raises, depending on the kind of adapter, where an adapter does not fit its model."""
 
 
@@ -283,6 +281,8 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     try:
         adapted, unused = _from_folder(model, folder, empty=places is not None)
     except (*_PEFT_PROBLEMS, UserWarning, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
         raise ArtifactError(
             f"the adapter in {folder} does not fit this model: {shorten(str(problem), _LONGEST_REASON)}",
             hint="load it on the base model that it was trained on; if tokens were added to that, on a copy of it "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from p2d_cli.errors import ArtifactError, NonFiniteError, first_line
+from p2d_cli.errors import ArtifactError, NonFiniteError, first_line, is_out_of_memory
 from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.head_adapter import known_warnings_silenced
 
@@ -41,6 +41,8 @@ def merge(model: Any) -> Any:
         with known_warnings_silenced():
             merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as problem:
+        if is_out_of_memory(problem):
+            raise
         if isinstance(problem, ValueError) and "NaN" in str(problem):
             raise NonFiniteError(
                 f"merging the adapter failed: {problem}",

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -161,6 +161,19 @@ def test_an_adapter_of_a_resized_vocabulary_is_refused_until_the_model_is_resize
         load_adapter(tiny_model("llama"), tmp_path)
     assert "resize_token_embeddings" in (refused.value.hint or "")
     assert_merged(tiny_model("llama", vocab_size=70), tmp_path, expected)
+
+
+@pytest.mark.parametrize("step", ["load_adapter", "merge_and_unload"])
+def test_too_little_memory_is_no_fault_of_the_adapter(tiny_model, tmp_path, monkeypatch, step):
+    saved(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]), tmp_path)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    adapted = load_adapter(tiny_model("llama"), tmp_path)
+    monkeypatch.setattr(adapted if step == "merge_and_unload" else PeftModel, step, fail, raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge(adapted) if step == "merge_and_unload" else load_adapter(tiny_model("llama"), tmp_path)
 
 
 # --- the comparison
