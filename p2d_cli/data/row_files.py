@@ -15,9 +15,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
 from p2d_cli.errors import DataError, StorageError
 
@@ -49,9 +51,39 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }[source.format]
-    for path in source.files:
+    for path, name in zip(source.files, source.names, strict=True):
         with _explain_file_errors(path):
-            yield from reader(path)
+            _refuse_foreign(path)
+            yield from reader(path) if name == path.name else _renamed(reader(path), path.name, name)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file that holds something else than its name says.
+
+    Raises:
+        DataError: naming what it is.
+    """
+    with _open(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    if (found := foreign_kind(head, path, format_of(path))) is not None:
+        raise DataError(f"{path} is {found.what}", hint=found.hint)
+
+
+def _renamed(rows: Iterator[RawRow | BadRow], own: str, name: str) -> Iterator[RawRow | BadRow]:
+    """Name rows, and what is wrong with them, by their file's path, since files in other folders may share its name."""
+
+    def renamed(text: str) -> str:
+        return name + text.removeprefix(own) if text.startswith(own) else text
+
+    try:
+        for row in rows:
+            if isinstance(row, BadRow):
+                problem = DataError(renamed(row.problem.message), hint=row.problem.hint)
+                yield BadRow(renamed(row.where), problem)
+            else:
+                yield replace(row, where=renamed(row.where))
+    except DataError as problem:
+        raise DataError(renamed(problem.message), hint=problem.hint) from None
 
 
 @contextmanager

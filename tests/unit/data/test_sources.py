@@ -606,7 +606,7 @@ def test_a_configuration_of_a_snapshot_is_a_folder(cached):
 
 def test_a_snapshot_that_is_there_in_part(cached):
     cached({"data/train-00001-of-00002.jsonl": [{"a": 1}]})
-    with pytest.raises(UnavailableError, match="1 of 2 files of its split train are there"):
+    with pytest.raises(UnavailableError, match="split train, 1 of 2 shards are there: data/train-00000-of-00002 is"):
         read("owner/name")
 
 
