@@ -123,3 +123,14 @@ def test_an_edited_card_is_noticed(p2d, tiny_folder, folder, tmp_path):
     done = p2d("inspect", tmp_path / "one")
     assert done.code == 65
     assert "README.md is damaged" in done.said
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_a_flag_that_is_given_twice_leaves_no_rows_out_in_silence(train, folder, flag):
+    files = sorted((folder / "data").iterdir())
+    done = train(
+        *(word for path in files for word in (flag, path)), *(() if flag == "--data" else ("--data", files[0]))
+    )
+    assert done.code == 2
+    assert f"{flag} is given 2 times" in done.said
+    assert "glob in quotes" in done.said
