@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import has_magic
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from p2d_cli.data.dataset_card import CardConfig, read_card
@@ -26,6 +26,8 @@ NOT_ROWS = frozenset(
         "manifest.json",
     }
 )
+_PACKED = frozenset({".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z"})
+"""Endings behind that of a format; p2d itself unpacks only gzip, and that only of text."""
 _ARTIFACT_MARK = b'"schema": "p2d.'
 
 
@@ -85,7 +87,7 @@ def _by_stem(files: Sequence[PurePosixPath]) -> Splits:
 def _of_topmost_formats(files: list[PurePosixPath]) -> list[PurePosixPath]:
     """Leave out files of another format in deeper folders, such as the JSON of a program beside rows in Parquet."""
     top = min(len(path.parts) for path in files)
-    formats = {format_of(Path(path)) for path in files if len(path.parts) == top}
+    formats = {format_of(Path(path)) for path in files if len(path.parts) == top} | {None}
     return [path for path in files if format_of(Path(path)) in formats]
 
 
@@ -104,9 +106,15 @@ def _by_card(card: CardConfig, files: Sequence[PurePosixPath]) -> Splits:
 # --- looking for files
 
 
-def _is_row_file(path: Path) -> bool:
-    """Say whether a file of a folder holds rows, by its name; a name that begins with . or _ hides it."""
-    return format_of(path) is not None and path.name not in NOT_ROWS and not path.name.startswith((".", "_"))
+def may_hold_rows(path: PurePath) -> bool:
+    """Say whether a file holds rows by its name, packed ones included, so that those are not left out in silence."""
+    is_packed = path.suffix.lower() in _PACKED and format_of(Path(path.stem)) is not None
+    return (format_of(Path(path)) is not None or is_packed) and path.name not in NOT_ROWS
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Say whether a part of a path begins with . or _, as of what programs keep for themselves."""
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def row_files(root: Path) -> list[PurePosixPath]:
@@ -127,11 +135,12 @@ def _walk(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        folders[:] = [name for name in folders if not is_hidden(PurePath(name))]
         if STATE_NAME in names and is_saved(folder):
             yield from saved_files(folder)
         else:
-            yield from (folder / name for name in names if _is_row_file(folder / name) and (folder / name).is_file())
+            own = (folder / name for name in names if not is_hidden(PurePath(name)))
+            yield from (path for path in own if may_hold_rows(path) and path.is_file())
 
 
 def _is_artifact(folder: Path) -> bool:

@@ -18,11 +18,12 @@ from typing import Any
 
 from p2d_cli.data.folders import (
     DICT_NAME,
-    NOT_ROWS,
     STATE_NAME,
     FoundSplits,
     find_splits,
+    is_hidden,
     is_saved,
+    may_hold_rows,
     plain_names,
     read_json_object,
     saved_files,
@@ -179,8 +180,10 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
     matched = sorted({Path(name) for name in glob(str(Path(spec).expanduser()), recursive=True)})  # noqa: PTH207
     paths = [path for path in matched if path.is_file()]
     if not paths:
-        raise DataError(f"no file matches {spec}", hint="as in a shell, * stands for any text and ** for any folders")
-    rows = [path for path in paths if format_of(path) is not None and path.name not in NOT_ROWS]
+        what = "only folders match" if matched else "no file matches"
+        raise DataError(f"{what} {spec}", hint="as in a shell, * stands for any name, and ** for any folders")
+    asks_hidden = is_hidden(PurePosixPath(spec))
+    rows = [path for path in paths if may_hold_rows(path) and (asks_hidden or not is_hidden(path))]
     if not rows:
         _require_format(paths[0])
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
@@ -192,7 +195,9 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
 
 def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
     """Return the name and the files of a split: the one asked for, or the only one."""
-    groups = found.splits | {name: files for name, files in found.others.items() if name not in found.splits}
+    # A file beside a split may have its name, as train.jsonl beside the folder train.
+    others = {files[0].as_posix() if name in found.splits else name: files for name, files in found.others.items()}
+    groups = found.splits | others
     if split is not None and split not in groups and split in found.stems:
         return split, found.stems[split]
     chosen = _choose_split(spec, list(groups), split)

@@ -610,6 +610,32 @@ def test_a_snapshot_that_is_there_in_part(cached):
         read("owner/name")
 
 
+def test_a_snapshot_has_the_splits_of_a_folder(cached):
+    """With shards that carry a hash, and metadata beside them."""
+    cached(
+        {
+            "data/train-00000-of-00001-a09b74b3ef9c3b56.jsonl": [{"a": 1}],
+            "data/test_sft-00000-of-00001-bdb3c4e5f6071829.jsonl": [{"a": 2}],
+            "dataset_infos.json": [{"default": {}}],
+            "labels.jsonl": [{"a": 3}],
+        }
+    )
+    assert fields("owner/name", split="train") == [{"a": 1}]
+    assert fields("owner/name", split="test_sft") == [{"a": 2}]
+    with pytest.raises(DataError, match="several splits: test_sft, train$"):
+        read("owner/name")
+
+
+def test_the_card_of_a_snapshot_decides(cached, tmp_path):
+    cached({"a/train.jsonl": [{"a": 1}], "b/train.jsonl": [{"a": 2}]})
+    card = "---\nconfigs:\n- config_name: one\n  data_dir: a\n- config_name: two\n  data_files: b/*\n---\n"
+    write(tmp_path / "datasets--owner--name" / "snapshots" / COMMIT / "README.md", card)
+    assert fields("owner/name:one") == [{"a": 1}]
+    assert fields("owner/name:two", split="train") == [{"a": 2}]
+    with pytest.raises(DataError, match="several configurations: one, two"):
+        read("owner/name")
+
+
 def test_another_revision_than_the_cached_one_is_not_taken_for_it(cached):
     cached({"train.jsonl": [{"a": 1}]})
     with pytest.raises(UnavailableError, match="revision v3 is not in the local cache"):

@@ -226,6 +226,24 @@ def test_packed_and_unpacked_rows_are_not_read_twice(tmp_path):
         locate(str(tmp_path))
 
 
+def test_packed_rows_among_others_are_not_left_out_in_silence(tmp_path):
+    path = rows_file(tmp_path / "a.jsonl", 1)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl.zst").write_bytes(pa.compress(path.read_bytes(), "zstd", asbytes=True))
+    for spec in (tmp_path, tmp_path / "sub", f"{tmp_path}/**/*"):
+        with pytest.raises(DataError, match=r"b\.jsonl\.zst is zstd") as caught:
+            locate(str(spec))
+        assert "zstd -d" in caught.value.hint
+
+
+def test_a_file_of_the_name_of_a_folder_is_not_left_out_in_silence(tmp_path):
+    tree(tmp_path, ["train/a.jsonl", "train.jsonl"])
+    with pytest.raises(DataError, match=r"several splits: train, train\.jsonl"):
+        locate(str(tmp_path))
+    assert numbers(tmp_path, split="train") == [0]
+    assert numbers(tmp_path, split="train.jsonl") == [1]
+
+
 def test_a_link_that_leads_back_is_no_trap(tmp_path):
     tree(tmp_path, ["sub/a.jsonl"])
     (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
@@ -347,6 +365,11 @@ def test_a_glob_is_read_as_a_folder_of_what_it_matches(tmp_path, monkeypatch):
         locate("x/*.csv")
     with pytest.raises(DataError, match="cannot tell the format"):
         locate("x/*.txt")
+    with pytest.raises(DataError, match=r"only folders match \?"):
+        locate("?")
+    tree(tmp_path, ["_temporary/part.jsonl"])
+    assert numbers("**/*.jsonl") == [1, 0, 2], "what is hidden has to be asked for"
+    assert numbers("_t*/*.jsonl") == [0]
     rows_file(tmp_path / "x" / "c[1].jsonl", 9)
     assert numbers("x/c[1].jsonl") == [9], "a file of that very name wins"
 
