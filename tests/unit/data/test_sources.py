@@ -622,7 +622,7 @@ def test_a_snapshot_has_the_splits_of_a_folder(cached):
     )
     assert fields("owner/name", split="train") == [{"a": 1}]
     assert fields("owner/name", split="test_sft") == [{"a": 2}]
-    with pytest.raises(DataError, match="several splits: test_sft, train$"):
+    with pytest.raises(DataError, match=r"several splits: test_sft, train$"):
         read("owner/name")
 
 
