@@ -26,7 +26,7 @@ NOT_ROWS = frozenset(
         "manifest.json",
     }
 )
-_PACKED = frozenset({".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z"})
+_PACKED = frozenset({".gz", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z"})
 """Endings behind that of a format; p2d itself unpacks only gzip, and that only of text."""
 _ARTIFACT_MARK = b'"schema": "p2d.'
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,15 @@ class Foreign:
 
 _UNPACK = "unpack it first: {}, and give the file that comes out"
 _CONVERT = "convert it to .jsonl, .csv or .parquet first"
+_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_TAR = Foreign("a tar archive", _UNPACK.format("tar -xf FILE"))
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "gzip", "rename it so that its name ends in .gz, as in rows.jsonl.gz"),
+    (_GZIP, "gzip", "rename it so that its name ends in .gz, as in rows.jsonl.gz"),
     (b"\x28\xb5\x2f\xfd", "zstd", _UNPACK.format("zstd -d FILE")),
     (b"\xfd7zXZ\0", "xz", _UNPACK.format("xz -dk FILE")),
     (b"BZh", "bzip2", _UNPACK.format("bzip2 -dk FILE")),
     (b"\x04\x22\x4d\x18", "lz4", _UNPACK.format("lz4 -d FILE")),
-    (b"PK\x03\x04", "a zip archive", _UNPACK.format("unzip FILE")),
+    (_ZIP, "a zip archive", _UNPACK.format("unzip FILE")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.format("7z x FILE")),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK.format("unrar x FILE")),
     (b"PAR1", "Parquet", "rename it so that its name ends in .parquet"),
@@ -70,13 +74,25 @@ def foreign_kind(head: bytes, path: Path, row_format: RowFormat | None) -> Forei
 def _by_magic(head: bytes, path: Path) -> Foreign | None:
     for magic, what, hint in _MAGIC:
         if head.startswith(magic):
-            return _of_zip(path) if magic == b"PK\x03\x04" else Foreign(what, hint)
-    if head[257:262] == b"ustar":
-        return Foreign("a tar archive", _UNPACK.format("tar -xf FILE"))
+            if magic == _ZIP:
+                return _of_zip(path)
+            return _TAR if magic == _GZIP and _is_tar(_unzipped_head(path)) else Foreign(what, hint)
+    if _is_tar(head):
+        return _TAR
     # The second byte is the protocol, and an opcode of frames or memory follows.
     if head[:1] == b"\x80" and head[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}:
         return Foreign("a Python pickle, which p2d never opens", _CONVERT)
     return None
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+def _unzipped_head(path: Path) -> bytes:
+    with suppress(OSError, EOFError, zlib.error), gzip.open(path, "rb") as stream:
+        return stream.read(HEAD_BYTES)
+    return b""
 
 
 def _of_zip(path: Path) -> Foreign:
