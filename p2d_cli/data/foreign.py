@@ -25,21 +25,21 @@ class Foreign:
 
 _UNPACK = "unpack it first: {}, and give the file that comes out"
 _CONVERT = "convert it to .jsonl, .csv or .parquet first"
-_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_GZIP, _ZIP, _BZIP2 = b"\x1f\x8b", b"PK\x03\x04", b"BZh"
+# Each holds a byte that no text holds, or more than a text would begin with, lest a column's name be taken for one.
 _TAR = Foreign("a tar archive", _UNPACK.format("tar -xf FILE"))
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (_GZIP, "gzip", "rename it so that its name ends in .gz, as in rows.jsonl.gz"),
     (b"\x28\xb5\x2f\xfd", "zstd", _UNPACK.format("zstd -d FILE")),
     (b"\xfd7zXZ\0", "xz", _UNPACK.format("xz -dk FILE")),
-    (b"BZh", "bzip2", _UNPACK.format("bzip2 -dk FILE")),
+    (_BZIP2, "bzip2", _UNPACK.format("bzip2 -dk FILE")),
     (b"\x04\x22\x4d\x18", "lz4", _UNPACK.format("lz4 -d FILE")),
     (_ZIP, "a zip archive", _UNPACK.format("unzip FILE")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.format("7z x FILE")),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK.format("unrar x FILE")),
-    (b"PAR1", "Parquet", "rename it so that its name ends in .parquet"),
-    (b"ARROW1", "an Arrow file", "rename it so that its name ends in .arrow"),
+    (b"PAR1\x15", "Parquet", "rename it so that its name ends in .parquet"),
+    (b"ARROW1\0\0", "an Arrow file", "rename it so that its name ends in .arrow"),
     (b"Obj\x01", "Avro", _CONVERT),
-    (b"ORC", "ORC", _CONVERT),
     (b"%PDF-", "PDF", "rows are read from .jsonl, .csv or .parquet: take the text out of it first"),
     (
         b"SQLite format 3\0",
@@ -73,7 +73,7 @@ def foreign_kind(head: bytes, path: Path, row_format: RowFormat | None) -> Forei
 
 def _by_magic(head: bytes, path: Path) -> Foreign | None:
     for magic, what, hint in _MAGIC:
-        if head.startswith(magic):
+        if head.startswith(magic) and (magic != _BZIP2 or head[4:7] in {b"1AY", b"\x17rE"}):
             if magic == _ZIP:
                 return _of_zip(path)
             return _TAR if magic == _GZIP and _is_tar(_unzipped_head(path)) else Foreign(what, hint)
@@ -86,7 +86,7 @@ def _by_magic(head: bytes, path: Path) -> Foreign | None:
 
 
 def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
+    return head[257:262] == b"ustar" and b"\0" in head
 
 
 def _unzipped_head(path: Path) -> bytes:

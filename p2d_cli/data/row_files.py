@@ -29,6 +29,7 @@ long."""
 _GZIP_BOMB_BYTES = 64 * 2**20
 _GZIP_BOMB_RATIO = 50
 """A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
+_GZIP_MAGIC = b"\x1f\x8b"
 _BLOCK = 2**18
 _LONGEST_TOKEN = 16
 """Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
@@ -63,6 +64,11 @@ def _refuse_foreign(path: Path) -> None:
     Raises:
         DataError: naming what it is.
     """
+    if path.suffix.lower() == ".gz":
+        with path.open("rb") as stream:
+            if (start := stream.read(2)) not in {_GZIP_MAGIC, b""}:
+                hint = "if it is not damaged, take .gz off its name"
+                raise DataError(f"{path} is not gzip, as its name says: it begins with {start!r}", hint=hint)
     with _open(path) as stream:
         head = stream.read(HEAD_BYTES)
     if (found := foreign_kind(head, path, format_of(path))) is not None:

@@ -66,6 +66,7 @@ def sqlite(folder):
 MADE = {
     "gzip": (gzip.compress(TEXT), "is gzip", ".gz"),
     "bzip2": (bz2.compress(TEXT), "is bzip2", "bzip2 -dk"),
+    "bzip2 of nothing": (bz2.compress(b""), "is bzip2", "bzip2 -dk"),
     "xz": (lzma.compress(TEXT), "is xz", "xz -dk"),
     "zstd": (pa.compress(TEXT, "zstd", asbytes=True), "is zstd", "zstd -d"),
     "zip": (packed(["rows.jsonl"]), "is a zip archive", "unzip"),
@@ -143,6 +144,23 @@ def test_an_archive_within_gzip_is_seen(tmp_path):
 def test_rows_are_still_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert [row.fields for row in read_rows(locate(str(tmp_path / name)))] == ROWS
+
+
+@pytest.mark.parametrize("name", ["ORCID", "PAR1", "BZhead", "ARROW1", "Obj", "Rar!", "PK", "PDF-%", "version"])
+def test_a_column_is_not_taken_for_a_format(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"{name},b\n1,2\n")
+    assert [row.fields for row in read_rows(locate(str(tmp_path / "a.csv")))] == [{name: "1", "b": "2"}]
+
+
+def test_a_word_in_a_text_is_no_archive(tmp_path):
+    row = {"a": "x" * (257 - len('{"a": "')) + "ustard"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert (tmp_path / "a.jsonl").read_bytes()[257:262] == b"ustar"
+    assert [found.fields for found in read_rows(locate(str(tmp_path / "a.jsonl")))] == [row]
+
+
+def test_what_is_no_gzip_is_not_called_damaged(tmp_path):
+    refuse(tmp_path / "a.jsonl.gz", TEXT, "is not gzip, as its name says", "take .gz off")
 
 
 def test_text_of_two_letters_is_no_utf16(tmp_path):

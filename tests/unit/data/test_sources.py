@@ -160,7 +160,7 @@ def test_a_number_in_an_array_may_be_cut_anywhere(tmp_path, number, monkeypatch)
 
 def test_a_damaged_gzip_file(tmp_path):
     whole = gzip.compress(b'{"a": 1}\n' * 999)
-    for name, content in {"cut.jsonl.gz": whole[:-20], "no.jsonl.gz": b"plain"}.items():
+    for name, content in {"cut.jsonl.gz": whole[:-20], "no.jsonl.gz": b"\x1f\x8bplain"}.items():
         with pytest.raises(DataError, match=f"{name}: damaged"):
             read(write(tmp_path / name, content))
 
