@@ -131,7 +131,7 @@ def _walk(root: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(root, followlinks=True):
         folder = Path(place)
         real = os.path.realpath(place)
-        if real in seen or (folder != root and _is_artifact(folder)):
+        if real in seen or (folder != root and is_own_artifact(folder)):
             folders.clear()
             continue
         seen.add(real)
@@ -143,7 +143,8 @@ def _walk(root: Path) -> Iterator[Path]:
             yield from (path for path in own if may_hold_rows(path) and path.is_file())
 
 
-def _is_artifact(folder: Path) -> bool:
+def is_own_artifact(folder: Path) -> bool:
+    """Say whether p2d wrote a folder."""
     try:
         with (folder / "manifest.json").open("rb") as stream:
             return _ARTIFACT_MARK in stream.read(200)

@@ -22,6 +22,7 @@ from p2d_cli.data.folders import (
     FoundSplits,
     find_splits,
     is_hidden,
+    is_own_artifact,
     is_saved,
     may_hold_rows,
     plain_names,
@@ -123,8 +124,10 @@ def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
     if has_magic(spec):
         return _locate_glob(spec, split)
     folder, colon, config = spec.rpartition(":")
-    if colon and folder and config and Path(folder).expanduser().is_dir():
-        return _locate_files(spec, Path(folder).expanduser(), split, config)
+    if colon and folder and config and (place := Path(folder).expanduser()).is_dir():
+        if is_own_artifact(place):
+            raise DataError(f"{folder} is an artifact of p2d, which has no configurations", hint=f"give {folder}")
+        return _locate_files(spec, place, split, config)
     return None
 
 
@@ -159,6 +162,7 @@ def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
         chosen = _choose_split(spec, names, split)
         return _saved_dataset(spec, folder / chosen, chosen)
     if is_saved(folder):
+        _refuse_other_split(spec, folder, split)
         return _saved_dataset(spec, folder, split)
     return _locate_files(spec, folder, split, None)
 
@@ -240,10 +244,17 @@ def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
     files = saved_files(folder)
     if not files:
         raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
+    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
+
+
+def _refuse_other_split(spec: str, folder: Path, split: str | None) -> None:
+    """Refuse a data set that was saved alone and says which split it is, if another one is asked for.
+
+    In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
+    """
     saved = read_json_object(folder / STATE_NAME).get("_split")
     if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
         raise DataError(f"{spec} has no split '{split}'; found: {saved}")
-    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
 
 
 # --- the hub

@@ -350,6 +350,23 @@ def test_a_saved_split_is_not_taken_for_another(tmp_path):
         locate(str(tmp_path / "one"), split="test")
 
 
+def test_what_was_divided_goes_by_the_key_it_was_saved_under(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"n": list(range(8))}, split=datasets.Split.TRAIN)
+    parts = rows.train_test_split(test_size=2, seed=0)
+    parts.save_to_disk(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "test" / "state.json").read_text())["_split"] == "train"
+    assert numbers(tmp_path / "two", split="test") == parts["test"]["n"][:]
+
+
+def test_an_artifact_has_no_configurations(tmp_path):
+    tree(tmp_path, ["sub/rows.jsonl"])
+    (tmp_path / "sub" / "manifest.json").write_text('{\n  "schema": "p2d.subset/1"\n}')
+    with pytest.raises(DataError, match="is an artifact of p2d"):
+        locate(f"{tmp_path}/sub:default")
+
+
 # --- several files at once
 
 
