@@ -38,6 +38,8 @@ class RowSource:
     revision: str | None = None
     split: str | None = None
     config_name: str | None = None
+    notes: tuple[str, ...] = ()
+    """What is worth to be told of how the files were chosen."""
 
     @property
     def names(self) -> tuple[str, ...]:

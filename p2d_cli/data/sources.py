@@ -1,8 +1,8 @@
 """Where rows lie: files, folders, the hub; and reading them from there.
 
-`locate` looks at names only and is quick; `scan_rows` opens files. Neither imports torch, transformers or `datasets`
-for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to the folder that was asked
-for, so that a row keeps its name when the data moves.
+`locate` looks at names, and at the card of a data set, and is quick; `scan_rows` opens files. Neither imports torch, transformers or `datasets`
+for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to the folder that
+holds all files, so that a row keeps its name when the data moves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from p2d_cli.data.folders import (
 from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import read_files
-from p2d_cli.data.splits import shard_problem
+from p2d_cli.data.splits import several_stems, shard_problem
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
@@ -171,11 +171,19 @@ def _locate_files(spec: str, folder: Path, split: str | None, config: str | None
     found = find_splits(folder, config)
     if found is None:
         raise DataError(f"no files with rows in {spec}", hint=_KNOWN_SUFFIXES)
-    _, files = _choose_files(spec, found, split)
+    chosen, files = _choose_files(spec, found, split)
     if problem := _missing_part(found.root, files):
         hint = "fetch the missing file; or name the files to read, by a glob in quotes, as 'rows/*.jsonl'"
         raise DataError(f"{spec} is not whole: {problem}", hint=hint)
-    return _one_format(spec, [found.root / path for path in files], split)
+    return _with_note(_one_format(spec, [found.root / path for path in files], split), chosen, files)
+
+
+def _with_note(source: RowSource, split: str, files: Sequence[PurePosixPath]) -> RowSource:
+    """Say so if files of different names are one split, as they are for `datasets`: one may be a part of the other."""
+    if not (stems := several_stems(split, files)):
+        return source
+    note = f"{source.spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file"
+    return replace(source, notes=(note,))
 
 
 def _locate_glob(spec: str, split: str | None) -> RowSource:
@@ -193,8 +201,8 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
     root = Path(os.path.commonpath([path.parent for path in rows]))
     files = [PurePosixPath(path.relative_to(root)) for path in rows]
-    _, chosen = _choose_files(spec, split_files(root, files), split)
-    return _one_format(spec, [root / path for path in chosen], split)
+    chosen, group = _choose_files(spec, split_files(root, files), split)
+    return _with_note(_one_format(spec, [root / path for path in group], split), chosen, group)
 
 
 def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:

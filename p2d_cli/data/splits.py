@@ -93,6 +93,14 @@ def _matching(
     return {split: group for split, group in found.items() if group}
 
 
+def several_stems(split: str, files: Sequence[PurePosixPath]) -> list[str]:
+    """Return the different names of files that one split owes to their names, as `train` and `train_small`."""
+    pattern = _IN_FILE_NAME.get(split)
+    stems = sorted({stem_of(path) for path in files})
+    by_name = pattern is not None and all(pattern.fullmatch(path.name) for path in files)
+    return stems if by_name and len(stems) > 1 else []
+
+
 def stem_of(path: PurePath) -> str:
     """Return a file's name without the endings of its format and the number of a shard."""
     name = path.name
