@@ -1,8 +1,8 @@
 """Where rows lie: files, folders, the hub; and reading them from there.
 
 `locate` looks at names, and at the card of a data set, and is quick; `scan_rows` opens files. Neither imports torch,
-transformers or `datasets` for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to the
-folder that holds all files, so that a row keeps its name when the data moves.
+transformers or `datasets` for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to
+the folder that holds all files, so that a row keeps its name when the data moves.
 """
 
 from __future__ import annotations
