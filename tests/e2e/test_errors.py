@@ -426,8 +426,9 @@ def test_an_output_of_too_long_a_name(score, tmp_path, length, extra):
 
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".jsonl", "n/" * 3000])
 def test_an_input_of_too_long_a_name(score, p2d, tmp_path, name):
-    refused(score(target=tmp_path / name), 65, "is too long", "no such file or folder")
-    refused(p2d("inspect", tmp_path / name), 65, "is too long")
+    # From Python 3.14 on a path of any length may be asked whether it is there; reading it fails as before.
+    refused(score(target=tmp_path / name), 65, "no such file or folder")
+    refused(p2d("inspect", tmp_path / name), 65)
     refused(p2d("run", tmp_path / name), 65, "is too long")
 
 
