@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.artifacts.cards import CARD_NAME
+
 TRAINING_LOG_NAME = "training_log.jsonl"
-CARD_NAME = "README.md"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 """The chat template that was learnt, where it is not the tokenizer's; transformers looks for it under this name."""
 
