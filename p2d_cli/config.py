@@ -172,7 +172,7 @@ class StageConfig(BaseModel):
 class RowOptions(StageConfig):
     """How rows are read and shown to the model."""
 
-    split: str | None = setting(None, "Split of a hub data set, or of a folder with several.", panel="Rows")
+    split: str | None = setting(None, "Split of a hub data set, or of a folder or glob with several.", panel="Rows")
     revision: str | None = setting(None, "Revision of a hub data set.", panel="Rows")
     prompt_column: str | None = setting(None, "Column with the prompt, if not found by itself.", panel="Rows")
     completion_column: str | None = setting(None, "Column with the answer, likewise.", panel="Rows")
@@ -411,7 +411,9 @@ class TrainConfig(RowOptions):
     """Settings of `p2d train`."""
 
     model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
-    data: PathSpec = setting(REQUIRED, "subset artifact, file, folder or hub id.", panel="Input and output")
+    data: PathSpec = setting(
+        REQUIRED, "subset artifact, file, folder, glob in quotes, or hub id.", panel="Input and output"
+    )
     heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
     scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
     loss_on: Literal["all", "last"] = setting(

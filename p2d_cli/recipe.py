@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from glob import has_magic, iglob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,16 @@ def find_recipe(name: str) -> Path:
     return next((place for place in places if place.is_file()), Path(name))
 
 
+def read_recipe_text(path: Path) -> str:
+    """Return the text of a recipe, without the mark (BOM) that editors on Windows put before it.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe and make its relative input paths relative to the recipe's own folder.
 
@@ -113,12 +124,15 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         path = path.expanduser()
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_recipe_text(path))
     except FileNotFoundError:
         hint = f"quickstart is the one that comes with p2d; {near_names(path)}"
         raise DataError(f"no recipe at {path}", hint=hint) from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, not a recipe", hint="give the path of a .toml file") from None
+    except UnicodeDecodeError as problem:
+        found = f"byte 0x{problem.object[problem.start]:02x} at byte {problem.start + 1}"
+        raise DataError(f"{path} is not valid UTF-8: {found}", hint="save it as UTF-8") from None
     except (ValueError, RecursionError) as problem:
         raise DataError(f"{path} is not valid TOML: {problem}") from None
     except RuntimeError:
@@ -182,6 +196,15 @@ def _anchored(spec: str, folder: Path) -> str:
     """Return what lies there, seen from the recipe; what cannot be a path is refused with the other settings."""
     try:
         candidate = folder / Path(spec).expanduser()
-        return str(candidate) if spec and candidate.exists() else spec
+        return str(candidate) if spec and _is_there(candidate) else spec
     except (OSError, RuntimeError, ValueError):
         return spec
+
+
+def _is_there(candidate: Path) -> bool:
+    """Say whether a file or folder lies there, one of several configurations of a folder, or what a glob matches."""
+    name = str(candidate)
+    folder, colon, _ = name.rpartition(":")
+    # Path.glob takes no pattern from the root, nor one that leads upwards.
+    matched = has_magic(name) and next(iglob(name, recursive=True), None) is not None  # noqa: PTH207
+    return candidate.exists() or matched or bool(colon and Path(folder).is_dir())

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.core.adapter_rank import SERVED_RANKS, common_rank
 
 TRAINING_LOG_NAME = "training_log.jsonl"
-CARD_NAME = "README.md"
 ADAPTER_RANK = "adapter_rank"
 """Under which key an adapter's summary says the rank of its modules; the first adapters that p2d wrote do not."""
 CHAT_TEMPLATE_NAME = "chat_template.jinja"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,9 +48,15 @@ def digest_file(path: Path) -> str:
     return remembered[stamp]
 
 
-def digest_files(files: Iterable[Path]) -> str:
-    """Return one digest for several files: of their names and contents, in the order of their names."""
-    return digest_json(sorted((file.name, digest_file(file)) for file in files))
+def digest_files(files: Sequence[Path], names: Sequence[str] | None = None) -> str:
+    """Return one digest for several files: of their names and contents, in the order of their names.
+
+    Args:
+        files: where they lie.
+        names: what counts as their names, where files of several folders may be called the same.
+    """
+    names = [file.name for file in files] if names is None else names
+    return digest_json(sorted((name, digest_file(file)) for name, file in zip(names, files, strict=True)))
 
 
 def read_digest(path: Path) -> str:

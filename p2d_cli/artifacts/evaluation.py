@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
+from p2d_cli.artifacts.cards import save_data_card
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.errors import ArtifactError, first_line
 
@@ -23,10 +24,27 @@ _METRIC = TypeAdapter(MetricValue)
 
 
 def save_evaluation(folder: Path, metrics: Mapping[str, MetricValue], predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Write `metrics.json` (`{metric: {value, low, high, count}}`) and `predictions.parquet` (a row an example)."""
+    """Write `metrics.json` (`{metric: {value, low, high, count}}`) and `predictions.parquet` (a row an example).
+
+    A card is added, by which `datasets.load_dataset` opens the folder: the predictions, as split `test`.
+    """
     text = json.dumps(metric_entries(metrics), indent=2)
     (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in predictions]), folder / PREDICTIONS_NAME)
+    # A table without rows has no columns either, and opens as no data set.
+    tables = {"default": (PREDICTIONS_NAME, "test")} if predictions else {}
+    save_data_card(folder, tables, title="Evaluated with p2d", text=_card_text(metrics, len(predictions)))
+
+
+def _card_text(metrics: Mapping[str, MetricValue], rows: int) -> str:
+    lines = [
+        f"| {name} | {metric.value:.4f} | {metric.low:.4f} to {metric.high:.4f} | {metric.count} |"
+        for name, metric in metrics.items()
+    ]
+    return (
+        f"`{PREDICTIONS_NAME}` holds what was asked and answered in {rows} examples, `{METRICS_NAME}` these:\n\n"
+        "| metric | value | interval | examples |\n|---|---|---|---|\n" + "\n".join(lines)
+    )
 
 
 def metric_entries(metrics: Mapping[str, MetricValue]) -> dict[str, dict[str, Any]]:

@@ -39,7 +39,14 @@ from p2d_cli.artifacts.manifest import (
 from p2d_cli.errors import ArtifactError, CannotCreateError, P2DError, StoppedEarlyError, StorageError, first_line
 from p2d_cli.pipeline import ArtifactKind
 
-_CANNOT_CREATE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+_CANNOT_CREATE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+)
+_SHORTER_NAME = "choose a shorter name for --out"
+_NAME_BYTES, _PATH_BYTES = 255, 4096
+"""The longest name and path of most file systems, where the system does not tell its own."""
+_PAYLOAD_BYTES = 64
+"""Room for the names of an artifact's own files."""
 _LONGEST_SWAP_SECONDS = 10.0
 """How long a reader waits for a writer that is between its two renames."""
 _PROBE_BYTES = 4096
@@ -99,7 +106,7 @@ def _verify(folder: Path, manifest: Manifest) -> None:
 def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
     """Return the manifest at `folder` if it is complete, undamaged and made with `key`."""
     recover(folder)
-    if not is_artifact(folder):
+    if not _can_exist(folder) or not is_artifact(folder):
         return None
     try:
         manifest = read_manifest(folder, kind=kind)
@@ -146,6 +153,8 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         except Exception as problem:
             if (reason := _storage_reason(problem)) is None:
                 raise
+            if _is_too_long(problem):
+                raise CannotCreateError(f"cannot create {target}: {reason}", hint=_SHORTER_NAME) from problem
             raise StorageError(
                 f"making the {kind} artifact {target} failed: {reason}",
                 hint="make room or mend the disk, and run the same command again: what was finished is kept",
@@ -185,7 +194,7 @@ def recover(target: Path) -> None:
     place = _resolved(target)
     aside = _hidden(place, "old")
     deadline = time.monotonic() + _LONGEST_SWAP_SECONDS
-    while aside.exists() and not place.exists():
+    while _can_exist(aside) and aside.exists() and not place.exists():
         try:
             with write_lock(place):
                 _put_back(place)
@@ -210,9 +219,45 @@ def _sole_writer(target: Path, place: Path) -> Iterator[None]:
             stack.enter_context(write_lock(place))
         except OSError as problem:
             if problem.errno in _CANNOT_CREATE:
-                raise CannotCreateError(f"cannot create {target}: {problem.strerror}") from None
+                hint = _SHORTER_NAME if problem.errno == errno.ENAMETOOLONG else None
+                raise CannotCreateError(f"cannot create {target}: {problem.strerror}", hint=hint) from None
             raise StorageError(f"cannot write beside {target}: {problem.strerror or problem}") from None
         yield
+
+
+def ensure_nameable(target: Path) -> None:
+    """Refuse a name that leaves no room for what lies beside an artifact while it is made.
+
+    Raises:
+        CannotCreateError: a part of the path is too long, or the whole.
+    """
+    place = _resolved(target)
+    longest_name, longest_path = (
+        _longest_of(place, "PC_NAME_MAX", _NAME_BYTES),
+        _longest_of(place, "PC_PATH_MAX", _PATH_BYTES),
+    )
+    beside = _unfinished(place, "0" * 64)
+    for part in (*place.parts[1:-1], beside.name):
+        if len(os.fsencode(part)) > longest_name:
+            raise CannotCreateError(
+                f"cannot create {target}: a name of {len(os.fsencode(part))} bytes is too long: this file system takes "
+                f"{longest_name}" + (", and p2d keeps unfinished work beside it" if part == beside.name else ""),
+                hint=_SHORTER_NAME,
+            )
+    if len(os.fsencode(beside)) + _PAYLOAD_BYTES >= longest_path:
+        raise CannotCreateError(f"cannot create {target}: the path is too long", hint=_SHORTER_NAME)
+
+
+def _longest_of(place: Path, limit: str, otherwise: int) -> int:
+    """Return a limit of the file system that a path will lie on."""
+    for folder in place.parents:
+        try:
+            return os.pathconf(folder, limit)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            break
+    return otherwise
 
 
 def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, changes: str) -> None:
@@ -328,6 +373,23 @@ def _make_folders(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         flush_directory(path.parent)
+
+
+def _can_exist(path: Path) -> bool:
+    """Say whether a name is short enough to be that of a file."""
+    try:
+        path.exists()
+    except OSError as problem:
+        return problem.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _is_too_long(problem: BaseException | None) -> bool:
+    while problem is not None:
+        if isinstance(problem, OSError):
+            return problem.errno == errno.ENAMETOOLONG
+        problem = problem.__cause__
+    return False
 
 
 def _storage_reason(problem: BaseException | None) -> str | None:

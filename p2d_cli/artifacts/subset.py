@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.cards import save_data_card
 from p2d_cli.artifacts.columns import Column, Columns
 from p2d_cli.errors import ArtifactError
 
@@ -78,6 +79,25 @@ def save_subset(
                 if (rank := int(pool.ranks_N[place])) < count:
                     chosen.add(rank, name, float(pool.scores_N[place]), fields)
         chosen.write(folder / SUBSET_NAME)
+
+
+def save_subset_card(folder: Path, *, method: str, chosen: int, total: int) -> None:
+    """Write the card by which `datasets.load_dataset` opens the folder: the chosen rows, or `pool_scores`.
+
+    Args:
+        folder: with both files.
+        method: by which rows were chosen.
+        chosen: number of chosen rows.
+        total: number of rows of the pool.
+    """
+    text = (
+        f"`{SUBSET_NAME}` holds {chosen} of the {total} rows of a pool, the best first, chosen by `{method}`: their own"
+        " columns as they came, and `id`, `score` (higher is better) and `rank` (0 is the best). "
+        f"`{POOL_SCORES_NAME}` holds `id`, `score`, `rank` and `draws`, the number of measurements behind the score, "
+        "of every row of the pool."
+    )
+    tables = {"default": (SUBSET_NAME, "train"), "pool_scores": (POOL_SCORES_NAME, "train")}
+    save_data_card(folder, tables, title="Rows chosen with p2d", text=text)
 
 
 class _PoolScoresWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -31,6 +32,7 @@ from p2d_cli.errors import (
     EXIT_CODES,
     LESS_MEMORY,
     ArtifactError,
+    DataError,
     MemoryExhaustedError,
     P2DError,
     StorageError,
@@ -80,7 +82,7 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             abandon_unwritable_streams()
             raise typer.Exit(0) from None
         except OSError as problem:
-            _fail(StorageError(f"{problem}"))
+            _fail(_of_the_system(problem))
         except typer.Exit:
             raise
         except Exception as problem:  # noqa: BLE001 - the one place where every error ends
@@ -89,6 +91,14 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
             _fail_internally(problem)
 
     return boundary
+
+
+def _of_the_system(problem: OSError) -> P2DError:
+    if problem.errno == errno.ENAMETOOLONG:  # an output's name was measured before anything was written
+        name = os.fsdecode(problem.filename or "")
+        message = f"no such file or folder: a name of {len(os.fsencode(name))} bytes is too long: {name:.60}..."
+        return DataError(message, hint="is it the name of a file?")
+    return StorageError(f"{problem}")
 
 
 def _fail_internally(problem: Exception) -> NoReturn:

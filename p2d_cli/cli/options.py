@@ -14,10 +14,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from p2d_cli.config import StageConfig, flag_name
+from p2d_cli.errors import UsageError
 
 SHORT_FLAGS = {"out": "-o", "model": "-m"}
 REPEATABLE = {"metric", "stop", "tracker", "lm_eval"}
 """Settings with several values whose flag is given once a value (or once, with commas)."""
+
+ROWS = frozenset({"data", "eval_data", "pool", "target"})
+"""Settings that name rows. Their flags are taken as lists too, so that none that is given is silently left out."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def command_for(
 
     def command(**given: Any) -> None:
         invocation = Invocation(**{name: given.pop(name) for name in _INVOCATION_FLAGS})
+        given = {name: _once(name, value) if name in ROWS else value for name, value in given.items()}
         settings = {name: _plain(value) for name, value in given.items() if value is not None and value != []}
         body(settings, invocation)
 
@@ -117,6 +122,18 @@ def _absent(name: str) -> Any:
     return None if name == "config" else False
 
 
+def _once(name: str, values: list[str] | None) -> str | None:
+    """Return the value of a flag that is given once.
+
+    Raises:
+        UsageError: it is given more often.
+    """
+    if values and len(values) > 1:
+        hint = "put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
+        raise UsageError(f"{flag_name(name)} is given {len(values)} times: {', '.join(values)}", hint=hint)
+    return values[0] if values else None
+
+
 def _plain(value: Any) -> Any:
     """Join a repeated flag's values, each of which may hold several separated by commas."""
     return tuple(value) if isinstance(value, list) else value
@@ -129,13 +146,13 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
         argument = typer.Argument(help=field.description, metavar=name.upper() + ("..." if several else ""))
         words: Any = list[str] if several else str
         return inspect.Parameter(name, kind, annotation=Annotated[words, argument])
-    annotation = _flag_type(name, field.annotation) | None
+    annotation = (list[str] if name in ROWS else _flag_type(name, field.annotation)) | None
     panel = dict(field.json_schema_extra or {}).get("panel", "Run")  # type: ignore[arg-type]  # always a dict here
     option = typer.Option(
         *_declarations(name, field.annotation),
         help=f"{field.description}{_default_text(field.default)}",
         show_default=False,
-        metavar="VALUE" if name in REPEATABLE else "PATH" if field.annotation is Path else None,
+        metavar=_metavar(name, field.annotation),
         rich_help_panel=str(panel),
     )
     return inspect.Parameter(name, kind, annotation=Annotated[annotation, option], default=None)
@@ -146,6 +163,12 @@ def _declarations(name: str, annotation: Any) -> tuple[str, ...]:
     if annotation is bool:
         return (f"{flag}/--no-{flag[2:]}",)
     return (flag, SHORT_FLAGS[name]) if name in SHORT_FLAGS else (flag,)
+
+
+def _metavar(name: str, annotation: Any) -> str | None:
+    if name in ROWS:
+        return "<str>"  # not that of the list, as which it is taken
+    return "VALUE" if name in REPEATABLE else "PATH" if annotation is Path else None
 
 
 def _flag_type(name: str, annotation: Any) -> Any:

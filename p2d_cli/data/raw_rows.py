@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,14 @@ class RowSource:
     revision: str | None = None
     split: str | None = None
     config_name: str | None = None
+    notes: tuple[str, ...] = ()
+    """What is worth to be told of how the files were chosen."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What rows call each of the files: its path from the folder that holds them all, most often its name alone."""
+        folder = os.path.commonpath([path.parent for path in self.files]) if self.files else "."
+        return tuple(path.relative_to(folder).as_posix() for path in self.files)
 
 
 @dataclass(frozen=True)

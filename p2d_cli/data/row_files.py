@@ -15,9 +15,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
 from p2d_cli.errors import DataError, StorageError
 
@@ -27,6 +29,7 @@ long."""
 _GZIP_BOMB_BYTES = 64 * 2**20
 _GZIP_BOMB_RATIO = 50
 """A gzip file that expands to so many bytes and times its size is no text; deflate ends at 1032 times."""
+_GZIP_MAGIC = b"\x1f\x8b"
 _BLOCK = 2**18
 _LONGEST_TOKEN = 16
 """Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
@@ -49,9 +52,44 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }[source.format]
-    for path in source.files:
+    for path, name in zip(source.files, source.names, strict=True):
         with _explain_file_errors(path):
-            yield from reader(path)
+            _refuse_foreign(path)
+            yield from reader(path) if name == path.name else _renamed(reader(path), path.name, name)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file that holds something else than its name says.
+
+    Raises:
+        DataError: naming what it is.
+    """
+    if path.suffix.lower() == ".gz":
+        with path.open("rb") as stream:
+            if (start := stream.read(2)) not in {_GZIP_MAGIC, b""}:
+                hint = "if it is not damaged, take .gz off its name"
+                raise DataError(f"{path} is not gzip, as its name says: it begins with {start!r}", hint=hint)
+    with _open(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    if (found := foreign_kind(head, path, format_of(path))) is not None:
+        raise DataError(f"{path} is {found.what}", hint=found.hint)
+
+
+def _renamed(rows: Iterator[RawRow | BadRow], own: str, name: str) -> Iterator[RawRow | BadRow]:
+    """Name rows, and what is wrong with them, by their file's path, since files in other folders may share its name."""
+
+    def renamed(text: str) -> str:
+        return name + text.removeprefix(own) if text.startswith(own) else text
+
+    try:
+        for row in rows:
+            if isinstance(row, BadRow):
+                problem = DataError(renamed(row.problem.message), hint=row.problem.hint)
+                yield BadRow(renamed(row.where), problem)
+            else:
+                yield replace(row, where=renamed(row.where))
+    except DataError as problem:
+        raise DataError(renamed(problem.message), hint=problem.hint) from None
 
 
 @contextmanager

@@ -1,39 +1,47 @@
 """Where rows lie: files, folders, the hub; and reading them from there.
 
-`locate` looks at names only and is quick; `scan_rows` opens files. Neither imports torch, transformers or `datasets`
-for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to the folder that was asked
-for, so that a row keeps its name when the data moves.
+`locate` looks at names, and at the card of a data set, and is quick; `scan_rows` opens files. Neither imports torch,
+transformers or `datasets` for local files, and pyarrow only for Parquet and Arrow. A row's file is named relative to
+the folder that holds all files, so that a row keeps its name when the data moves.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from glob import glob, has_magic
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from p2d_cli.data.folders import (
+    DICT_NAME,
+    STATE_NAME,
+    FoundSplits,
+    find_splits,
+    is_hidden,
+    is_own_artifact,
+    is_saved,
+    may_hold_rows,
+    plain_names,
+    read_json_object,
+    saved_files,
+    split_files,
+)
+from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
-from p2d_cli.data.row_files import json_kind, read_files
-from p2d_cli.errors import DataError, UnavailableError, UsageError, near_names
+from p2d_cli.data.row_files import read_files
+from p2d_cli.data.splits import several_stems, shard_problem
+from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
-_NOT_ROWS = frozenset({"dataset_info.json", "state.json", "dataset_dict.json", "manifest.json"})
-_SPLIT_NAMES = frozenset({"train", "training", "validation", "valid", "val", "dev", "eval", "test"})
-_SHARD_NUMBER = re.compile(r"[-_.]\d+(-of-\d+)?$")
 _HUB_ID = re.compile(
     r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<config>[\w][\w.+-]*))?", re.ASCII
 )
-_SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_SPLIT_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}")
-_SHARDS = re.compile(r"-\d+-of-(\d+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEED_A_FILE = "rows are read more than once: write them to a file, such as rows.jsonl"
 _KNOWN_SUFFIXES = "known are " + ", ".join(FORMATS) + ", and .gz of the text formats"
 
 
@@ -41,8 +49,8 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
     """Find out what `spec` names, without reading rows.
 
     Args:
-        spec: a file, a folder (one data set, or one file a split), a `save_to_disk` folder, or a hub id
-            `owner/name[@revision][:config]`. A path that exists wins over a hub id.
+        spec: a file, a folder of files, with `:config` for one of several configurations, a `save_to_disk` folder, a
+            glob, or a hub id `owner/name[@revision][:config]`. A path that exists wins over a hub id.
         split: which split of a folder or hub data set. A single file has none, and ignores it.
         revision: revision of a hub data set, instead of `@revision`.
 
@@ -51,16 +59,11 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
         UsageError: two different revisions.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
-        return _locate_folder(spec, path, split)
-    if path.exists():
-        if not path.is_file():
-            hint = "rows are read more than once: write them to a file, such as rows.jsonl"
-            raise DataError(f"{spec} is no file but a pipe or a device", hint=hint)
-        return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
+    if (local := _locate_here(spec, path, split)) is not None:
+        return local
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "/", "~")) or format_of(path) is not None:
-        raise DataError(f"no such file or folder: {spec}", hint=near_names(path))
+        raise DataError(f"no such file or folder: {spec}", hint=_what_instead(spec, path))
     if revision is not None and hub_id["revision"] not in (None, revision):
         raise UsageError(f"{spec} asks for revision {hub_id['revision']}, but --revision is {revision}")
     return RowSource(
@@ -108,65 +111,136 @@ def scan_rows(source: RowSource) -> Iterator[RawRow | BadRow]:
 # --- finding
 
 
+def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
+    """Return what lies on this machine under a name; None if nothing does."""
+    if spec == "-":
+        raise DataError("rows cannot be read from standard input", hint=_NEED_A_FILE)
+    if path.is_dir():
+        return _locate_folder(spec, path, split)
+    if path.exists():
+        if not path.is_file():
+            raise DataError(f"{spec} is no file but a pipe or a device", hint=_NEED_A_FILE)
+        return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
+    if has_magic(spec):
+        return _locate_glob(spec, split)
+    folder, colon, config = spec.rpartition(":")
+    if colon and folder and config and (place := Path(folder).expanduser()).is_dir():
+        if is_own_artifact(place):
+            raise DataError(f"{folder} is an artifact of p2d, which has no configurations", hint=f"give {folder}")
+        return _locate_files(spec, place, split, config)
+    return None
+
+
+def _what_instead(spec: str, path: Path) -> str:
+    parts = [part.strip() for part in spec.split(",")]
+    if len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts if part):
+        return "a comma is part of a name: put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
+    return near_names(path)
+
+
 def _require_format(path: Path) -> RowFormat:
-    row_format = format_of(path)
-    if row_format is None:
-        raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
-    return row_format
+    """Return the format that a file's name stands for.
+
+    Raises:
+        DataError: none; its first bytes may tell what it is.
+    """
+    if (row_format := format_of(path)) is not None:
+        return row_format
+    try:
+        with path.open("rb") as stream:
+            found = foreign_kind(stream.read(HEAD_BYTES), path, None)
+    except OSError as problem:
+        raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
+    if found is not None:
+        raise DataError(f"{path} is {found.what}", hint=found.hint)
+    raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
 
 
 def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
-    if (folder / "dataset_dict.json").is_file():
-        splits = _names(_read_json_object(folder / "dataset_dict.json").get("splits", []), folder)
-        chosen = _choose_split(spec, {name: [folder / name] for name in splits}, split)
+    if (folder / DICT_NAME).is_file():
+        names = plain_names(read_json_object(folder / DICT_NAME).get("splits", []), folder)
+        chosen = _choose_split(spec, names, split)
         return _saved_dataset(spec, folder / chosen, chosen)
-    if (folder / "state.json").is_file():
+    if is_saved(folder):
+        _refuse_other_split(spec, folder, split)
         return _saved_dataset(spec, folder, split)
-    files = _data_files(folder) or _data_files(folder / "data")
-    if not files:
+    return _locate_files(spec, folder, split, None)
+
+
+def _locate_files(spec: str, folder: Path, split: str | None, config: str | None) -> RowSource:
+    found = find_splits(folder, config)
+    if found is None:
         raise DataError(f"no files with rows in {spec}", hint=_KNOWN_SUFFIXES)
-    groups: dict[str, list[Path]] = {}
-    for path in files:
-        groups.setdefault(_split_name(path), []).append(path)
-    formats = {format_of(path) for path in files}
-    if split is None and len(formats) == 1 and not _SPLIT_NAMES & {name.lower() for name in groups}:
-        chosen_files = files
-    else:
-        chosen_files = groups[_choose_split(spec, groups, split)]
-    return _one_format(spec, chosen_files, split)
+    chosen, files = _choose_files(spec, found, split)
+    if problem := _missing_part(found.root, files):
+        hint = "fetch the missing file; or name the files to read, by a glob in quotes, as 'rows/*.jsonl'"
+        raise DataError(f"{spec} is not whole: {problem}", hint=hint)
+    return _with_note(_one_format(spec, [found.root / path for path in files], split), chosen, files)
+
+
+def _with_note(source: RowSource, split: str, files: Sequence[PurePosixPath]) -> RowSource:
+    """Say so if files of different names are one split, as they are for `datasets`: one may be a part of the other."""
+    if not (stems := several_stems(split, files)):
+        return source
+    note = f"{source.spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file"
+    return replace(source, notes=(note,))
+
+
+def _locate_glob(spec: str, split: str | None) -> RowSource:
+    """Read a pattern as a folder that holds just the files it stands for."""
+    # Path.glob takes no pattern from the root, nor one that leads upwards.
+    matched = sorted({Path(name) for name in glob(str(Path(spec).expanduser()), recursive=True)})  # noqa: PTH207
+    paths = [path for path in matched if path.is_file()]
+    if not paths:
+        what = "only folders match" if matched else "no file matches"
+        raise DataError(f"{what} {spec}", hint="as in a shell, * stands for any name, and ** for any folders")
+    asks_hidden = is_hidden(PurePosixPath(spec))
+    rows = [path for path in paths if may_hold_rows(path) and (asks_hidden or not is_hidden(path))]
+    if not rows:
+        _require_format(paths[0])
+        raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
+    root = Path(os.path.commonpath([path.parent for path in rows]))
+    files = [PurePosixPath(path.relative_to(root)) for path in rows]
+    chosen, group = _choose_files(spec, split_files(root, files), split)
+    return _with_note(_one_format(spec, [root / path for path in group], split), chosen, group)
+
+
+def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
+    """Return the name and the files of a split: the one asked for, or the only one."""
+    # A file beside a split may have its name, as train.jsonl beside the folder train.
+    others = {files[0].as_posix() if name in found.splits else name: files for name, files in found.others.items()}
+    groups = found.splits | others
+    if split is not None and split not in groups and split in found.stems:
+        return split, found.stems[split]
+    chosen = _choose_split(spec, list(groups), split)
+    return chosen, groups[chosen]
+
+
+def _missing_part(root: Path, files: Sequence[PurePosixPath]) -> str | None:
+    """Say what is missing of a split; None if all of it is there."""
+    if not files:
+        return "no file of the split is there"
+    absent = [path.as_posix() for path in files if not (root / path).is_file()]
+    return f"{absent[0]} is missing" if absent else shard_problem(files)
 
 
 def _one_format(spec: str, files: Sequence[Path], split: str | None) -> RowSource:
-    formats = {path.name: _require_format(path) for path in files}
+    formats = {path: _require_format(path) for path in files}
     if len(set(formats.values())) > 1:
-        raise DataError(
-            f"{spec} holds rows in several formats: {', '.join(formats)}", hint="name one of the files instead"
-        )
+        names = ", ".join(path.name for path in files)
+        raise DataError(f"{spec} holds rows in several formats: {names}", hint="name one of the files instead")
+    for path in files:
+        if path.suffix.lower() == ".gz" and (unpacked := path.with_suffix("")) in formats:
+            hint = "remove one of them, or name one file"
+            raise DataError(f"{spec} holds the same rows twice: {unpacked.name} and {path.name}", hint=hint)
     return RowSource(spec=spec, kind="files", format=_require_format(files[0]), files=tuple(files), split=split)
 
 
-def _data_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and format_of(path) and path.name not in _NOT_ROWS and not path.name.startswith((".", "_"))
-    )
-
-
-def _split_name(path: Path) -> str:
-    name = path.name
-    while Path(name).suffix.lower() in (*FORMATS, ".gz"):
-        name = Path(name).stem
-    return _SHARD_NUMBER.sub("", name)
-
-
-def _choose_split(spec: str, splits: dict[str, list[Path]], split: str | None) -> str:
+def _choose_split(spec: str, splits: Sequence[str], split: str | None) -> str:
     known = ", ".join(sorted(splits))
     if split is None:
         if len(splits) == 1:
-            return next(iter(splits))
+            return splits[0]
         raise DataError(f"{spec} has several splits: {known}", hint="choose one with --split, or name one file")
     if split not in splits:
         raise DataError(f"{spec} has no split '{split}'; found: {known}")
@@ -175,34 +249,20 @@ def _choose_split(spec: str, splits: dict[str, list[Path]], split: str | None) -
 
 def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
     """Describe a folder that `Dataset.save_to_disk` wrote; its state names the files in order."""
-    listed = _read_json_object(folder / "state.json").get("_data_files", [])
-    entries = [entry.get("filename") if isinstance(entry, dict) else entry for entry in listed]
-    files = tuple(folder / name for name in _names(entries, folder))
-    missing = [path.name for path in files if not path.is_file()]
-    if not files or missing:
-        raise DataError(
-            f"{spec} is a saved data set without {', '.join(missing) or 'data files'}", hint="save it again"
-        )
+    files = saved_files(folder)
+    if not files:
+        raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
     return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
 
 
-def _names(listed: Any, folder: Path) -> list[str]:
-    """Return what a saved data set says it consists of, if those are names of things in its own folder."""
-    names = listed if isinstance(listed, list) else [listed]
-    for name in names:
-        if not isinstance(name, str) or name in {"", ".", ".."} or "/" in name or "\\" in name:
-            raise DataError(f"{folder} is a saved data set that names {name!r} as a part of it", hint="save it again")
-    return names
+def _refuse_other_split(spec: str, folder: Path, split: str | None) -> None:
+    """Refuse a data set that was saved alone and says which split it is, if another one is asked for.
 
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as problem:
-        raise DataError(f"cannot read {path}: {problem}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {json_kind(value)}")
-    return value
+    In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
+    """
+    saved = read_json_object(folder / STATE_NAME).get("_split")
+    if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
+        raise DataError(f"{spec} has no split '{split}'; found: {saved}")
 
 
 # --- the hub
@@ -240,9 +300,6 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
 
 def _read_cached(source: RowSource, split: str, files: list[Path]) -> Iterator[RawRow | BadRow]:
     """Read the files of a snapshot in the local cache, with the rows named as if they came from the hub."""
-    shards = {int(match[1]) for path in files if (match := _SHARDS.search(path.name))}
-    if shards and shards != {len(files)}:
-        raise _unavailable(source, f"{len(files)} of {max(shards)} files of its split {split} are there", offline=True)
     for number, row in enumerate(read_files(_one_format(source.spec, files, split))):
         yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{split}#{number}")
 
@@ -254,30 +311,21 @@ def _cached_files(source: RowSource) -> tuple[str, list[Path]] | None:
 
     Raises:
         DataError: a split that is missing or not chosen.
+        UnavailableError: a split that is there in part.
     """
     from huggingface_hub import constants
 
     if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
         return None
-    folder = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "snapshots" / commit / (source.config_name or "")
-    splits: dict[str, list[Path]] = {}
-    files = _data_files(folder) or _data_files(folder / "data")
-    for path in files:
-        if (name := _hub_split(path)) is not None:
-            splits.setdefault(name, []).append(path)
-    splits = splits or {"train": files}
-    if not files:
+    folder = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "snapshots" / commit
+    found = find_splits(folder, source.config_name) if folder.is_dir() else None
+    if found is None:
         return None
-    split = _choose_split(source.spec, splits, source.split)
-    return split, splits[split]
-
-
-def _hub_split(path: Path) -> str | None:
-    """Return the split that a file of a hub data set belongs to, by its name, as `datasets` does; None for none."""
-    if match := _SPLIT_SHARD.match(path.name):
-        return match[1]
-    words = re.split(r"[^a-z]+", path.name.lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+    # On the hub, what belongs to no split is documentation.
+    split, files = _choose_files(source.spec, replace(found, others={}), source.split)
+    if problem := _missing_part(found.root, files):
+        raise _unavailable(source, f"of its split {split}, {problem}", offline=True)
+    return split, [found.root / path for path in files]
 
 
 def _cache_name(source: RowSource) -> str:
@@ -289,13 +337,13 @@ def _load_hub(source: RowSource) -> tuple[Any, str]:
     import datasets
 
     builder = datasets.load_dataset_builder(source.repo, source.config_name, revision=source.revision)
-    known: dict[str, list[Path]] = {name: [] for name in builder.info.splits or {}}
+    known = list(builder.info.splits or {})
     split = source.split
     if known and (split is None or "[" not in split):
         split = _choose_split(source.spec, known, split)
     rows = datasets.load_dataset(source.repo, source.config_name, split=split, revision=source.revision)
     if split is None:
-        split = _choose_split(source.spec, {name: [] for name in rows}, None)
+        split = _choose_split(source.spec, list(rows), None)
         rows = rows[split]
     return rows, split
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.evaluation import metric_entries, save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
@@ -157,6 +158,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
         precision=bench.precision,
         device=bench.device,
         tokens=bench.tokens,
+        decoration=frozenset({CARD_NAME}),
     )
 
 

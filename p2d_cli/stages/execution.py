@@ -16,7 +16,14 @@ from typing import Any, Generic, Literal
 
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import SCHEMA_VERSIONS, InputEntry, Manifest, ModelIdentity, artifact_key
-from p2d_cli.artifacts.store import clear_leftovers, draft, ensure_replaceable, find_current, unfinished_folder
+from p2d_cli.artifacts.store import (
+    clear_leftovers,
+    draft,
+    ensure_nameable,
+    ensure_replaceable,
+    find_current,
+    unfinished_folder,
+)
 from p2d_cli.config import ConfigT, Resolved
 from p2d_cli.core.aer import StageCost
 from p2d_cli.core.cost import StagePlan
@@ -314,6 +321,7 @@ class StageRun(Generic[ConfigT]):
 
     def _ensure_room(self, identity: dict[str, Any]) -> None:
         out = self.config.out
+        ensure_nameable(out)
         for entry in self.inputs.entries.values():
             if entry.kind != "rows" and Path(entry.source).expanduser().resolve() == out.resolve():
                 raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")

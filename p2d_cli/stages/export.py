@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from p2d_cli.artifacts.adapter import CARD_NAME, CHAT_TEMPLATE_NAME, save_merged_card
+from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME, save_merged_card
+from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.manifest import is_artifact
 from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved

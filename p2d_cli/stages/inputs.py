@@ -95,6 +95,8 @@ class StageInputs:
             source = locate(spec, split=config.split, revision=config.revision)
             self.entries[name] = InputEntry(kind="rows", digest=digest_rows(source), source=spec)
         self._names[source] = name
+        for note in source.notes:
+            self._progress.note(note)
         return source
 
     def open_chat_template(self) -> None:

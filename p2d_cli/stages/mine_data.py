@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.head_scores import load_head_scores
-from p2d_cli.artifacts.subset import PoolScores, save_subset
+from p2d_cli.artifacts.subset import PoolScores, save_subset, save_subset_card
 from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import share_count
@@ -131,7 +132,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         precision=scored.precision,
         device=scored.device,
         tokens=scored.tokens,
-        decoration=frozenset({PICTURE_NAME}),
+        decoration=frozenset({PICTURE_NAME, CARD_NAME}),
     )
 
 
@@ -222,6 +223,7 @@ def _save(
                     advance(ROWS_BETWEEN_REPORTS)
 
         save_subset(folder, rows(), scores, count, characters=pool.characters)
+        save_subset_card(folder, method=job.config.method, chosen=count, total=pool.num_rows)
 
 
 def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: float, folder: Path) -> None:

@@ -21,6 +21,7 @@ from p2d_cli.config import ReportAerConfig, Resolved
 from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare, seed_of, trained_setting
 from p2d_cli.core.report_views import with_views
 from p2d_cli.errors import ArtifactError, DataError, first_line
+from p2d_cli.recipe import read_recipe_text
 from p2d_cli.reporting.table import share_text
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -53,7 +54,7 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
 
 def _read_recipe(spec: str) -> str:
     try:
-        return Path(spec).expanduser().read_text(encoding="utf-8")
+        return read_recipe_text(Path(spec).expanduser())
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
             f"cannot read the recipe {spec}: {first_line(problem)}", hint="give its file, or leave --recipe out"

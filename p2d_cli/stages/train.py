@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from p2d_cli.artifacts.adapter import (
     ADAPTER_RANK,
-    CARD_NAME,
     CHAT_TEMPLATE_NAME,
     TRAINING_LOG_NAME,
     save_model_card,
     save_training_log,
 )
+from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.config import Resolved, Scope, TrainConfig

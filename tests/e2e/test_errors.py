@@ -1,5 +1,6 @@
 """Bad input through the real command line: what was expected, what was found, what to do; the documented code."""
 
+import gzip
 import json
 import shutil
 
@@ -414,6 +415,33 @@ def test_an_output_that_is_an_input(p2d, pipeline, tiny_folder, few):
 def test_an_output_below_a_file(score, tmp_path):
     (tmp_path / "file").write_text("")
     refused(score(out=tmp_path / "file" / "heads"), 73, "cannot create")
+
+
+@pytest.mark.parametrize("length", [240, 300])
+@pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--force",)])
+def test_an_output_of_too_long_a_name(score, tmp_path, length, extra):
+    refused(score(*extra, out=tmp_path / ("n" * length)), 73, "is too long", "choose a shorter name")
+    assert list(tmp_path.iterdir()) == [], "nothing was begun"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".jsonl", "n/" * 3000])
+def test_an_input_of_too_long_a_name(score, p2d, tmp_path, name):
+    # From Python 3.14 on a path of any length may be asked whether it is there; reading it fails as before.
+    refused(score(target=tmp_path / name), 65, "no such file or folder")
+    refused(p2d("inspect", tmp_path / name), 65)
+    refused(p2d("run", tmp_path / name), 65, "is too long")
+
+
+def test_rows_under_the_longest_name_are_read(score, tmp_path):
+    path = write_rows(tmp_path / ("n" * 249 + ".jsonl"), [{"prompt": "a", "completion": "b"}] * 3)
+    refused(score("--dry-run", target=path), 0, "would run")
+
+
+def test_rows_in_a_form_of_their_own(score, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n'))
+    refused(score(target=path), 65, "t.jsonl is gzip", "ends in .gz")
+    refused(score(target="-"), 65, "standard input", "write them to a file")
 
 
 def test_a_failure_leaves_nothing_half_made(score, tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import DataError, UsageError
 from p2d_cli.recipe import find_recipe, read_recipe
 
 
@@ -78,3 +78,29 @@ def test_no_grid_at_all_is_refused_beside_another_mistake(tmp_path):
         read_recipe(write(tmp_path, "name = 3\ngrid = []\n"))
     lines = str(caught.value).splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["[name]", "[grid]"]
+
+
+def test_a_recipe_may_begin_with_the_mark_of_an_editor(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes('name = "über"\r\n[train]\r\nseed = 3\r\n'.encode("utf-8-sig"))
+    assert read_recipe(path).name == "über"
+    assert read_recipe(path).table("train") == {"seed": 3}
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("utf-16", "0xff at byte 1"), ("latin-1", "0xfc at byte 9")])
+def test_a_recipe_that_is_not_utf8(tmp_path, encoding, byte):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes('name = "über"\n'.encode(encoding))
+    with pytest.raises(DataError, match=f"not valid UTF-8: byte {byte}") as caught:
+        read_recipe(path)
+    assert caught.value.hint == "save it as UTF-8"
+
+
+def test_globs_and_configurations_are_the_recipes_too(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("")
+    recipe = read_recipe(
+        write(tmp_path, '[train]\ndata = "rows/*.jsonl"\neval-data = "rows:main"\n[eval]\ndata = "x/*"\n')
+    )
+    assert recipe.train == {"data": f"{tmp_path}/rows/*.jsonl", "eval-data": f"{tmp_path}/rows:main"}
+    assert recipe.eval == {"data": "x/*"}

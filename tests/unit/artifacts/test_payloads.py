@@ -15,7 +15,13 @@ from p2d_cli.artifacts import subset
 from p2d_cli.artifacts.adapter import save_merged_card, save_model_card, save_training_log
 from p2d_cli.artifacts.evaluation import load_metrics, save_evaluation
 from p2d_cli.artifacts.head_scores import HEAD_SCORES_NAME, HeadScores, load_head_scores, save_head_scores
-from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores, load_subset_rows, save_subset
+from p2d_cli.artifacts.subset import (
+    NamedPoolScores,
+    load_pool_scores,
+    load_subset_rows,
+    save_subset,
+    save_subset_card,
+)
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.core.subset_selection import rank_rows
@@ -212,3 +218,76 @@ def test_training_log_is_json_lines(tmp_path):
     save_training_log(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     lines = (tmp_path / "training_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+# --- cards
+
+
+ODD_ROWS = [
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+        "nothing": None,
+        "nested": {"a": [1, 2], "b": {"c": "x"}},
+        "mixed": 1,
+        "empty": [],
+        "rank": "first",
+    },
+    {
+        "messages": [],
+        "nothing": None,
+        "nested": {"a": [], "b": None},
+        "mixed": "text",
+        "empty": [],
+        "rank": None,
+    },
+]
+
+
+@pytest.mark.parametrize("rows", [ODD_ROWS, [{"prompt": "a", "completion": "b"}], [{"nothing": None}]])
+def test_a_subset_opens_with_datasets_as_it_was_written(tmp_path, rows):
+    import datasets
+
+    folder = tmp_path / "subset"
+    folder.mkdir()
+    pool = save_rows(folder, rows)
+    save_subset_card(folder, method="random", chosen=len(rows), total=len(rows) + 1)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "scores.png").write_bytes(b"")
+    opened = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert opened.to_list() == load_subset_rows(folder)
+    scores = datasets.load_dataset(str(folder), "pool_scores", split="train", cache_dir=str(tmp_path / "cache"))
+    assert scores["id"][:] == list(pool.ids)
+    assert scores["rank"][:] == pool.ranks_N.tolist()
+
+
+def test_a_subset_without_its_manifest_is_read_by_its_card(tmp_path):
+    from p2d_cli.data.sources import locate, read_rows
+
+    save_rows(tmp_path, ODD_ROWS[:1])
+    save_subset_card(tmp_path, method="random", chosen=1, total=2)
+    assert [row.fields for row in read_rows(locate(str(tmp_path)))] == load_subset_rows(tmp_path)
+
+
+def test_an_evaluation_opens_with_datasets(tmp_path):
+    import datasets
+
+    metrics = {"exact_match": MetricValue(value=0.5, low=float("nan"), high=0.75, count=2)}
+    rows = [
+        {"id": "1", "prompt": "a", "reference": "b", "prediction": None, "lengths": [1, 2]},
+        {"id": "2", "prompt": "a", "reference": "c", "prediction": None, "lengths": None},
+    ]
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    save_evaluation(folder, metrics, rows)
+    opened = datasets.load_dataset(str(folder), split="test", cache_dir=str(tmp_path / "cache"))
+    assert opened.to_list() == rows
+    assert "| exact_match | 0.5000 | nan to 0.7500 | 2 |" in (folder / "README.md").read_text()
+    save_evaluation(folder, {}, [])
+    assert "configs:" not in (folder / "README.md").read_text(), "there is no table to open"
+
+
+def test_equal_results_have_equal_cards(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_subset_card(tmp_path / name, method="p2d", chosen=3, total=9)
+    assert (tmp_path / "a" / "README.md").read_bytes() == (tmp_path / "b" / "README.md").read_bytes()

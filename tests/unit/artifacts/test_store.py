@@ -15,7 +15,14 @@ from p2d_cli.artifacts.manifest import (
     read_manifest,
     verify_outputs,
 )
-from p2d_cli.artifacts.store import draft, ensure_replaceable, find_current, open_artifact
+from p2d_cli.artifacts.store import (
+    draft,
+    ensure_nameable,
+    ensure_replaceable,
+    find_current,
+    open_artifact,
+    recover,
+)
 from p2d_cli.errors import ArtifactError, CannotCreateError, StoppedEarlyError, StorageError
 from p2d_cli.pipeline import EXPORT, STAGES
 
@@ -139,6 +146,46 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path):
     with pytest.raises(CannotCreateError) as caught, draft(tmp_path / "file" / "heads", "heads", "key"):
         pass
     assert caught.value.exit_code == 73
+
+
+@pytest.mark.parametrize("bytes_over", [0, 1, 29])
+def test_a_name_that_leaves_no_room_beside_it_is_refused(tmp_path, bytes_over):
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..unfinished-0123456789abcdef") + 1
+    target = tmp_path / ("n" * (longest - 1 + bytes_over))
+    if not bytes_over:
+        ensure_nameable(target)
+        write(target)
+        assert find_current(target, "heads", read_manifest(target).key) is not None
+        return
+    with pytest.raises(CannotCreateError, match="bytes is too long") as caught:
+        ensure_nameable(target)
+    assert caught.value.hint == "choose a shorter name for --out"
+    assert find_current(target, "heads", "key") is None
+
+
+def test_folders_and_paths_that_are_too_long_are_refused(tmp_path):
+    with pytest.raises(CannotCreateError, match=r"a name of 300 bytes is too long: this file system takes \d+$"):
+        ensure_nameable(tmp_path / ("n" * 300) / "heads")
+    with pytest.raises(CannotCreateError, match="the path is too long"):
+        ensure_nameable(tmp_path.joinpath(*["n" * 100] * 50))
+    with (
+        pytest.raises(CannotCreateError, match="File name too long") as caught,
+        draft(tmp_path / ("n" * 300), "heads", "key"),
+    ):
+        pass
+    assert caught.value.hint == "choose a shorter name for --out"
+
+
+def test_a_payload_whose_name_is_too_long_is_no_failing_disk(tmp_path):
+    with pytest.raises(CannotCreateError) as caught, draft(tmp_path / "heads", "heads", "key") as place:
+        (place.folder / ("n" * 300)).write_text("")
+    assert caught.value.exit_code == 73
+
+
+def test_what_has_a_long_name_is_recovered_from_nothing(tmp_path):
+    (tmp_path / ("n" * 253)).write_text("")
+    recover(tmp_path / ("n" * 253))
+    recover(tmp_path / ("n" * 300))
 
 
 def test_find_current_wants_the_same_key_and_undamaged_files(tmp_path):

@@ -160,7 +160,7 @@ def test_a_number_in_an_array_may_be_cut_anywhere(tmp_path, number, monkeypatch)
 
 def test_a_damaged_gzip_file(tmp_path):
     whole = gzip.compress(b'{"a": 1}\n' * 999)
-    for name, content in {"cut.jsonl.gz": whole[:-20], "no.jsonl.gz": b"plain"}.items():
+    for name, content in {"cut.jsonl.gz": whole[:-20], "no.jsonl.gz": b"\x1f\x8bplain"}.items():
         with pytest.raises(DataError, match=f"{name}: damaged"):
             read(write(tmp_path / name, content))
 
@@ -606,7 +606,33 @@ def test_a_configuration_of_a_snapshot_is_a_folder(cached):
 
 def test_a_snapshot_that_is_there_in_part(cached):
     cached({"data/train-00001-of-00002.jsonl": [{"a": 1}]})
-    with pytest.raises(UnavailableError, match="1 of 2 files of its split train are there"):
+    with pytest.raises(UnavailableError, match="split train, 1 of 2 shards are there: data/train-00000-of-00002 is"):
+        read("owner/name")
+
+
+def test_a_snapshot_has_the_splits_of_a_folder(cached):
+    """With shards that carry a hash, and metadata beside them."""
+    cached(
+        {
+            "data/train-00000-of-00001-a09b74b3ef9c3b56.jsonl": [{"a": 1}],
+            "data/test_sft-00000-of-00001-bdb3c4e5f6071829.jsonl": [{"a": 2}],
+            "dataset_infos.json": [{"default": {}}],
+            "labels.jsonl": [{"a": 3}],
+        }
+    )
+    assert fields("owner/name", split="train") == [{"a": 1}]
+    assert fields("owner/name", split="test_sft") == [{"a": 2}]
+    with pytest.raises(DataError, match=r"several splits: test_sft, train$"):
+        read("owner/name")
+
+
+def test_the_card_of_a_snapshot_decides(cached, tmp_path):
+    cached({"a/train.jsonl": [{"a": 1}], "b/train.jsonl": [{"a": 2}]})
+    card = "---\nconfigs:\n- config_name: one\n  data_dir: a\n- config_name: two\n  data_files: b/*\n---\n"
+    write(tmp_path / "datasets--owner--name" / "snapshots" / COMMIT / "README.md", card)
+    assert fields("owner/name:one") == [{"a": 1}]
+    assert fields("owner/name:two", split="train") == [{"a": 2}]
+    with pytest.raises(DataError, match="several configurations: one, two"):
         read("owner/name")
 
 
