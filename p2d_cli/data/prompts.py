@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from p2d_cli.core.turns import TurnFrame, frame_of, split_turn, without_reasoning
 from p2d_cli.data.records import Message, Record
-from p2d_cli.data.turns import TurnFrame, frame_of, split_turn, without_reasoning
 from p2d_cli.errors import DataError, UsageError
 
 TemplateName = Literal["chat", "plain"]

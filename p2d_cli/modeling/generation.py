@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from p2d_cli.data.turns import TurnFrame
+from p2d_cli.core.turns import TurnFrame
 from p2d_cli.modeling.answers import (
     completion_log_likelihood,
     finite_logits,

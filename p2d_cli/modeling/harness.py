@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.data.turns import TurnFrame
+from p2d_cli.core.turns import TurnFrame
 from p2d_cli.errors import UnavailableError, UsageError, first_line
 from p2d_cli.modeling.answers import finite_logits, require_finite_logits
 from p2d_cli.modeling.generation import decode_turns, end_ids

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from p2d_cli.config import MineDataConfig
 from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
+from p2d_cli.core.turns import without_reasoning
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
 from p2d_cli.data.pool import Chunk
 from p2d_cli.data.records import Record
-from p2d_cli.data.turns import without_reasoning
 from p2d_cli.errors import NonFiniteError
 from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments

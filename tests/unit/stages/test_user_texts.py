@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from p2d_cli.data.prompts import read_chat_template
+from p2d_cli.data.chat_templates import read_chat_template
 from p2d_cli.recipe import read_recipe, read_recipe_text
 from p2d_cli.stages.evaluate import open_choices
 from p2d_cli.stages.relevance import open_relevance

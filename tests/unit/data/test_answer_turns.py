@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2d_cli.core.turns import REASONING, TurnFrame, split_turn, without_reasoning
 from p2d_cli.data.prompts import PromptTemplate
 from p2d_cli.data.records import Message, Record
-from p2d_cli.data.turns import REASONING, TurnFrame, split_turn, without_reasoning
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n%LEAD%{{ m['content'] }}<|im_end|>\n{% endfor %}"
