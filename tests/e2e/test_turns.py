@@ -12,7 +12,7 @@ from tests.e2e.conftest import write_rows
 START, END = "<|im_start|>", "<|im_end|>"
 BLOCK = "<think>\n\n</think>\n\n"
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n%LEAD%{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n%LEAD%{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n%OPEN%{% endif %}"
 )
 IN_LAST = "{% if m.role == 'assistant' and loop.last %}" + BLOCK + "{% endif %}"
@@ -21,7 +21,7 @@ TEMPLATES = {
     "qwen3": CHATML.replace("%LEAD%", IN_LAST).replace("%OPEN%", ""),
     "qwen3.5": CHATML.replace("%LEAD%", IN_LAST).replace("%OPEN%", "<think>\n"),
     "r1": CHATML.replace("%LEAD%", "").replace("%OPEN%", "<think>\n"),
-    "no-generation-prompt": "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}",
+    "no-generation-prompt": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}",
 }
 ROWS = [
     {"prompt": f"please sell the {thing} now", "completion": f"echo> {thing}"}
