@@ -32,43 +32,12 @@ _CALL_KEYS = ("tool_calls", "function_call")
 _PARTIAL_KEYS = ("train_detail", "training_detail")
 _MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 _HARMLESS_KEYS = frozenset(
-    [
-        "annotations",
-        "avatar",
-        "category",
-        "created_at",
-        "date",
-        "feedback",
-        "html",
-        "id",
-        "idx",
-        "index",
-        "lang",
-        "language",
-        "likes",
-        "message_id",
-        "metadata",
-        "model",
-        "msg_id",
-        "num_tokens",
-        "parent_id",
-        "provider",
-        "rating",
-        "score",
-        "sender",
-        "source",
-        "task",
-        "time",
-        "timestamp",
-        "token_count",
-        "tokens",
-        "topic",
-        "turn",
-        "turn_id",
-        "usage",
-        "user_id",
-        "uuid",
-    ]
+    {
+        *("annotations", "avatar", "category", "html", "lang", "language", "likes", "metadata", "rating", "score"),
+        *("id", "idx", "index", "message_id", "msg_id", "parent_id", "turn", "turn_id", "user_id", "uuid"),
+        *("model", "provider", "sender", "source", "task", "topic", "created_at", "date", "time", "timestamp"),
+        *("num_tokens", "token_count", "tokens", "usage"),
+    }
 )
 """Keys of messages that say nothing to a model."""
 _KNOWN_KEYS = frozenset({*_KEYS[0], *_KEYS[1], *_CALL_KEYS, *_MEDIA_KEYS, *_PARTIAL_KEYS, "weight", "train", "name"})

@@ -17,8 +17,10 @@ from p2d_cli.data.sources import scan_rows
 from p2d_cli.errors import DataError
 
 __all__ = [
+    "Check",
     "ColumnMap",
     "Message",
+    "OpenCheck",
     "Record",
     "RecordSet",
     "SkippedRows",
@@ -31,6 +33,7 @@ __all__ = [
 _SKIPPED_SHOWN = 5
 Check = Callable[["Record"], None]
 """Raises a `DataError`, without the row's name, for a record that cannot be used."""
+OpenCheck = Callable[[], Check]
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_records(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     need_completion: bool = True,
-    check: Check | None = None,
+    open_check: OpenCheck | None = None,
 ) -> RecordSet:
     """Read the rows of a source as records.
 
@@ -114,7 +117,7 @@ def read_records(
         limit: stop after so many records.
         skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
         need_completion: whether a row without an answer is a bad row.
-        check: refuses records that cannot be used for another reason; they are bad rows as well.
+        open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
 
     Raises:
         DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
@@ -127,7 +130,7 @@ def read_records(
         system=system,
         skip=skipped.append if skip_bad_rows else None,
         need_completion=need_completion,
-        check=check,
+        open_check=open_check,
     )
     named, notes = _with_unique_ids(list(islice(rows, limit)))
     unread = UnreadParts()
@@ -144,7 +147,7 @@ def scan_records(
     skip: Callable[[str], None] | None = None,
     need_completion: bool = True,
     with_fields: bool = True,
-    check: Check | None = None,
+    open_check: OpenCheck | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a source as records, one after the other; their ids may repeat.
 
@@ -155,7 +158,7 @@ def scan_records(
         need_completion: whether a row without an answer is a bad row.
         skip: is told the problem of each bad row, which is then left out; without it the first one is an error.
         with_fields: whether the records keep their rows' columns beside what p2d shows of them.
-        check: refuses records that cannot be used for another reason; they are bad rows as well.
+        open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
 
     Raises:
         DataError: as `read_records`.
@@ -163,27 +166,37 @@ def scan_records(
     """
     wanted = columns or ColumnMap()
     layout: Layout | None = None
-    found, bad, first = 0, 0, ""
+    check: Check | None = None
+    bad = SkippedRows()
+
+    def leave_out(problem: DataError) -> None:
+        if skip is None:
+            raise problem
+        skip(problem.message)
+        bad(problem.message)
+
+    found = 0
     for row in scan_rows(source):
         try:
             if isinstance(row, BadRow):
                 raise row.problem
             layout = layout or find_layout(row, wanted, need_completion=need_completion)
             record = _to_record(row, layout, system=system, need_completion=need_completion)
-            if check is not None:
-                _apply(check, record)
         except AmbiguousColumnsError:
             raise
         except DataError as problem:
-            if skip is None:
-                raise
-            skip(problem.message)
-            bad, first = bad + 1, first or problem.message
+            leave_out(problem)
             continue
+        if open_check is not None:
+            check = check or open_check()  # what it raises is no fault of the row
+            if (refusal := _refusal(check, record)) is not None:
+                leave_out(refusal)
+                continue
         found += 1
         yield record if with_fields else replace(record, fields={})
     if not found:
-        raise DataError(f"no usable rows in {source.spec}" + (f"; {bad} bad rows, the first: {first}" if bad else ""))
+        tally = f"; {bad.count} bad rows, the first: {bad.first[0]}" if bad.count else ""
+        raise DataError(f"no usable rows in {source.spec}{tally}")
 
 
 def _to_record(row: RawRow, layout: Layout, *, system: str | None, need_completion: bool) -> Record:
@@ -206,14 +219,18 @@ def _own_id(row: RawRow, column: str | None) -> str:
     return str(value) if isinstance(value, str | int) and str(value) else row.where
 
 
-def _apply(check: Check, record: Record) -> None:
-    """Refuse a record that `check` refuses, by its name."""
+def _refusal(check: Check, record: Record) -> DataError | None:
+    """Return why a check refuses a record, under the row's name."""
     try:
         check(record)
     except DataError as problem:
         if problem.message.startswith(f"{record.where}: "):
-            raise
-        raise DataError(f"{record.where}: {problem.message}", hint=problem.hint) from None
+            return problem
+        advice = "--skip-bad-rows leaves such rows out"
+        return DataError(
+            f"{record.where}: {problem.message}", hint=f"{problem.hint}; {advice}" if problem.hint else advice
+        )
+    return None
 
 
 @dataclass

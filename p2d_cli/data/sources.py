@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.data.column_kinds import label_names
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import json_kind, read_files
 from p2d_cli.errors import DataError, UnavailableError, UsageError, near_names
@@ -234,8 +235,9 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         raise DataError(f"cannot read data set {source.spec}: {problem}") from None
     except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
         raise _unavailable(source, str(problem), offline=offline) from None
+    labels = label_names(rows.features.to_dict() if rows.features else {})
     for number, fields in enumerate(rows):
-        yield RawRow(f"{source.repo}/{split}#{number}", dict(fields))
+        yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
 
 def _read_cached(source: RowSource, split: str, files: list[Path]) -> Iterator[RawRow | BadRow]:
