@@ -128,7 +128,7 @@ def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:
 def _keys_of(turn: Any, place: Place) -> tuple[str, str]:
     """Return the keys of the speaker and of what is said, which a turn with tool calls may lack."""
     if isinstance(turn, Mapping):
-        calls = any(holds(turn.get(key)) for key in _CALL_KEYS)
+        calls = any(_is_given(turn.get(key)) for key in _CALL_KEYS)
         fitting = [keys for keys in _KEYS if keys[0] in turn and (keys[1] in turn or calls)]
         # Where all turns share their keys, as in Parquet, those of the other form are null.
         for keys in sorted(fitting, key=lambda keys: turn[keys[0]] is None):
@@ -207,12 +207,17 @@ def _unread_keys(turn: Mapping[str, Any], message: Message) -> list[str]:
 def _calls(turn: Mapping[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
     for key in _CALL_KEYS:
         value = turn.get(key)
-        if not holds(value):
+        if not _is_given(value):
             continue
         if role != "assistant":
             raise place.problem(f"carries {key}, and is a turn of {role}; calls are the assistant's")
         return read_calls(_json_of(value, place.at(key)), place.at(key))
     return []
+
+
+def _is_given(value: Any) -> bool:
+    """Say whether calls or tools are given; where other rows have them, Parquet may hold an object of nulls."""
+    return bool(value) and (isinstance(value, list | str) or holds(value))
 
 
 def _json_of(value: Any, place: Place) -> Any:
@@ -264,7 +269,7 @@ def read_tools(value: Any, place: Place) -> tuple[Mapping[str, Any], ...] | None
     Raises:
         DataError: something that looks like schemas, and is none.
     """
-    if not holds(value):
+    if not _is_given(value):
         return ()
     found = unpack_json(value)
     if isinstance(found, str):

@@ -190,7 +190,7 @@ def answer_text(value: Any, place: Place) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise place.problem(f"must be a text or a finite number; found {value}")
-        return str(int(value)) if value.is_integer() and abs(value) < _LARGEST_WHOLE else repr(value)
+        return str(int(value)) if value.is_integer() and abs(value) <= _LARGEST_WHOLE else repr(value)
     return require_text(value, place)
 
 
@@ -246,7 +246,7 @@ def _require_question(row: RawRow, context: Sequence[Message]) -> None:
     elif last.role == "user":
         found = "the one there is empty"
     elif last.role == "tool":
-        found = "there are only a tool's"
+        found = "there is nothing but a tool's result"
     else:
         found = f"there stands {'an' if last.role[:1] in 'aeiou' else 'a'} {last.role} message"
     raise DataError(

@@ -235,7 +235,8 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         raise DataError(f"cannot read data set {source.spec}: {problem}") from None
     except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
         raise _unavailable(source, str(problem), offline=offline) from None
-    labels = label_names(rows.features.to_dict() if rows.features else {})
+    features = getattr(rows, "features", None)
+    labels = label_names(features.to_dict()) if features else {}
     for number, fields in enumerate(rows):
         yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
