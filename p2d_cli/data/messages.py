@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from p2d_cli.data.raw_rows import holds, unpack_json, without_nulls
+from p2d_cli.data.raw_rows import holds, is_unicode, unpack_json, without_nulls
 from p2d_cli.errors import DataError
 
 _KEYS = (("role", "content"), ("from", "value"))
@@ -60,12 +60,12 @@ class Message:
         """All that the turn says, reasoning and tool calls included, in a plain form that no model is shown."""
         if not self.parts:
             return self.content
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in self.parts.get("tool_calls", ())]
+        called = self.parts.get("tool_calls", ())
+        calls = [json.dumps(call["function"], ensure_ascii=False, default=str) for call in called]
         return "\n".join(part for part in (self.parts.get("reasoning_content"), self.content, *calls) if part)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a value was found, for messages."""
 
     where: str
@@ -90,10 +90,8 @@ def require_text(value: Any, place: Place) -> str:
     """
     if not isinstance(value, str):
         raise place.problem(f"must be a text; found {'null' if value is None else _shown(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise place.problem("holds half of a surrogate pair, which is no Unicode text") from None
+    if not is_unicode(value):
+        raise place.problem("holds half of a surrogate pair, which is no Unicode text")
     return value
 
 
@@ -107,6 +105,8 @@ def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:
     Raises:
         DataError: no message; contents that are no text; a weight other than 0 and 1; tool calls in another form.
     """
+    if (plain := _plain_message(turn)) is not None:
+        return plain, []
     speaker, said = _keys_of(turn, place)
     _refuse_media(turn, place)
     own = require_text(turn[speaker], place.at(speaker))
@@ -118,11 +118,23 @@ def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:
     role = _ROLES.get(name, own)
     calls = _calls(turn, role, place)
     content, thoughts = _content(turn.get(said), role, bool(calls), place.at(said))
-    parts = {"tool_calls": calls, "reasoning_content": _reasoning(turn, thoughts) if role == "assistant" else ""}
+    parts = {"tool_calls": calls, "reasoning_content": _reasoning(turn, thoughts, place) if role == "assistant" else ""}
     parts |= {key: turn.get(key) for key in ("name", "tool_call_id")}
     kept = {key: value for key, value in parts.items() if value and isinstance(value, str | list)}
+    for key in ("name", "tool_call_id"):
+        require_text(kept.get(key, ""), place.at(key))
     message = Message(role, content, kept, role != "assistant" or _is_learnt(turn, place))
     return message, _unread_keys(turn, message)
+
+
+def _plain_message(turn: Any) -> Message | None:
+    """Return a turn that has a known speaker and a text, and nothing else: the many are read fast."""
+    given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+    for speaker, said in _KEYS:
+        if len(given) == 2 and speaker in given and isinstance(content := given.get(said), str):
+            role = _ROLES.get(given[speaker]) if isinstance(given[speaker], str) else None
+            return Message(role, content) if role is not None and is_unicode(content) else None
+    return None
 
 
 def _keys_of(turn: Any, place: Place) -> tuple[str, str]:
@@ -157,14 +169,14 @@ def _content(value: Any, role: str, calls: bool, place: Place) -> tuple[str, str
 
 def _content_part(part: Mapping[str, Any], place: Place) -> tuple[str, str]:
     kind = part["type"]
-    if kind not in {"text", "thinking"}:
+    if kind not in ("text", "thinking"):
         raise place.problem(f"is a part of type {kind!r}; p2d shows parts of type text alone", _MEDIA_HINT)
     return kind, require_text(part.get(kind), place.at(kind))
 
 
-def _reasoning(turn: Mapping[str, Any], thoughts: str) -> str:
-    given = (turn.get(key) for key in _REASONING_KEYS)
-    return next((text for text in given if isinstance(text, str) and text), thoughts)
+def _reasoning(turn: Mapping[str, Any], thoughts: str, place: Place) -> str:
+    given = [key for key in _REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]]
+    return require_text(turn[given[0]], place.at(given[0])) if given else thoughts
 
 
 def _is_learnt(turn: Mapping[str, Any], place: Place) -> bool:
@@ -248,7 +260,13 @@ def _call(call: Any, place: Place) -> dict[str, Any]:
         raise place.problem(f"is a call of type {call['type']!r}; p2d shows those of type function alone")
     arguments = _arguments(function.get("arguments", function.get("parameters")), place.at("arguments"))
     own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return own | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    found = own | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    _require_unicode(found, place)
+    return found
+
+
+def _require_unicode(value: Any, place: Place) -> None:
+    require_text(json.dumps(value, ensure_ascii=False, default=str), place)
 
 
 def _arguments(value: Any, place: Place) -> dict[str, Any]:
@@ -287,4 +305,5 @@ def _tool(tool: Any, place: Place) -> Mapping[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise place.problem(f"must be the JSON schema of a function, with a name; found {tool!r:.60}")
+    _require_unicode(tool, place)
     return tool if "function" in tool else {"type": "function", "function": function}

@@ -66,6 +66,17 @@ def format_of(path: Path) -> RowFormat | None:
     return None if name.endswith(".gz") and row_format not in TEXT_FORMATS else row_format
 
 
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written: it holds no half of a surrogate pair."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def holds(value: Any) -> bool:
     """Say whether a value holds something: no null, false, empty text, or collection of nothing else."""
     if isinstance(value, Mapping):

@@ -200,7 +200,10 @@ def scan_records(
 
 
 def _to_record(row: RawRow, layout: Layout, *, system: str | None, need_completion: bool) -> Record:
-    content = read_content(row, layout, system=system, need_completion=need_completion)
+    try:
+        content = read_content(row, layout, system=system, need_completion=need_completion)
+    except RecursionError:
+        raise DataError(f"{row.where}: JSON that is nested too deeply") from None
     return Record(
         id=_own_id(row, layout.id),
         messages=content.context,

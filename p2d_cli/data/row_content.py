@@ -52,11 +52,10 @@ def read_content(row: RawRow, layout: Layout, *, system: str | None, need_comple
     refuse_other_kinds(row, layout)
     choices = _choices(row, layout)
     unread: list[str] = []
-    read: list[str] = list(layout.system)
+    read: list[str] = []
     turns, fields = _turns(row, layout, choices, unread, read, need_completion=need_completion)
     context, answer = _split(row, turns, need_completion=need_completion)
-    own_system = next((text for name in layout.system if (text := _text(row, name, optional=True))), None)
-    system = own_system or system
+    system = _system(row, layout, read) or system
     if system and all(message.role != "system" for message in context):
         context = (Message("system", system), *context)
     tools = _tools(row, read)
@@ -103,14 +102,14 @@ def _messages(row: RawRow, turns: Sequence[Any], column: str, unread: list[str])
     for index, turn in enumerate(turns):
         message, ignored = read_message(turn, Place(row.where, f"{column}[{index}]"))
         messages.append(message)
-        unread += ignored
+        unread.extend(ignored)
     return messages
 
 
 def _prompt(row: RawRow, layout: Layout, unread: list[str]) -> list[Message]:
     """Return what is asked: a text, or the turns before the answer, of which then none is learnt."""
     value = None if layout.prompt is None else row.fields.get(layout.prompt)
-    if isinstance(value, list) and value and layout.prompt is not None and _is_conversation(value):
+    if value and isinstance(value, list) and layout.prompt is not None and _is_conversation(value):
         messages = _messages(row, value, layout.prompt, unread)
         return [replace(message, is_learnt=message.role != "assistant") for message in messages]
     prompt = _text(row, layout.prompt)
@@ -195,17 +194,24 @@ def answer_text(value: Any, place: Place) -> str:
 
 
 def _history(row: RawRow, unread: list[str], read: list[str]) -> list[Message]:
-    """Return the earlier turns of a row with a prompt: pairs of question and answer, or messages."""
-    turns = unpack_json(row.fields.get("history"))
+    """Return the earlier turns of a row with a prompt: pairs of question and answer, or messages.
+
+    A column of that name that holds something else is none of it.
+    """
+    turns = row.fields.get("history")
+    turns = unpack_json(turns) if turns else None
     if not isinstance(turns, list) or not turns:
         return []
-    read.append("history")
     if _is_conversation(turns):
+        read.append("history")
         return _messages(row, turns, "history", unread)
+    if not all(isinstance(pair, list) for pair in turns):
+        return []
+    read.append("history")
     messages = []
     for index, pair in enumerate(turns):
         place = Place(row.where, f"history[{index}]")
-        if not isinstance(pair, list) or len(pair) != 2:
+        if len(pair) != 2:
             raise place.problem(f"must be a pair of question and answer; found {pair!r:.60}")
         texts = [require_text(text, Place(row.where, f"{place.what}[{part}]")) for part, text in enumerate(pair)]
         messages += [Message("user", texts[0]), Message("assistant", texts[1])]
@@ -270,9 +276,22 @@ def _text(row: RawRow, column: str | None, *, optional: bool = False) -> str:
     return require_text(value, Place(row.where, f"column '{column}'"))
 
 
+def _system(row: RawRow, layout: Layout, read: list[str]) -> str:
+    """Return the row's own system message; a column that merely may hold one may hold other things as well."""
+    for number, column in enumerate(layout.system):
+        if number and not isinstance(row.fields.get(column), str):
+            continue
+        read.append(column)
+        if text := _text(row, column, optional=True):
+            return text
+    return ""
+
+
 def _tools(row: RawRow, read: list[str]) -> tuple[Mapping[str, Any], ...]:
     """Return the row's tools, and add the column that they were read from to `read`."""
     for column in _TOOL_COLUMNS:
+        if not row.fields.get(column):
+            continue
         found = read_tools(row.fields.get(column), Place(row.where, column))
         if found is not None:
             read.append(column)

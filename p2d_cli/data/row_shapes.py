@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from p2d_cli.data.raw_rows import RawRow, holds
@@ -17,7 +18,7 @@ _PREFERENCE_COLUMNS = frozenset({"chosen", "rejected", "rejected_response", "rej
 PREFERENCE_HINT = (
     "p2d learns answers, not preferences: keep the chosen answer as the completion, and leave the other out"
 )
-_MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 _MEANINGFUL_COLUMNS = frozenset(
     {*_PREFERENCE_COLUMNS, "document", "documents", "thinking", "reasoning", "reasoning_content", "context", "history"}
 ) | {"input", "weight", "loss_weight", "sample_weight", "chat_template_kwargs", "tools", "functions", "system_prompt"}
@@ -66,6 +67,11 @@ class Layout:
     """Whether the completion column holds the label of the choice that is right."""
     is_found: bool = True
     """Whether the columns were found by themselves."""
+
+    @cached_property
+    def read(self) -> frozenset[str | None]:
+        """The columns that hold texts or turns."""
+        return frozenset({self.prompt, self.input, self.completion, self.messages})
 
 
 SHAPES: tuple[Mapping[str, Layout], ...] = (
@@ -194,9 +200,8 @@ def refuse_other_kinds(row: RawRow, layout: Layout) -> None:
     Raises:
         DataError: naming the column.
     """
-    read = {layout.prompt, layout.input, layout.completion, layout.messages, layout.id, *layout.system}
     for name, value in row.fields.items():
-        if name not in read and (name in _MEDIA_COLUMNS or _is_media(value)) and holds(value):
+        if (name in _MEDIA_COLUMNS or _is_media(value)) and name not in layout.read and holds(value):
             message = f"{row.where}: column '{name}' holds {name}, which p2d does not show: it shows text alone"
             raise DataError(message, hint="leave these rows out (--skip-bad-rows), or the column")
     if row.fields.get("kto_tag") is False:
@@ -206,12 +211,14 @@ def refuse_other_kinds(row: RawRow, layout: Layout) -> None:
 
 def _is_media(value: Any) -> bool:
     """Say whether a value is a file in the form of `datasets`."""
-    return isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
 
 
 def unread_columns(row: RawRow, layout: Layout, read: Iterable[str]) -> list[str]:
     """Name the columns that bear on what a row means, hold something, and are not among those that were read."""
-    known = {layout.prompt, layout.input, layout.completion, layout.messages, *read}
+    if _MEANINGFUL_COLUMNS.isdisjoint(row.fields) and "label" not in row.fields:
+        return []
+    known = {*layout.read, *read}
     found = [name for name in row.fields if name in _MEANINGFUL_COLUMNS - known and holds(row.fields[name])]
     found = [name for name in found if not (name.endswith("weight") and row.fields[name] == 1)]
     if not layout.is_found:

@@ -77,7 +77,10 @@ def weigh_choices(
     A prompt is read once for all its answers where the model allows it, otherwise once for each.
     """
     variants = [
-        replace(record, completion=text) for record, texts in zip(records, offered, strict=True) for text in texts
+        # The reference's own reasoning, or calls, would tell which choice is right.
+        replace(record, completion=text, answer_parts={})
+        for record, texts in zip(records, offered, strict=True)
+        for text in texts
     ]
     examples = _encode(bench, variants)
     if can_pack(bench.model, max(len(ids) for ids, _ in examples)):

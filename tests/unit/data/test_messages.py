@@ -169,6 +169,49 @@ def test_schemas_in_another_form(read, tools):
         read({"messages": [user("w"), assistant("b")], "tools": tools})
 
 
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        assistant("", tool_calls=[call({"city": HALF})]),
+        assistant("", tool_calls=[call(json.dumps({HALF: 1}))]),
+        assistant("b", reasoning_content=HALF),
+        assistant("b", name=HALF),
+        assistant([{"type": "text", "text": HALF}]),
+        assistant(HALF),
+        said("function_call", json.dumps({"name": HALF})),
+    ],
+)
+def test_halves_of_surrogate_pairs(read, turn):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: messages\[1\].* holds half of a surrogate pair"):
+        read({"messages": [user("w"), turn]})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: tools\[0\] holds half of a surrogate pair"):
+        read({"messages": [user("w"), assistant("b")], "tools": [{"name": HALF}]})
+
+
+@pytest.mark.parametrize("kind", [["text"], {"a": 1}, None, 3])
+def test_kinds_of_parts_that_are_no_texts(read, kind):
+    with pytest.raises(DataError, match=r"messages\[0\]\.content\[0\] is a part of type"):
+        read({"messages": [user([{"type": kind, "text": "a"}]), assistant("b")]})
+
+
+def test_values_that_are_nested_too_deeply(tmp_path):
+    """What JSON can hold and Python cannot walk is a bad row."""
+    path = tmp_path / "a.jsonl"
+    deep = '{"a": ' * 900 + "1" + "}" * 900
+    calls = '[{"function": {"name": "f", "arguments": %s}}]' % deep  # noqa: UP031
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": %s}]}\n' % calls  # noqa: UP031
+        + json.dumps({"messages": [user("a"), assistant("b")]})
+    )
+    found = read_records(locate(str(path)), skip_bad_rows=True)
+    assert [record.where for record in found.records][-1] == "a.jsonl:2"
+    for record in found.records:
+        assert record.plain_text
+
+
 def test_tools_that_are_no_functions_are_counted(read):
     found = read(*[{"prompt": "a", "completion": "b", "tools": ["hammer"]}] * 2, {"prompt": "a", "completion": "b"})
     assert [record.tools for record in found.records] == [(), (), ()]

@@ -147,6 +147,17 @@ def test_history_becomes_earlier_turns(read):
         assert len(read(row | {"history": nothing}).records[0].messages) == 2
 
 
+def test_a_history_of_another_kind_is_counted(read):
+    for history in (["hello", "hi"], "he was ill", {"a": 1}):
+        [record] = read({"prompt": "a", "completion": "b", "history": history}).records
+        assert (len(record.messages), record.unread) == (1, ("column history",))
+
+
+def test_a_system_prompt_of_another_kind_is_counted(read):
+    [record] = read({"prompt": "a", "completion": "b", "system_prompt": ["x"]}).records
+    assert (record.system, record.unread) == (None, ("column system_prompt",))
+
+
 def test_conversational_prompts_and_completions(read):
     """As TRL has them: what is in the prompt is not learnt."""
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
