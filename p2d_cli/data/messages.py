@@ -163,7 +163,7 @@ def _content(value: Any, role: str, calls: bool, place: Place) -> tuple[str, str
         texts = {wanted: "".join(text for kind, text in parts if kind == wanted) for wanted in ("text", "thinking")}
         return texts["text"], texts["thinking"]
     if role == "tool" and isinstance(value, Mapping | list):
-        return json.dumps(without_nulls(value), ensure_ascii=False, default=str), ""
+        return require_text(json.dumps(without_nulls(value), ensure_ascii=False, default=str), place), ""
     return require_text(value, place), ""
 
 

@@ -305,7 +305,7 @@ def _choices(row: RawRow, layout: Layout) -> tuple[str, ...] | None:
     value = None if layout.choices is None else unpack_json(row.fields.get(layout.choices))
     texts = value.get("text") if isinstance(value, Mapping) and isinstance(value.get("label"), list) else value
     if isinstance(texts, list) and texts and all(isinstance(choice, str) for choice in texts):
-        return tuple(texts)
+        return tuple(require_text(text, Place(row.where, f"column '{layout.choices}'")) for text in texts)
     if layout.choices_named and value is not None:
         raise DataError(f"{row.where}: column '{layout.choices}' must be a list of texts; found {value!r:.60}")
     return None

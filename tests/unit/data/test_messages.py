@@ -1,8 +1,12 @@
 """Turns in the forms of OpenAI and ShareGPT: what is read, what is learnt, and what is refused or counted."""
 
+import contextlib
+import copy
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from p2d_cli.data.records import Message, read_records
 from p2d_cli.data.sources import locate
@@ -342,3 +346,41 @@ def test_keys_that_p2d_does_not_know_are_counted(read):
 def test_an_answer_answers_somebody(read, turns, found):
     with pytest.raises(DataError, match=rf"no user's message before the assistant's answer: .*{found}"):
         read({"messages": turns})
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", HALF, "[]", "{}", '[{"name": "f"}]']),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "name", "role", "a"]), inner),
+    max_leaves=4,
+)
+FULL = OPENAI | {"history": [["a", "b"]], "choices": ["a"], "image": None, "system": "s"}
+FULL_PAIR = {"prompt": [user("a")], "completion": [assistant("b", weight=1, thinking="t")], "history": [["a", "b"]]}
+KEYED = {"question": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A", "tools": json.dumps([SCHEMA])}
+
+
+def places_in(value, path=()):
+    """Yield the path to every value within a value."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield from places_in(part, (*path, key))
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.sampled_from([FULL, SHAREGPT, LEGACY, FULL_PAIR, KEYED]), data=st.data(), value=ANYTHING)
+def test_any_value_at_any_place_is_read_or_refused(read, row, data, value):
+    changed = copy.deepcopy(row)
+    path = data.draw(st.sampled_from([path for path in places_in(row) if path]))
+    parent = changed
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    with contextlib.suppress(DataError):
+        [record] = read(changed).records
+        record.plain_text.encode()
+        assert record.completion.strip() or record.answer_parts["tool_calls"]
+        json.dumps([record.tools, record.answer_parts, [message.parts for message in record.messages]]).encode()
