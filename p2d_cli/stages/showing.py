@@ -101,7 +101,7 @@ def _require_shown(template: PromptTemplate, tokenizer: Any, record: Record, sho
     if shown == "episode":
         _require_texts(record)
         template.place(tokenizer, template.conversation(tokenizer, record))
-    if shown in {"prompt", "episode"}:
+    if shown in {"prompt", "episode"} and "tool_calls" not in record.answer_parts:
         prompt = template.render_prompt(tokenizer, record)
     else:
         prompt, _ = template.render_example(tokenizer, record)
@@ -113,10 +113,10 @@ def _require_shown(template: PromptTemplate, tokenizer: Any, record: Record, sho
 def _require_texts(record: Record) -> None:
     """Refuse what few-shot episodes, in which rows are turns of one conversation, have no place for."""
     turns = [*record.messages, record.answer]
-    if record.tools or any(turn.parts.keys() & {"tool_calls", "reasoning_content"} for turn in turns):
+    if record.tools or any("tool_calls" in turn.parts or turn.role == "tool" for turn in turns):
         raise DataError(
-            "few-shot episodes show text alone, and the row has tools, tool calls or reasoning",
-            hint="choose a method that reads rows one by one, such as readout",
+            "few-shot episodes cannot show tools and their calls",
+            hint="let heads read rows one at a time: --affinity readout, and score-heads --method readout",
         )
 
 
