@@ -279,6 +279,4 @@ def test_what_has_no_place_in_episodes_is_refused(run, heads, folder, tmp_path):
     words = ("mine-data", "--method", "data-whisperer", "--pool", tmp_path / "pool.jsonl", "--out", tmp_path / "out")
     done = run(*words, "--target", folder / "target.jsonl")
     assert done.code == 65
-    assert (
-        "pool.jsonl:3: few-shot episodes show text alone, and the row has tools, tool calls or reasoning" in done.said
-    )
+    assert "pool.jsonl:3: few-shot episodes cannot show tools and their calls" in done.said
