@@ -6,6 +6,7 @@ What an input was made of is charged to whoever uses it: its manifest's ledger j
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -218,28 +219,32 @@ class StageInputs:
 
 
 class _RememberedCheck:
-    """A check of a pool's rows that is made once, though the pool is read again for each use."""
+    """A check of a pool's rows that is made once, though the pool is read again for each use.
+
+    Rows are remembered by their order, which is the same in each pass.
+    """
 
     def __init__(self, open_check: OpenCheck) -> None:
         self.is_complete = False
         """Whether all rows have been checked."""
         self._open_check = open_check
-        self._refused: set[str] = set()
+        self._refused: set[int] = set()
 
     def open(self) -> Check:
-        """Return the check, or what remembers its outcome."""
-        return self._recall if self.is_complete else self._first(self._open_check())
+        """Return the check for a pass from the first row on, or what remembers its outcome."""
+        check = None if self.is_complete else self._open_check()
+        places = count()
 
-    def _first(self, check: Check) -> Check:
         def checked(record: Record) -> None:
+            place = next(places)
+            if check is None:
+                if place in self._refused:
+                    raise DataError("refused when it was read first")
+                return
             try:
                 check(record)
             except DataError:
-                self._refused.add(record.where)
+                self._refused.add(place)
                 raise
 
         return checked
-
-    def _recall(self, record: Record) -> None:
-        if record.where in self._refused:
-            raise DataError("refused when it was read first")
