@@ -31,6 +31,7 @@ __all__ = [
     "scan_records",
 ]
 _SKIPPED_SHOWN = 5
+_PARTS_SHOWN = 8
 Check = Callable[["Record"], None]
 """Raises a `DataError`, without the row's name, for a record that cannot be used."""
 OpenCheck = Callable[[], Check]
@@ -255,7 +256,9 @@ class UnreadParts:
         """Say in one note what it was, if anything."""
         if not self.rows:
             return ()
-        named = ", ".join(f"{name} ({count})" for name, count in self.parts.most_common())
+        named = ", ".join(f"{name} ({count})" for name, count in self.parts.most_common(_PARTS_SHOWN))
+        if len(self.parts) > _PARTS_SHOWN:
+            named += f" and {len(self.parts) - _PARTS_SHOWN} others"
         return (f"{self.rows} rows carry what p2d neither shows to the model nor heeds, first {self.first}: {named}",)
 
 

@@ -202,7 +202,7 @@ def refuse_other_kinds(row: RawRow, layout: Layout) -> None:
     """
     for name, value in row.fields.items():
         if (name in _MEDIA_COLUMNS or _is_media(value)) and name not in layout.read and holds(value):
-            message = f"{row.where}: column '{name}' holds {name}, which p2d does not show: it shows text alone"
+            message = f"{row.where}: column '{name}' holds more than text, and p2d shows text alone to a model"
             raise DataError(message, hint="leave these rows out (--skip-bad-rows), or the column")
     if row.fields.get("kto_tag") is False:
         message = f"{row.where}: kto_tag is false: the row's answer is one that is not wanted"

@@ -121,12 +121,16 @@ def _require_texts(record: Record) -> None:
 
 
 def _require_all_roles(template: PromptTemplate, record: Record, prompt: str) -> None:
-    """Refuse a row with a turn of a role that the template passes over; some write what a tool returned as JSON."""
-    for message in record.messages:
-        if message.role in KNOWN_ROLES or not (said := message.content.strip()):
+    """Refuse a row with a turn that the template passes over: of an unknown role, or a later system message.
+
+    Some templates write what they do not know as JSON.
+    """
+    for index, message in enumerate(record.messages):
+        is_common = message.role in KNOWN_ROLES and (message.role != "system" or not index)
+        if is_common or not (said := message.content.strip()):
             continue
         if said not in prompt and json.dumps(said, ensure_ascii=False)[1:-1] not in prompt:
             raise DataError(
-                f"{template.origin} does not show turns of the role '{message.role}'",
+                f"{template.origin} does not show the turn of the role '{message.role}' at messages[{index}]",
                 hint="call it user, assistant, system or tool, or use --template plain",
             )

@@ -256,18 +256,19 @@ def test_several_processes_leave_out_the_same_rows(run, commands, folder, tiny_f
     assert summary(tmp_path / "train")["rows"] == 14
 
 
-def test_a_role_that_the_template_passes_over_is_a_bad_row(p2d, tiny_folder, tmp_path):
-    """Templates that know three roles leave a turn of another one out without a word."""
+@pytest.mark.parametrize("role", ["critic", "system"])
+def test_a_turn_that_the_template_passes_over_makes_a_bad_row(p2d, tiny_folder, tmp_path, role):
+    """Templates that know three roles leave a turn of another one out without a word, and late system messages."""
     (tmp_path / "three.jinja").write_text(
-        "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}<{{ m.role }}>{{ m.content }}"
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] or loop.first %}<{{ m.role }}>{{ m.content }}"
         "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    turns = [user("a"), {"role": "critic", "content": "no"}, user("b"), assistant("c")]
+    turns = [user("a"), {"role": role, "content": "no"}, user("b"), assistant("c")]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     words = ("eval", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
     done = p2d(*words, "--chat-template", tmp_path / "three.jinja", "--out", tmp_path / "out")
     assert done.code == 65
-    assert "rows.jsonl:1: the chat template three.jinja does not show turns of the role 'critic'" in done.said
+    assert f"rows.jsonl:1: the chat template three.jinja does not show the turn of the role '{role}'" in done.said
     assert p2d(*words, "--template", "plain", "--out", tmp_path / "out").code == 0
 
 

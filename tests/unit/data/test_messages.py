@@ -330,6 +330,9 @@ def test_keys_that_p2d_does_not_know_are_counted(read):
     for part in ("key rank (2)", "key mood (1)", "key thinking (1)", "weight of other turns than the assistant's (1)"):
         assert part in note
     assert "timestamp" not in note
+    [note] = read({"messages": [user("a", **{f"key{number}": 1 for number in range(20)}), assistant("b")]}).notes
+    assert note.count("message key") == 8
+    assert note.endswith(" and 12 others")
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,11 @@ def test_answers_that_are_no_texts(read, value, text):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen, rejected state which answer is preferred"),
         ({"chosen": [], "rejected": []}, "chosen, rejected state which answer is preferred"),
         ({"instruction": "a", "output": "b", "kto_tag": False}, "kto_tag is false"),
-        ({"prompt": "a", "completion": "b", "image": "a.png"}, "column 'image' holds image"),
-        ({"prompt": "a", "completion": "b", "photo": {"bytes": "x", "path": None}}, "column 'photo' holds photo"),
+        ({"prompt": "a", "completion": "b", "image": "a.png"}, "column 'image' holds more than text"),
+        (
+            {"prompt": "a", "completion": "b", "photo": {"bytes": "x", "path": None}},
+            "column 'photo' holds more than text",
+        ),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\] must be a pair"),
         ({"instruction": "a", "output": "b", "history": [["c", None]]}, r"history\[0\]\[1\] must be a text"),
         ({"prompt": [], "completion": "b"}, "column 'prompt' must be a text; found list"),
