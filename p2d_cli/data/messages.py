@@ -219,7 +219,7 @@ def _unread_keys(turn: Mapping[str, Any], message: Message) -> list[str]:
 def _calls(turn: Mapping[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
     for key in _CALL_KEYS:
         value = turn.get(key)
-        if not _is_given(value):
+        if not _is_given(value) or not unpack_json(value):
             continue
         if role != "assistant":
             raise place.problem(f"carries {key}, and is a turn of {role}; calls are the assistant's")
@@ -290,6 +290,8 @@ def read_tools(value: Any, place: Place) -> tuple[Mapping[str, Any], ...] | None
     if not _is_given(value):
         return ()
     found = unpack_json(value)
+    if not found or (isinstance(found, str) and not found.strip()):
+        return ()
     if isinstance(found, str):
         if found.lstrip().startswith(("[", "{")):
             raise place.problem(f"is not valid JSON: {found!r:.60}", "it must be a list of JSON schemas of functions")

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from p2d_cli.artifacts.subset import PoolScores, save_subset
+from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import read_records
 from p2d_cli.data.sources import locate
 from p2d_cli.errors import DataError
@@ -137,6 +138,16 @@ def test_labels_are_learnt_by_their_names(tmp_path):
     table.save_to_disk(str(tmp_path / "disk"))
     assert answers(tmp_path / "a.parquet") == answers(tmp_path / "disk") == ["good", "bad"]
     assert answers(write_labels(tmp_path / "b.parquet", [0, 1, 1])) == ["bad", "good", "good"]
+
+
+def test_labels_of_the_hub(tmp_path, monkeypatch):
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    table = table.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    monkeypatch.setattr("p2d_cli.data.sources._load_hub", lambda source: (table, "train"))
+    monkeypatch.setattr("p2d_cli.data.sources._probe_hub", lambda source: None)
+    monkeypatch.setattr("p2d_cli.data.sources._cached_files", lambda source: None)
+    source = RowSource(spec="o/n", kind="hub", format="hub", repo="o/n")
+    assert [record.completion for record in read_records(source).records] == ["good", "bad"]
 
 
 def test_names_of_labels_survive_a_subset(tmp_path):

@@ -173,6 +173,19 @@ def test_schemas_in_another_form(read, tools):
         read({"messages": [user("w"), assistant("b")], "tools": tools})
 
 
+@pytest.mark.parametrize("calls", [None, [], "", "[]", "null"])
+def test_no_calls(read, calls):
+    [record] = read({"messages": [user("w", tool_calls=calls), assistant("b", tool_calls=calls)]}).records
+    assert (record.messages, record.answer) == ((Message("user", "w"),), Message("assistant", "b"))
+    assert record.unread == ()
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]", "null", {"name": None, "parameters": None}])
+def test_no_tools(read, tools):
+    found = read({"messages": [user("w"), assistant("b")], "tools": tools})
+    assert (found.records[0].tools, found.notes) == ((), ())
+
+
 HALF = "\ud83d"
 
 
