@@ -180,7 +180,9 @@ class RowOptions(StageConfig):
     system_column: str | None = setting(None, "Column with a system prompt; by default system.", panel="Rows")
     choices_column: str | None = setting(None, "Column with answers to choose from; by default choices.", panel="Rows")
     id_column: str | None = setting(None, "Column with the row's name; by default id.", panel="Rows")
-    skip_bad_rows: bool = setting(False, "Leave unreadable rows out, counted, instead of stopping.", panel="Rows")
+    skip_bad_rows: bool = setting(
+        False, "Leave out rows that cannot be read or shown, counted, instead of stopping.", panel="Rows"
+    )
     template: Literal["auto", "chat", "plain"] = setting(
         "auto", "How a row becomes text; auto is the tokenizer's chat template if it has one.", panel="Rows"
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ArtifactKind = Literal["heads", "subset", "adapter", "evaluation", "report", "model"]
+JSON_MARK = {b"p2d": b"json"}
+"""Metadata of a column of `subset.parquet` whose values fit no Arrow type, and are JSON as text."""
 
 
 @dataclass(frozen=True)

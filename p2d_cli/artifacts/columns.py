@@ -18,6 +18,8 @@ import pyarrow as pa
 
 # Where integers stop to be exact in float64, and to fit into 64 bits.
 _LIMITS = (-(2**63), -(2**53), 2**53 + 1, 2**63)
+_SHOWN_AS_JSON = frozenset({"arguments", "parameters"})
+"""Fields of tool calls and of tools that templates write as they are."""
 Place = tuple[int, int]
 """Rank of a row, and a number that grows with its values."""
 
@@ -56,6 +58,19 @@ class _Kinds:
             (str, False) in self.plain
             or (self.items is not None and self.items[1].has_surrogates())
             or any(not _is_unicode(name) or kinds.has_surrogates() for name, (_, kinds) in self.fields.items())
+        )
+
+    def merges_numbers(self, *, exact: bool = False) -> bool:
+        """Return whether whole numbers would become floats in what models are shown as JSON: a tool's arguments.
+
+        Args:
+            exact: whether these values are such arguments.
+        """
+        if exact and {kind[0] for kind in self.plain if isinstance(kind, tuple)} >= {int, float}:
+            return True
+        inside = [] if self.items is None else [self.items[1].merges_numbers(exact=exact)]
+        return any(inside) or any(
+            kinds.merges_numbers(exact=exact or name in _SHOWN_AS_JSON) for name, (_, kinds) in self.fields.items()
         )
 
     def samples(self) -> list[Any]:
@@ -106,7 +121,7 @@ class Column:
 
     type: pa.DataType | None
     """None: as JSON text, one a row. So are values of mixed types, integers beyond 64 bits, halves of surrogate pairs,
-    and objects without keys."""
+    objects without keys, and arguments of tools that are whole numbers here and floats there."""
     ascii_only: bool
     """Whether JSON text escapes what is not ASCII, as it must where there are halves of surrogate pairs."""
 
@@ -137,7 +152,9 @@ class Columns:
         """Return the columns, in the order in which they first stand in the rows by rank."""
         in_order = sorted(self._kinds.items(), key=lambda item: item[1][0])
         return {
-            name: Column(_infer([*kinds.samples(), None]), ascii_only=kinds.has_surrogates())
+            name: Column(
+                None if kinds.merges_numbers() else _infer([*kinds.samples(), None]), ascii_only=kinds.has_surrogates()
+            )
             for name, (_, kinds) in in_order
         }
 

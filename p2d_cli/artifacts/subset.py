@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.cards import save_data_card
 from p2d_cli.artifacts.columns import Column, Columns
 from p2d_cli.errors import ArtifactError
+from p2d_cli.pipeline import JSON_MARK
 
 SUBSET_NAME = "subset.parquet"
 POOL_SCORES_NAME = "pool_scores.parquet"
@@ -227,7 +228,14 @@ def _table(rows: Sequence[_Spilled], columns: Mapping[str, Column]) -> pa.Table:
             raise _MisfitError(column) from None
     arrays["score"] = pa.array([score for _, _, score, _ in rows], pa.float64())
     arrays["rank"] = pa.array([rank for rank, _, _, _ in rows], pa.int64())
-    return pa.table(arrays)
+    return pa.table(arrays, _marked_schema(arrays, columns))
+
+
+def _marked_schema(arrays: Mapping[str, pa.Array], columns: Mapping[str, Column]) -> pa.Schema:
+    """Return the schema, with a mark on columns of JSON: their rows are read again as they came."""
+    are_json = {name for column, name in _free_names(columns).items() if columns[column].type is None}
+    marks = {name: JSON_MARK if name in are_json else None for name in arrays}
+    return pa.schema([pa.field(name, array.type, metadata=marks[name]) for name, array in arrays.items()])
 
 
 def _free_names(columns: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from p2d_cli.data.records import Record, SkippedRows, repeated_ids_note
+from p2d_cli.data.records import Record, SkippedRows, UnreadParts, repeated_ids_note
 from p2d_cli.errors import DataError
 
 CHUNK_ROWS = 16_384
@@ -175,8 +175,9 @@ def open_pool(scan: Scan, target: Sequence[Record] = (), *, advance: Callable[[i
     ids, twins, twin_groups = array("Q"), array("q"), array("q")
     held: list[Record] | None = []
     characters = 0
-    skipped = SkippedRows()
+    skipped, unread = SkippedRows(), UnreadParts()
     for place, record in enumerate(scan(skip=skipped)):
+        unread.add(record)
         ids.append(digest64(record.id))
         characters += len(record.text)
         if group_of and (group := group_of.get(digest64(record.plain_text))) is not None:
@@ -187,13 +188,13 @@ def open_pool(scan: Scan, target: Sequence[Record] = (), *, advance: Callable[[i
             held = held if len(held) <= CHUNK_ROWS and characters <= CHUNK_CHARACTERS else None
         if len(ids) % _ROWS_BETWEEN_REPORTS == 0:
             advance(_ROWS_BETWEEN_REPORTS)
-    notes = _repeated_ids(scan, np.asarray(ids, dtype=np.uint64))
+    repeated = _repeated_ids(scan, np.asarray(ids, dtype=np.uint64))
     return Pool(
         scan=scan,
         num_rows=len(ids),
         characters=characters,
-        named_by_place=bool(notes),
-        notes=notes,
+        named_by_place=bool(repeated),
+        notes=(*repeated, *unread.notes()),
         skipped=skipped,
         twins=np.array(twins, dtype=np.int64),
         twin_groups=np.array(twin_groups, dtype=np.int64),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +56,8 @@ class RawRow:
 
     where: str
     fields: dict[str, Any]
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What the numbers of a column stand for, where the data set says so (a `ClassLabel` of `datasets`)."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,42 @@ def format_of(path: Path) -> RowFormat | None:
     name = path.name.lower()
     row_format = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
     return None if name.endswith(".gz") and row_format not in TEXT_FORMATS else row_format
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written: it holds no half of a surrogate pair."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def holds(value: Any) -> bool:
+    """Say whether a value holds something: no null, false, empty text, or collection of nothing else."""
+    if isinstance(value, Mapping):
+        return any(map(holds, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds, value))
+    return value is not None and value is not False and value != "" and value != b""
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects, which Parquet and Arrow put where there are none."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(part) for part in value]
+    return value
+
+
+def unpack_json(value: Any) -> Any:
+    """Return what a text holds that is JSON, as a cell of CSV may be; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value

@@ -1,4 +1,4 @@
-"""What a row says: a context that ends with a user's message, and the completion that answers it."""
+"""Rows as p2d uses them: a context that ends with a user's message or a tool's, and the completion that answers it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from p2d_cli.data.messages import Message
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource
+from p2d_cli.data.row_content import read_content
+from p2d_cli.data.row_shapes import AmbiguousColumnsError, ColumnMap, Layout, find_layout
 from p2d_cli.data.sources import scan_rows
 from p2d_cli.errors import DataError
 
-_PROMPT_NAMES = ("prompt", "question", "instruction")
-_COMPLETION_NAMES = ("completion", "answer", "output")
-_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-_ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
+__all__ = [
+    "Check",
+    "ColumnMap",
+    "Message",
+    "OpenCheck",
+    "Record",
+    "RecordSet",
+    "SkippedRows",
+    "UnreadParts",
+    "read_records",
+    "repeated_ids_note",
+    "require_number",
+    "scan_records",
+]
 _SKIPPED_SHOWN = 5
-_FLAGS = "name them with --prompt-column and --completion-column, or --messages-column"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    parts: Mapping[str, Any] = field(default_factory=dict)
-    """What chat templates read beside the content: `tool_calls`, `reasoning_content`, `name`, `tool_call_id`."""
-    is_learnt: bool = True
-    """Whether an assistant's turn counts in the loss (`weight: 0` and `train: false` say no)."""
+_PARTS_SHOWN = 8
+Check = Callable[["Record"], None]
+"""Raises a `DataError`, without the row's name, for a record that cannot be used."""
+OpenCheck = Callable[[], Check]
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Record:
     id: str
     """The row's own id, else its `where`; unique within a `RecordSet`."""
     messages: tuple[Message, ...]
-    """The context; the last message is a user's."""
+    """The context; the last message is a user's, or a tool's."""
     completion: str
-    """The answer to learn or to compare with; empty only where none was needed."""
+    """The answer to learn or to compare with; empty only where none was needed, or where it calls a tool."""
     choices: tuple[str, ...] | None
     """Answers to choose from, where the row brings its own."""
     fields: dict[str, Any]
@@ -53,6 +57,8 @@ class Record:
     """What the answer has beside its text; see `Message.parts`."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The functions that the model may call, as JSON schemas."""
+    unread: tuple[str, ...] = ()
+    """What the row carries that bears on its meaning, and that p2d neither shows nor heeds."""
 
     @property
     def answer(self) -> Message:
@@ -67,34 +73,18 @@ class Record:
     @property
     def prompt(self) -> str:
         """The context without the system message, a line break between the turns."""
-        return "\n".join(message.content for message in self.messages if message.role != "system")
+        return "\n".join(message.text for message in self.messages if message.role != "system")
 
     @property
     def text(self) -> str:
-        """Prompt and completion, a line break between them."""
-        return f"{self.prompt}\n{self.completion}"
+        """Prompt and completion, a line break between them; see `Message.text` for tool calls and reasoning."""
+        return f"{self.prompt}\n{self.answer.text}"
 
     @property
     def plain_text(self) -> str:
-        """The text without regard to case and white space: rows that share it say the same."""
-        return " ".join(self.text.split()).casefold()
-
-
-@dataclass(frozen=True)
-class ColumnMap:
-    """Columns named by the user; `None` leaves one to be found.
-
-    Found by themselves are `prompt`/`completion`, `messages` or `conversations` (messages of `role` and `content`,
-    or of `from` and `value`), `instruction`/`input`/`output` and `question`/`answer`, and beside any of them `id`,
-    `system` (a text) and `choices` (a list of texts). In CSV, messages and choices are lists written as JSON.
-    """
-
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    id: str | None = None
-    system: str | None = None
-    choices: str | None = None
+        """The text without regard to case and white space: rows that share it, and their tools, say the same."""
+        tools = [json.dumps(tool, ensure_ascii=False, sort_keys=True, default=str) for tool in self.tools]
+        return " ".join(" ".join([*tools, self.text]).split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -115,6 +105,7 @@ def read_records(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     need_completion: bool = True,
+    open_check: OpenCheck | None = None,
 ) -> RecordSet:
     """Read the rows of a source as records.
 
@@ -127,6 +118,7 @@ def read_records(
         limit: stop after so many records.
         skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
         need_completion: whether a row without an answer is a bad row.
+        open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
 
     Raises:
         DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
@@ -139,9 +131,13 @@ def read_records(
         system=system,
         skip=skipped.append if skip_bad_rows else None,
         need_completion=need_completion,
+        open_check=open_check,
     )
     named, notes = _with_unique_ids(list(islice(rows, limit)))
-    return RecordSet(records=named, skipped=tuple(skipped), notes=notes)
+    unread = UnreadParts()
+    for record in named:
+        unread.add(record)
+    return RecordSet(records=named, skipped=tuple(skipped), notes=(*notes, *unread.notes()))
 
 
 def scan_records(
@@ -152,6 +148,7 @@ def scan_records(
     skip: Callable[[str], None] | None = None,
     need_completion: bool = True,
     with_fields: bool = True,
+    open_check: OpenCheck | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a source as records, one after the other; their ids may repeat.
 
@@ -162,32 +159,107 @@ def scan_records(
         need_completion: whether a row without an answer is a bad row.
         skip: is told the problem of each bad row, which is then left out; without it the first one is an error.
         with_fields: whether the records keep their rows' columns beside what p2d shows of them.
+        open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
 
     Raises:
         DataError: as `read_records`.
         UnavailableError: likewise.
     """
     wanted = columns or ColumnMap()
-    layout: _Layout | None = None
-    found, bad, first = 0, 0, ""
+    layout: Layout | None = None
+    check: Check | None = None
+    bad = SkippedRows()
+
+    def leave_out(problem: DataError) -> None:
+        if skip is None:
+            raise problem
+        skip(problem.message)
+        bad(problem.message)
+
+    found = 0
     for row in scan_rows(source):
         try:
             if isinstance(row, BadRow):
                 raise row.problem
-            layout = layout or _find_layout(row, wanted, need_completion=need_completion)
+            layout = layout or find_layout(row, wanted, need_completion=need_completion)
             record = _to_record(row, layout, system=system, need_completion=need_completion)
-        except _AmbiguousColumnsError:
+        except AmbiguousColumnsError:
             raise
         except DataError as problem:
-            if skip is None:
-                raise
-            skip(problem.message)
-            bad, first = bad + 1, first or problem.message
+            leave_out(problem)
             continue
+        if open_check is not None:
+            check = check or open_check()  # what it raises is no fault of the row
+            if (refusal := _refusal(check, record)) is not None:
+                leave_out(refusal)
+                continue
         found += 1
         yield record if with_fields else replace(record, fields={})
     if not found:
-        raise DataError(f"no usable rows in {source.spec}" + (f"; {bad} bad rows, the first: {first}" if bad else ""))
+        tally = f"; {bad.count} bad rows, the first: {bad.first[0]}" if bad.count else ""
+        raise DataError(f"no usable rows in {source.spec}{tally}")
+
+
+def _to_record(row: RawRow, layout: Layout, *, system: str | None, need_completion: bool) -> Record:
+    try:
+        content = read_content(row, layout, system=system, need_completion=need_completion)
+    except RecursionError:
+        raise DataError(f"{row.where}: JSON that is nested too deeply") from None
+    return Record(
+        id=_own_id(row, layout.id),
+        messages=content.context,
+        completion=content.answer.content,
+        choices=content.choices,
+        fields=content.fields,
+        where=row.where,
+        answer_parts=content.answer.parts,
+        tools=content.tools,
+        unread=content.unread,
+    )
+
+
+def _own_id(row: RawRow, column: str | None) -> str:
+    value = None if column is None else row.fields.get(column)
+    return str(value) if isinstance(value, str | int) and str(value) else row.where
+
+
+def _refusal(check: Check, record: Record) -> DataError | None:
+    """Return why a check refuses a record, under the row's name."""
+    try:
+        check(record)
+    except DataError as problem:
+        if problem.message.startswith(f"{record.where}: "):
+            return problem
+        advice = "--skip-bad-rows leaves such rows out"
+        return DataError(
+            f"{record.where}: {problem.message}", hint=f"{problem.hint}; {advice}" if problem.hint else advice
+        )
+    return None
+
+
+@dataclass
+class UnreadParts:
+    """What rows carry that bears on their meaning, and that p2d neither shows nor heeds, counted."""
+
+    rows: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+
+    def add(self, record: Record) -> None:
+        """Count a row's."""
+        if record.unread:
+            self.rows += 1
+            self.parts.update(set(record.unread))
+            self.first = self.first or record.where
+
+    def notes(self) -> tuple[str, ...]:
+        """Say in one note what it was, if anything."""
+        if not self.rows:
+            return ()
+        named = ", ".join(f"{name} ({count})" for name, count in self.parts.most_common(_PARTS_SHOWN))
+        if len(self.parts) > _PARTS_SHOWN:
+            named += f" and {len(self.parts) - _PARTS_SHOWN} others"
+        return (f"{self.rows} rows carry what p2d neither shows to the model nor heeds, first {self.first}: {named}",)
 
 
 @dataclass
@@ -237,212 +309,3 @@ def _with_unique_ids(records: list[Record]) -> tuple[tuple[Record, ...], tuple[s
 def repeated_ids_note(commonest: str, times: int) -> str:
     """Say that rows lose their own ids because some repeat."""
     return f"ids repeat ('{commonest}' stands {times} times): rows are named by their place in the file instead"
-
-
-# --- which column holds what
-
-
-class _AmbiguousColumnsError(DataError):
-    """Several shapes fit; no later row can settle it."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The columns of one data set. The first row must have those of prompt, completion and messages, if not `None`;
-    the others are looked for in every row.
-    """
-
-    prompt: str | None = None
-    input: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    id: str | None = None
-    system: str | None = None
-    choices: str | None = None
-    choices_named: bool = False
-    """Whether the user named that column, so that it must hold choices."""
-
-
-_SHAPES: dict[str, _Layout] = {
-    "prompt/completion": _Layout(prompt="prompt", completion="completion"),
-    "messages": _Layout(messages="messages"),
-    "conversations": _Layout(messages="conversations"),
-    "instruction/input/output": _Layout(prompt="instruction", input="input", completion="output"),
-    "question/answer": _Layout(prompt="question", completion="answer"),
-}
-
-
-def _find_layout(row: RawRow, wanted: ColumnMap, *, need_completion: bool) -> _Layout:
-    _require_columns(row, [name for name in vars(wanted).values() if name is not None])
-    if wanted.messages is not None:
-        layout = _Layout(messages=wanted.messages)
-    elif wanted.prompt is not None or wanted.completion is not None:
-        layout = _Layout(
-            prompt=wanted.prompt or _only_known(row, _PROMPT_NAMES, "prompt"),
-            completion=wanted.completion
-            or _only_known(row, _COMPLETION_NAMES, "completion", optional=not need_completion),
-        )
-    else:
-        layout = _only_shape(row, need_completion=need_completion)
-    return replace(
-        layout,
-        id=wanted.id or "id",
-        system=wanted.system or "system",
-        choices=wanted.choices or "choices",
-        choices_named=wanted.choices is not None,
-    )
-
-
-def _only_shape(row: RawRow, *, need_completion: bool) -> _Layout:
-    def fits(shape: _Layout, *, whole: bool) -> bool:
-        needed = [shape.prompt, shape.messages, shape.completion if whole else None]
-        return all(name in row.fields for name in needed if name is not None)
-
-    fitting = [name for name, shape in _SHAPES.items() if fits(shape, whole=True)]
-    if not fitting and not need_completion:
-        fitting = [name for name, shape in _SHAPES.items() if fits(shape, whole=False)]
-    if len(fitting) == 1:
-        shape = _SHAPES[fitting[0]]
-        return shape if shape.completion in row.fields else replace(shape, completion=None)
-    found = _list_columns(row)
-    if fitting:
-        message = f"{row.where}: the columns fit {' and '.join(fitting)}; found {found}"
-        raise _AmbiguousColumnsError(message, hint=_FLAGS)
-    message = f"{row.where}: expected the columns of {', '.join(_SHAPES)}; found {found}"
-    raise DataError(message, hint=_FLAGS)
-
-
-def _only_known(row: RawRow, names: Iterable[str], role: str, *, optional: bool = False) -> str | None:
-    present = [name for name in names if name in row.fields]
-    if len(present) == 1:
-        return present[0]
-    if optional and not present:
-        return None
-    message = f"{row.where}: expected one column for the {role}; found {_list_columns(row)}"
-    raise DataError(message, hint=f"name it with --{role}-column")
-
-
-def _require_columns(row: RawRow, names: Iterable[str]) -> None:
-    missing = [name for name in names if name not in row.fields]
-    if missing:
-        raise DataError(f"{row.where}: no column '{missing[0]}'; found {_list_columns(row)}", hint=_FLAGS)
-
-
-def _list_columns(row: RawRow) -> str:
-    return ", ".join(row.fields) or "no columns"
-
-
-# --- from row to record
-
-
-def _to_record(row: RawRow, layout: _Layout, *, system: str | None, need_completion: bool) -> Record:
-    _require_unicode_names(row)
-    if layout.messages is not None:
-        context, completion = _split_messages(row, layout.messages, need_completion=need_completion)
-    else:
-        context, completion = _pair(row, layout, need_completion=need_completion)
-    system = _text(row, layout.system, optional=True) or system
-    if system and all(message.role != "system" for message in context):
-        context = (Message("system", system), *context)
-    if need_completion and not completion.strip():
-        raise DataError(f"{row.where}: the completion is empty")
-    return Record(
-        id=_own_id(row, layout.id),
-        messages=context,
-        completion=completion,
-        choices=_choices(row, layout),
-        fields=row.fields,
-        where=row.where,
-    )
-
-
-def _require_unicode_names(row: RawRow) -> None:
-    for name in row.fields:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            found = name.encode("ascii", "backslashreplace").decode("ascii")
-            message = f"{row.where}: the column name '{found}' holds half of a surrogate pair, which is no Unicode text"
-            raise DataError(message) from None
-
-
-def _pair(row: RawRow, layout: _Layout, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
-    prompt = _text(row, layout.prompt)
-    extra = _text(row, layout.input, optional=True)
-    if not prompt.strip():
-        raise DataError(f"{row.where}: column '{layout.prompt}' is empty; expected the prompt")
-    completion = _text(row, layout.completion, optional=not need_completion)
-    return (Message("user", f"{prompt}\n{extra}" if extra.strip() else prompt),), completion
-
-
-def _text(row: RawRow, column: str | None, *, optional: bool = False) -> str:
-    """Return a column's text; an optional one may be absent or null, and is then empty."""
-    if column is None:
-        return ""
-    if not optional:
-        _require_columns(row, [column])
-    value = row.fields.get(column)
-    if value is None and optional:
-        return ""
-    return _require_text(row, value, f"column '{column}'")
-
-
-def _require_text(row: RawRow, value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise DataError(f"{row.where}: {what} must be a text; found {found}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        message = f"{row.where}: {what} holds half of a surrogate pair, which is no Unicode text"
-        raise DataError(message) from None
-    return value
-
-
-def _split_messages(row: RawRow, column: str, *, need_completion: bool) -> tuple[tuple[Message, ...], str]:
-    _require_columns(row, [column])
-    turns = _unpacked(row.fields[column])
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.where}: column '{column}' must be a list of messages with role and content")
-    messages = tuple(_message(row, turn, f"{column}[{index}]") for index, turn in enumerate(turns))
-    completion = ""
-    if messages[-1].role == "assistant":
-        *context, last = messages
-        messages, completion = tuple(context), last.content
-    elif need_completion:
-        raise DataError(f"{row.where}: the last message is from {messages[-1].role}; expected the assistant's answer")
-    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-        raise DataError(f"{row.where}: no user's message before the assistant's answer")
-    return messages, completion
-
-
-def _unpacked(value: Any) -> Any:
-    """Return what a text holds that is JSON, as a cell of CSV may be; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _message(row: RawRow, turn: Any, what: str) -> Message:
-    for speaker, said in _MESSAGE_KEYS:
-        if isinstance(turn, Mapping) and {speaker, said} <= turn.keys():
-            role = _require_text(row, turn[speaker], f"{what}.{speaker}")
-            return Message(_ROLES.get(role, role), _require_text(row, turn[said], f"{what}.{said}"))
-    raise DataError(f"{row.where}: {what} must have role and content, or from and value; found {turn!r:.60}")
-
-
-def _own_id(row: RawRow, column: str | None) -> str:
-    value = None if column is None else row.fields.get(column)
-    return str(value) if isinstance(value, str | int) and str(value) else row.where
-
-
-def _choices(row: RawRow, layout: _Layout) -> tuple[str, ...] | None:
-    value = None if layout.choices is None else _unpacked(row.fields.get(layout.choices))
-    if isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
-        return tuple(value)
-    if layout.choices_named and value is not None:
-        raise DataError(f"{row.where}: column '{layout.choices}' must be a list of texts; found {value!r:.60}")
-    return None

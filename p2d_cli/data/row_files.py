@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from p2d_cli.data.column_kinds import interpreted
 from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
 from p2d_cli.errors import DataError, StorageError
@@ -408,7 +409,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow | BadRow]:
 
     try:
         with pq.ParquetFile(path) as table:
-            yield from _rows_of_batches(path, table.schema_arrow.names, table.iter_batches(batch_size=1024))
+            rows = _rows_of_batches(path, table.schema_arrow.names, table.iter_batches(batch_size=1024))
+            yield from interpreted(rows, table.schema_arrow)
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Parquet file: {problem}") from None
 
@@ -427,7 +429,7 @@ def _read_arrow(path: Path) -> Iterator[RawRow | BadRow]:
             else:
                 reader = pa.ipc.open_stream(stream)
                 batches = iter(reader)
-            yield from _rows_of_batches(path, reader.schema.names, batches)
+            yield from interpreted(_rows_of_batches(path, reader.schema.names, batches), reader.schema)
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Arrow file: {problem}") from None
 

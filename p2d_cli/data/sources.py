@@ -16,6 +16,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from p2d_cli.data.column_kinds import label_names
 from p2d_cli.data.folders import (
     DICT_NAME,
     STATE_NAME,
@@ -294,8 +295,10 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         raise DataError(f"cannot read data set {source.spec}: {problem}") from None
     except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
         raise _unavailable(source, str(problem), offline=offline) from None
+    features = getattr(rows, "features", None)
+    labels = label_names(features.to_dict()) if features else {}
     for number, fields in enumerate(rows):
-        yield RawRow(f"{source.repo}/{split}#{number}", dict(fields))
+        yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
 
 def _read_cached(source: RowSource, split: str, files: list[Path]) -> Iterator[RawRow | BadRow]:

@@ -27,7 +27,10 @@ from p2d_cli.artifacts.store import (
 from p2d_cli.config import ConfigT, Resolved
 from p2d_cli.core.aer import StageCost
 from p2d_cli.core.cost import StagePlan
+from p2d_cli.data.prompts import PromptTemplate
+from p2d_cli.data.records import OpenCheck
 from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
+from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import (
@@ -124,7 +127,9 @@ class StageRun(Generic[ConfigT]):
         self.options = options
         self.progress = self._progress()
         self.timer = PhaseTimer()
-        self.inputs = StageInputs(self.config, self.progress)
+        self.inputs = StageInputs(self.config, self.progress, self._row_check)
+        self.prompts: dict[tuple[str, bool], tuple[Any, PromptTemplate]] = {}
+        """Tokenizers and templates that were loaded; see `p2d_cli.stages.showing.open_prompts`."""
         self.scorer: ModelIdentity | None = None
         """The model that does this stage's work, where it is not the one that the work is for."""
         self.devices: dict[str, int] = {}
@@ -225,6 +230,11 @@ class StageRun(Generic[ConfigT]):
             with ExitStack() as self._until_committed:
                 manifest = self._shared(compute, decision, key, identity, alone=alone)
         return self._result("done", key, manifest)
+
+    def _row_check(self, files: ModelFiles) -> OpenCheck | None:
+        from p2d_cli.stages.showing import open_row_check
+
+        return open_row_check(self, files)
 
     def _progress(self) -> Progress:
         """Return what the stage reports to; a rank that shows nothing may keep a log of its own."""

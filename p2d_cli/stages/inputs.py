@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from p2d_cli.config import EvalConfig, RowOptions, StageConfig
 from p2d_cli.data.chat_templates import read_chat_template
 from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.raw_rows import RowSource
-from p2d_cli.data.records import ColumnMap, Record, RecordSet, SkippedRows, read_records, scan_records
+from p2d_cli.data.records import Check, ColumnMap, OpenCheck, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import locate
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
@@ -31,7 +32,12 @@ from p2d_cli.stages.identity import digest_rows, ensure_same_model, identify_mod
 class StageInputs:
     """What one run of a stage reads."""
 
-    def __init__(self, config: StageConfig, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        progress: Progress,
+        row_check: Callable[[ModelFiles], OpenCheck | None],
+    ) -> None:
         self.entries: dict[str, InputEntry] = {}
         """What identifies each input, by its name."""
         self.manifests: dict[str, Manifest] = {}
@@ -42,8 +48,12 @@ class StageInputs:
         """What the inputs cost to make, by the key of each artifact."""
         self.bad_rows: dict[str, dict[str, Any]] = {}
         """How many rows of an input were left out, and the first of them, by the input's name."""
+        self.reader: ModelFiles | None = None
+        """The model that reads the rows: the one called `model`, unless a stage lets another one read."""
         self._config = config
         self._progress = progress
+        self._row_check = row_check
+        """Returns what opens the check of rows that a model is to read."""
         self._names: dict[RowSource, str] = {}
         """The input's name of each source of rows."""
 
@@ -80,6 +90,7 @@ class StageInputs:
         )
         if name == "model":
             self.base_model = identity
+            self.reader = files
         return files
 
     def rows(self, name: str, spec: str) -> RowSource:
@@ -147,6 +158,7 @@ class StageInputs:
             limit=limit,
             skip_bad_rows=self._row_options.skip_bad_rows,
             need_completion=need_completion,
+            open_check=self._open_check(),
         )
         self._tell(source, records.notes, SkippedRows.of(records.skipped))
         return records
@@ -159,6 +171,8 @@ class StageInputs:
             target: rows of the task, not to be chosen from the pool.
         """
         config = self._row_options
+        open_check = self._open_check()
+        remembered = _RememberedCheck(open_check) if open_check is not None else None
 
         def scan(*, skip: Callable[[str], None], with_fields: bool = False) -> Iterator[Record]:
             return scan_records(
@@ -167,10 +181,13 @@ class StageInputs:
                 system=self.system_prompt,
                 skip=skip if config.skip_bad_rows else None,
                 with_fields=with_fields,
+                open_check=None if remembered is None else remembered.open,
             )
 
         with self._progress.task("count rows of the pool", None) as advance:
             pool = open_pool(scan, target, advance=advance)
+        if remembered is not None:
+            remembered.is_complete = True
         self._tell(source, pool.notes, pool.skipped)
         return pool
 
@@ -179,6 +196,10 @@ class StageInputs:
         if not isinstance(self._config, RowOptions):
             raise TypeError(f"{type(self._config).__name__} has no settings for rows")
         return self._config
+
+    def _open_check(self) -> OpenCheck | None:
+        """Return what opens the check that the stage's template shows a row; None where no model reads any."""
+        return None if self.reader is None else self._row_check(self.reader)
 
     def _columns(self) -> ColumnMap:
         config = self._row_options
@@ -202,3 +223,35 @@ class StageInputs:
 
     def _charge(self, manifest: Manifest) -> None:
         self.ledger |= {entry["artifact"]: entry for entry in manifest.ledger}
+
+
+class _RememberedCheck:
+    """A check of a pool's rows that is made once, though the pool is read again for each use.
+
+    Rows are remembered by their order, which is the same in each pass.
+    """
+
+    def __init__(self, open_check: OpenCheck) -> None:
+        self.is_complete = False
+        """Whether all rows have been checked."""
+        self._open_check = open_check
+        self._refused: set[int] = set()
+
+    def open(self) -> Check:
+        """Return the check for a pass from the first row on, or what remembers its outcome."""
+        check = None if self.is_complete else self._open_check()
+        places = count()
+
+        def checked(record: Record) -> None:
+            place = next(places)
+            if check is None:
+                if place in self._refused:
+                    raise DataError("refused when it was read first")
+                return
+            try:
+                check(record)
+            except DataError:
+                self._refused.add(place)
+                raise
+
+        return checked

@@ -44,19 +44,19 @@ def plan_ahead(
         return _marked(plan_score_heads(job, config.method, locate_model(config.model), None, None))
     if stage == "mine-data":
         reader = config.scorer_model or config.model
-        files = locate_model(reader)
+        files = job.inputs.reader = locate_model(reader)
         uses_target = config.method in METHODS_WITH_TARGET and config.target is not None
         target = _sample(job, "target", config.target, planned) if uses_target else None
         pool = _sample(job, "pool", config.pool, planned)
         return _marked(plan_mine_data(job, files, pool, target, _heads_ahead(config.heads, files, planned)))
     if stage == "train":
-        files = locate_model(config.model)
+        files = job.inputs.reader = locate_model(config.model)
         held_out = _sample(job, "eval_data", config.eval_data, planned) if config.eval_data is not None else None
         data = _sample(job, "data", config.data, planned)
         heads_LH = _heads_ahead(config.heads, files, planned) if config.resolved_scope == "heads" else None
         return _marked(plan_train(job, files, data, held_out, heads_LH))
     trained = planned.get(config.model)
-    files = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
+    files = job.inputs.reader = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
     asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
     choices = open_choices(job, config.choices) if config.choices is not None else None
     return _marked(plan_eval(job, files, asked, choices, None))

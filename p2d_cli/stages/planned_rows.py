@@ -20,10 +20,10 @@ from p2d_cli.data.prompts import EncodedExample, LossOn
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import scan_rows
-from p2d_cli.modeling.light_tokenizer import load_light_tokenizer
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.stages.execution import StageRun
-from p2d_cli.stages.templates import context_length, template_for
+from p2d_cli.stages.showing import open_prompts
+from p2d_cli.stages.templates import context_length
 
 EXACT_ROWS = 2000
 READ_ROWS = 50_000
@@ -103,8 +103,7 @@ class RowCounter:
     """
 
     def __init__(self, job: StageRun[Any], files: ModelFiles, config: RowOptions) -> None:
-        self.tokenizer = load_light_tokenizer(files)
-        self.template = template_for(job, self.tokenizer, config)
+        self.tokenizer, self.template = open_prompts(job, files, config, light=True)
         self.max_length = context_length(config.max_length, files.config)
         self.token_budget = config.token_budget
         self.is_exact = True

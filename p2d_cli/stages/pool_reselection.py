@@ -12,6 +12,7 @@ from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores
 from p2d_cli.config import MineDataConfig
 from p2d_cli.data.pool import Pool
 from p2d_cli.errors import DataError, UsageError
+from p2d_cli.modeling.model_files import locate_model
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.pool_task import MiningInputs, PoolScored
 from p2d_cli.stages.relevance import open_relevance
@@ -41,6 +42,9 @@ def open_scored(job: StageRun[MineDataConfig], spec: str) -> MiningInputs:
         raise UsageError(
             f"--scores {spec} are of {method}, not of --method {config.method}", hint=f"give --method {method}"
         )
+    reader = manifest.summary.get("scorer_model")
+    if reader is not None and config.skip_bad_rows:  # which rows it could not be shown was decided by its own template
+        job.inputs.reader = locate_model(reader["source"])
     pool = job.inputs.rows("pool", config.pool)
     if job.inputs.entries["pool"].digest != manifest.inputs["pool"].digest:
         raise DataError(
@@ -67,7 +71,7 @@ def choose_again(
     ):
         raise DataError(
             "the pool's rows are not those of --scores, as they are read now",
-            hint="give --id-column and --skip-bad-rows as they were given there",
+            hint="give --id-column, --skip-bad-rows and --chat-template as they were given there",
         )
     has_score_N = ~np.isnan(scored.scores_N)
     told = job.inputs.manifests["scores"].summary

@@ -78,6 +78,7 @@ def weigh_choices(
     A prompt is read once for all its answers where the model allows it, otherwise once for each.
     """
     variants = [
+        # The reference's own reasoning, or calls, would tell which choice is right.
         replace(record, completion=text, answer_parts={})
         for record, texts in zip(records, offered, strict=True)
         for text in texts

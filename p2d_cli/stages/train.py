@@ -134,7 +134,7 @@ def is_sharded() -> bool:
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
     from p2d_cli.modeling.saving import add_end_of_turn
-    from p2d_cli.stages.templates import template_for
+    from p2d_cli.stages.showing import open_prompts
 
     config, scope = job.config, job.config.resolved_scope
     with job.timer.phase("prepare"):
@@ -142,7 +142,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         held_out = job.inputs.read(inputs.eval_data).records if inputs.eval_data is not None else ()
     device, dtype, tokenizer = _open(job, inputs.model)
     with job.timer.phase("prepare"):
-        template = template_for(job, tokenizer, config)
+        _, template = open_prompts(job, inputs.model, config)
         rows, truncated = _encode(job, inputs, template, tokenizer, records)
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
     precision = str(dtype).removeprefix("torch.")
@@ -225,14 +225,14 @@ def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, sh
 
 def _open(job: StageRun[TrainConfig], files: ModelFiles) -> tuple[str, torch.dtype, Any]:
     """Return device, precision and tokenizer."""
-    from p2d_cli.modeling.loading import ensure_pad_token, load_tokenizer, resolve_device, resolve_dtype
+    from p2d_cli.modeling.loading import resolve_device, resolve_dtype
+    from p2d_cli.stages.showing import open_prompts
 
     with job.timer.phase("load"):
         device = str(resolve_device(distributed.own_device(job.config.device)))
         job.use_device(device)
         dtype = resolve_dtype(job.config.dtype, device)
-        tokenizer = load_tokenizer(files.folder)
-        ensure_pad_token(tokenizer)
+        tokenizer, _ = open_prompts(job, files, job.config)
     return device, dtype, tokenizer
 
 

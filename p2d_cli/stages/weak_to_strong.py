@@ -29,6 +29,7 @@ def open_reader(job: StageRun[MineDataConfig]) -> ModelFiles:
     if config.scorer_model is None or config.method in METHODS_WITHOUT_MODEL:
         return model
     reader = job.inputs.model(config.scorer_model, name="scorer_model")
+    job.inputs.reader = reader
     job.scorer = ModelIdentity.model_validate(job.inputs.entries["scorer_model"].details)
     job.facts["scorer_model"] = job.scorer.model_dump(mode="json")
     job.facts["scorer_tokenizer"] = _compare_tokenizers(job, model, reader, job.scorer)

@@ -29,9 +29,7 @@ from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import (
-    ensure_pad_token,
     load_model,
-    load_tokenizer,
     placed_on,
     resolve_device,
     resolve_dtype,
@@ -40,7 +38,8 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.stages.batch_reading import BatchReader
 from p2d_cli.stages.execution import StageRun
-from p2d_cli.stages.templates import context_length, template_for
+from p2d_cli.stages.showing import open_prompts
+from p2d_cli.stages.templates import context_length
 
 
 @dataclass
@@ -297,9 +296,7 @@ def open_workbench(job: StageRun[Any], files: ModelFiles, config: RowOptions) ->
         device = str(resolve_device(distributed.own_device(config.device)))
         job.use_device(device)
         dtype = resolve_dtype(config.dtype, device)
-        tokenizer = load_tokenizer(files.folder)
-        ensure_pad_token(tokenizer)
-        template = template_for(job, tokenizer, config)
+        tokenizer, template = open_prompts(job, files, config)
         model = load_model(files.folder, dtype=dtype, device=device, device_map=config.device_map)
         if config.device_map is not None:
             device = str(input_device(model))

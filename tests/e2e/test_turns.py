@@ -21,7 +21,9 @@ TEMPLATES = {
     "qwen3": CHATML.replace("%LEAD%", IN_LAST).replace("%OPEN%", ""),
     "qwen3.5": CHATML.replace("%LEAD%", IN_LAST).replace("%OPEN%", "<think>\n"),
     "r1": CHATML.replace("%LEAD%", "").replace("%OPEN%", "<think>\n"),
-    "no-generation-prompt": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}",
+    "no-generation-prompt": (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}"
+    ),
 }
 ROWS = [
     {"prompt": f"please sell the {thing} now", "completion": f"echo> {thing}"}

@@ -89,7 +89,8 @@ def test_other_columns_keep_their_values(mine, tmp_path):
 BAD = {
     "null": (b"null", "expected a JSON object, found null"),
     "null-prompt": (b'{"prompt": null, "completion": "b"}', "'prompt' must be a text; found null"),
-    "number": (b'{"prompt": "a", "completion": 7}', "'completion' must be a text; found int 7"),
+    "number": (b'{"prompt": 7, "completion": "b"}', "'prompt' must be a text; found int 7"),
+    "object": (b'{"prompt": "a", "completion": {"b": 7}}', "'completion' must be a text; found dict"),
     "list": (b'{"prompt": ["a"], "completion": "b"}', "'prompt' must be a text; found list"),
     "cut": (b'{"prompt": "a", "compl', "not valid JSON"),
     "bytes": (b'{"prompt": "a\xff", "completion": "b"}', "not valid UTF-8: byte 0xff at byte 14"),
