@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -142,20 +141,18 @@ def test_a_second_identical_invocation_is_skipped(p2d, pipeline, commands):
         assert (pipeline / name / "manifest.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_the_skip_imports_no_torch_and_takes_no_second(pipeline, commands):
+def test_the_skip_imports_no_torch(pipeline, commands):
     command = [str(word) for word in commands[1]["adapter"]]
     code = (
-        "import sys, time; start = time.perf_counter(); from p2d_cli.cli.app import app\n"
+        "import sys; from p2d_cli.cli.app import app\n"
         f"sys.argv = ['p2d', *{command!r}]\n"
         "try: app()\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "up to date" in done.stdout
-    assert time.perf_counter() - start < 10, "a skip takes well under a second on a machine that is not busy"
 
 
 def test_touching_is_no_change_but_another_byte_is(p2d, pipeline, commands, few, tmp_path):

@@ -37,8 +37,7 @@ from p2d_cli.errors import StoppedEarlyError
 if sys.argv[2] == "soft":
     locking._flock = lambda descriptor: False
 target, inside, turns = Path(sys.argv[1]), sys.argv[1] + ".inside", 0
-deadline = time.monotonic() + 60
-while turns < 60 and time.monotonic() < deadline:
+while turns < 60:
     try:
         with locking.write_lock(target):
             os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails if another process is inside
@@ -47,7 +46,6 @@ while turns < 60 and time.monotonic() < deadline:
             turns += 1
     except StoppedEarlyError:
         time.sleep(0)
-sys.exit(turns != 60)
 """
 
 
@@ -82,7 +80,7 @@ def test_the_second_writer_is_told_who_the_first_is(p2d, short, holder, tmp_path
     assert "run the same command again" in done.json["hint"]
     # Others are told the same: asking for the lock leaves the note of its holder alone.
     assert f"pid {first.pid}" in p2d(*short["heads"], "--out", tmp_path / "out").said
-    first.communicate("\n", timeout=60)
+    first.communicate("\n")
     assert p2d(*short["heads"], "--out", tmp_path / "out").code == 0
     assert siblings(tmp_path) == ["out"]
 
@@ -125,7 +123,7 @@ def test_many_writers_take_turns(kind, tmp_path):
     command = [sys.executable, "-c", COMPETE, str(tmp_path / "out"), kind]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     for process in processes:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate()
         assert process.returncode == 0, said
     assert siblings(tmp_path) == []
 
@@ -151,7 +149,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join()
     assert (most, turns) == ([1], [120])
 
 
@@ -228,16 +226,16 @@ def test_a_reader_waits_for_a_writer_between_its_renames(p2d, short, tmp_path):
         with write_lock(out):
             out.rename(aside)
             held.set()
-            go_on.wait(timeout=60)
+            go_on.wait()
             assert aside.exists(), "a reader meddled"
             aside.rename(out)
 
     writer = threading.Thread(target=swap)
     writer.start()
-    held.wait(timeout=60)
+    held.wait()
     threading.Timer(0.3, go_on.set).start()
     found = find_current(out, "heads", key)
-    writer.join(timeout=60)
+    writer.join()
     assert found is not None
     assert not aside.exists()
 

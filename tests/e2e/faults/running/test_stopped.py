@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -186,11 +185,12 @@ def test_several_processes_only_take_note(p2d, words, undisturbed, tmp_path, mon
 
 # --- a process of its own: where Python alone would be too late, or say too much
 
+# Each goes on for hours unless it is ended.
 STUCK = {
-    "one long call": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
-    "swallowed": "\n    try: time.sleep(60)\n    except BaseException: time.sleep(60)",
-    "a destructor": "\n    class Last:\n        def __del__(self): time.sleep(60)\n    Last(); time.sleep(60)",
-    "saving": "\n    with signals.shielded(): time.sleep(60)",
+    "one long call": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+    "swallowed": "\n    try: time.sleep(9999)\n    except BaseException: time.sleep(9999)",
+    "a destructor": "\n    class Last:\n        def __del__(self): time.sleep(9999)\n    Last(); time.sleep(9999)",
+    "saving": "\n    with signals.shielded(): time.sleep(9999)",
 }
 OWN_PROCESS = """\
 import sys, time
@@ -215,13 +215,11 @@ def start(code, *words):
 
 
 def ends_in_one_line(process, number=signal.SIGINT):
-    started = time.monotonic()
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate()
     code, what = (130, "interrupted") if number == signal.SIGINT else (75, f"stopped by {number.name}")
     assert process.returncode == code, said
     assert said == f"{what}; what was finished is kept, {GO_ON}\n"
-    return time.monotonic() - started < 10  # two seconds, on a machine that has nothing else to do
 
 
 @pytest.mark.parametrize(
@@ -230,18 +228,24 @@ def ends_in_one_line(process, number=signal.SIGINT):
 def test_a_signal_ends_what_does_not_listen(where, number):
     code = f"def inspect(_):\n    print('begun', flush=True); {STUCK[where]}\n"
     code = f"import p2d_cli.stages.inspection\n{code}p2d_cli.stages.inspection.inspect = inspect\n"
-    assert ends_in_one_line(start(code, "inspect", "."), number)
+    ends_in_one_line(start(code, "inspect", "."), number)
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.6, 1.4])
-def test_ctrl_c_while_importing(tiny_folder, small, tmp_path, seconds):
-    """Whatever module is half imported by then."""
-    code = "own = signals.own_process\ndef begun(say):\n    own(say); print('begun', flush=True)\n"
+WAITING_IMPORT = """\
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            print('begun', flush=True); time.sleep(9999)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "p2d_cli.cli.commands", "pyarrow", "torch.nn", "transformers", "sklearn"])
+def test_ctrl_c_while_importing(tiny_folder, small, tmp_path, module):
+    """Whatever modules are half imported by then."""
     rows = ("--target", small["target"], "--pool", small["pool"])
     line = ("score-heads", "--model", tiny_folder, *rows, "--out", tmp_path / "out")
-    process = start(code + "signals.own_process = begun\n", *line)
-    time.sleep(seconds)
-    assert ends_in_one_line(process)
+    ends_in_one_line(start(WAITING_IMPORT.format(module=module), *line))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -250,5 +254,5 @@ def test_what_is_done_stays_done(number):
     code = "def __del__(self, say=print, wait=time.sleep):\n    say('begun', flush=True)\n    wait(1)\n"
     process = start(code + "last = type('Last', (), {'__del__': __del__})()\n", "--version")
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate()
     assert (process.returncode, said) == (0, "")
