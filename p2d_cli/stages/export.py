@@ -12,6 +12,7 @@ from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.errors import ArtifactError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.suitability import require_suitable
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -35,7 +36,9 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     open_adapter(job, config.adapter)
     if "adapter" in job.inputs.manifests and (shown := job.inputs.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
-    return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
+    return job.complete(
+        lambda folder: _compute(job, base, adapter, folder), alone=True, check=lambda: require_suitable(base)
+    )
 
 
 def _base_of(adapter: Path) -> str:
