@@ -12,11 +12,8 @@ from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
-from p2d_cli.modeling.loading import quiet_transformers, read_config
+from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
-
-# What the constructors of transformers raise for a config whose values do not fit together.
-_UNBUILDABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)
 
 
 class CheckpointReader:
@@ -110,9 +107,9 @@ def build_skeleton(files: ModelFiles) -> Any:
             return auto_model.from_config(config)
     except ImportError as missing:
         raise UnavailableError(f"{files.spec} cannot be built: {first_line(missing)}") from missing
-    except _UNBUILDABLE as problem:
+    except UNFIT_VALUES as problem:
         raise ModelError(
-            f"transformers cannot build the model that {files.config_path} describes: {first_line(problem)}",
+            f"transformers cannot build the model that {files.config_path} describes: {problem!r:.200}",
             hint="check config.json, or update transformers",
         ) from problem
 

@@ -135,6 +135,8 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
     shapes = {(item.num_heads, item.num_groups, item.head_dim, item.hidden_size) for item in layout}
     if len(shapes) > 1:
         _refuse(config.model_type, f"its layers differ in (heads, groups, head_dim, hidden size): {sorted(shapes)}")
+    if min(map(min, shapes), default=0) < 1:
+        _refuse(config.model_type, f"expected layers with heads, found {len(layout)} layers of {sorted(shapes)}")
     return layout
 
 

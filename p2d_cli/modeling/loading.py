@@ -22,6 +22,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+# What configs and models of transformers raise where a config's values are of no use, or do not fit together.
+UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)
+
 
 def load_tokenizer(path: Path | str) -> Any:
     """Load a model's fast tokenizer.
@@ -212,6 +215,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def read_config(files: ModelFiles) -> Any:
     """Read a located model's config; see `load_config`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if files.model_type not in CONFIG_MAPPING:
@@ -227,8 +231,9 @@ def read_config(files: ModelFiles) -> Any:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise DataError(f"{files.config_path} is not a valid model config: {first_line(problem)}") from problem
+    except (OSError, StrictDataclassError, *UNFIT_VALUES) as problem:
+        found = first_line(problem.__cause__ or problem)
+        raise DataError(f"{files.config_path} is not a valid model config: {found}") from problem
     if (reason := _why_not_causal(config)) is not None:
         raise ModelError(
             f"{files.spec} is of type {files.model_type!r}, which is not a causal language model: {reason}",

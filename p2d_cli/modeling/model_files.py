@@ -247,6 +247,8 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         raise DataError(f"{config_path} is not valid JSON: {problem}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_path} is not a model config: it holds no JSON object")
+    if not isinstance(config.get("text_config", {}), dict):
+        raise DataError(f"{config_path} is not a model config: its text_config is not a JSON object")
     return ModelFiles(
         spec=spec,
         folder=folder,

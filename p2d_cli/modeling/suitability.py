@@ -6,11 +6,14 @@ the headers of the weight files prove the same, so that a plan of them needs no 
 
 from __future__ import annotations
 
+from typing import Any
+
 from p2d_cli.errors import DataError, ModelError
 from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, tensor_shapes
 
 _ORDINARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Families with separate q, k, v and o in every layer, whatever else their configs say."""
+"""Families with separate q, k, v and o in every layer."""
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 
 
 def require_suitable(
@@ -58,13 +61,12 @@ def _examine(files: ModelFiles, *, heads: bool, attention: bool, logits: bool) -
 def _ordinary_embeddings(files: ModelFiles) -> int | None:
     """Return the number of embeddings of a model that is surely of an ordinary family; None if there is any doubt."""
     config = files.config
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    if files.model_type not in _ORDINARY or not all(_is_size(config.get(name)) for name in names):
+    if files.model_type not in _ORDINARY or not _has_ordinary_settings(config):
         return None
-    layers, heads, hidden, vocabulary = (config[name] for name in names)
+    layers, heads, hidden, vocabulary = (config[name] for name in _SIZES)
     groups = config.get("num_key_value_heads", heads)
-    head_dim = config.get("head_dim") or hidden // heads
-    if not (_is_size(groups) and _is_size(head_dim)) or heads % groups:
+    head_dim = config.get("head_dim", hidden // heads)
+    if not (_is_size(groups) and _is_size(head_dim)) or heads % groups or hidden % heads:
         return None
     try:
         found = tensor_shapes(files)
@@ -76,6 +78,19 @@ def _ordinary_embeddings(files: ModelFiles) -> int | None:
     for layer in range(layers):
         expected |= {f"model.layers.{layer}.self_attn.{part}_proj.weight": shape for part, shape in sizes.items()}
     return vocabulary if all(found.get(name) == shape for name, shape in expected.items()) else None
+
+
+def _has_ordinary_settings(config: dict[str, Any]) -> bool:
+    """Say whether a config's values are those that models of the ordinary families have."""
+    rope = config.get("rope_parameters", config.get("rope_scaling")) or {}
+    return (
+        all(_is_size(config.get(name)) for name in _SIZES)
+        and config.get("hidden_act", "silu") == "silu"
+        and str(config.get("dtype", config.get("torch_dtype"))) in {"float32", "bfloat16", "float16"}
+        and isinstance(rope, dict)
+        and rope.get("rope_type", rope.get("type", "default")) == "default"
+        and "layer_types" not in config
+    )
 
 
 def _is_size(value: object) -> bool:
