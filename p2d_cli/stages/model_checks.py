@@ -7,7 +7,7 @@ whatever its attention looks like.
 from __future__ import annotations
 
 from p2d_cli.config import MineDataConfig, TrainConfig
-from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.model_files import ModelFiles, require_tokenizer
 from p2d_cli.modeling.suitability import require_suitable
 from p2d_cli.stages.pool_task import METHODS_WITHOUT_MODEL
 
@@ -31,7 +31,7 @@ def check_scoring(method: str, model: ModelFiles, task_model: ModelFiles | None)
     if task_model is not None:
         require_suitable(task_model, heads=True)
         return require_suitable(model, heads=True)
-    return require_suitable(model, heads=True, attention=method == "contrast", logits=method in {"pad", "taylor"})
+    return _require_reader(model, heads=True, attention=method == "contrast", logits=method in {"pad", "taylor"})
 
 
 def check_mining(config: MineDataConfig, model: ModelFiles) -> int | None:
@@ -45,7 +45,7 @@ def check_mining(config: MineDataConfig, model: ModelFiles) -> int | None:
     heads = config.method in {"p2d", "data-whisperer"}
     by_readout = config.method == "p2d" and config.resolved_affinity == "readout"
     logits = config.method in METHODS_BY_LIKELIHOOD or (heads and not by_readout and config.perf != "none")
-    return require_suitable(model, heads=heads, attention=heads and not by_readout, logits=logits)
+    return _require_reader(model, heads=heads, attention=heads and not by_readout, logits=logits)
 
 
 def check_training(config: TrainConfig, model: ModelFiles) -> int:
@@ -54,7 +54,7 @@ def check_training(config: TrainConfig, model: ModelFiles) -> int:
     Raises:
         P2DError: see `require_suitable`.
     """
-    return require_suitable(model, heads=config.resolved_scope != "full", logits=True)
+    return _require_reader(model, heads=config.resolved_scope != "full", logits=True)
 
 
 def check_evaluation(model: ModelFiles) -> int:
@@ -63,4 +63,10 @@ def check_evaluation(model: ModelFiles) -> int:
     Raises:
         P2DError: see `require_suitable`.
     """
-    return require_suitable(model, logits=True)
+    return _require_reader(model, logits=True)
+
+
+def _require_reader(model: ModelFiles, **needs: bool) -> int:
+    """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
+    require_tokenizer(model)
+    return require_suitable(model, **needs)
