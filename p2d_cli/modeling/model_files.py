@@ -261,7 +261,7 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
 
 def _refuse_gguf(spec: str, *paths: Path) -> None:
     """Say so where one of these files is a GGUF."""
-    for path in paths:
+    for path in filter(Path.is_file, paths):
         with path.open("rb") as stream:
             is_gguf = path.suffix.lower() == ".gguf" or stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
         if is_gguf:

@@ -235,6 +235,13 @@ def test_a_gguf_is_called_one(saved, tmp_path):
         locate_model(str(saved))
 
 
+def test_a_folder_named_as_a_gguf_is_none(saved):
+    (saved / "model.safetensors").unlink()
+    (saved / "old.gguf").mkdir()
+    with pytest.raises(DataError, match=r"has no model\.safetensors"):
+        locate_model(str(saved))
+
+
 def test_a_gguf_without_its_ending_is_called_one(tmp_path):
     (tmp_path / "model").write_bytes(b"GGUF\x03\x00")
     with pytest.raises(DataError, match="is a GGUF file"):
