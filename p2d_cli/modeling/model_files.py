@@ -212,7 +212,8 @@ def _snapshot(spec: str) -> Path:
                 name,
                 revision=revision or None,
                 allow_patterns=_SNAPSHOT_PATTERNS,
-                local_files_only=unreachable is not None,
+                # Offline, older clients look for a commit on the hub all the same, unless they are told not to.
+                local_files_only=unreachable is not None or constants.HF_HUB_OFFLINE,
             )
         )
     except RepositoryNotFoundError:
