@@ -42,6 +42,12 @@ class ArtifactError(P2DError):
     exit_code = 65
 
 
+class ModelError(P2DError):
+    """A model that cannot do what was asked of it: its architecture, its attention or its tokenizer rules it out."""
+
+    exit_code = 65
+
+
 class UnavailableError(P2DError):
     """A model or data set that is neither on disk nor reachable, or an optional package not installed."""
 
@@ -87,7 +93,7 @@ INTERRUPTED_EXIT_CODE = 130
 EXIT_CODES: dict[int, str] = {
     0: "done, or already up to date",
     2: "usage: a flag, variable or recipe key is wrong",
-    65: "bad data or artifact",
+    65: "bad data, model or artifact",
     69: "model, data set or optional package not available",
     70: "internal error, out of memory, or a value that is not finite",
     73: "cannot create the output",

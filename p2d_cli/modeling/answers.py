@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
+from p2d_cli.errors import NOT_FINITE_HINT, ModelError, NonFiniteError
 
 _ROWS_IN_FP32 = 512  # rows of logits that are upcast at a time
 
@@ -74,7 +74,7 @@ def answer_logits_only(model: Any, keep_mask_BT: Tensor) -> Iterator[None]:
         keep_mask_BT: `[B, T]` bool, n positions true.
 
     Raises:
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
 
     def gather(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,11 +134,11 @@ def output_embedding(model: Any) -> nn.Module:
     """Find the module that maps hidden states to logits.
 
     Raises:
-        UsageError: The model has none.
+        ModelError: The model has none.
     """
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Module):
-        raise UsageError(
+        raise ModelError(
             f"{model.config.model_type} has no output embedding: expected a causal language model",
             hint="give a model with a language-modelling head",
         )
@@ -160,7 +160,7 @@ def answer_token_logprobs(
         `logprob_BT` float32 in nats, 0 where nothing is scored, and `scored_BT` bool.
 
     Raises:
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
     is_token_BT = attention_mask_BT.bool()
     scored_BT = answer_mask_BT.to(device=is_token_BT.device, dtype=torch.bool) & is_token_BT
@@ -191,7 +191,7 @@ def completion_log_likelihood(
         without an answer.
 
     Raises:
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
     logprob_BT, scored_BT = answer_token_logprobs(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
     return logprob_BT.sum(dim=1), scored_BT.sum(dim=1)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling.answers import forward_inputs
 
 CAPTURE_ATTENTION = "p2d_capture"
@@ -177,7 +177,7 @@ def capture_segments(
         The result, to be read once the forward has run.
 
     Raises:
-        UsageError: The model's attention does not go through transformers' attention interface, or adds to the scores
+        ModelError: The model's attention does not go through transformers' attention interface, or adds to the scores
             something that the capture does not compute.
         ValueError: The forward has another batch shape than the masks, or a head does not exist.
         RuntimeError: A second forward begins in the block.
@@ -223,7 +223,7 @@ def run_captured(
         `[B, K, S]` float32 on the CPU, as `SegmentAttention.attention_BKS`.
 
     Raises:
-        UsageError, ValueError: As for `capture_segments`.
+        ModelError, ValueError: As for `capture_segments`.
     """
     inputs = forward_inputs(batch["input_ids"], batch["attention_mask"])
     with (
@@ -234,6 +234,18 @@ def run_captured(
     return attention.attention_BKS
 
 
+def require_capturable(model: Any) -> None:
+    """Refuse a model whose attention cannot be captured, without running it; it may be on the meta device.
+
+    Raises:
+        ModelError: see `capture_segments`.
+    """
+    with _capturing_model(model):
+        sinks = (type(module).__name__ for module in model.modules() if getattr(module, "sinks", None) is not None)
+        if (name := next(sinks, None)) is not None:
+            _refuse_argument(name, "s_aux")
+
+
 @contextmanager
 def _capturing_model(model: Any) -> Iterator[None]:
     register_capture()
@@ -241,9 +253,10 @@ def _capturing_model(model: Any) -> Iterator[None]:
     model.set_attn_implementation(CAPTURE_ATTENTION)
     try:
         if model.config._attn_implementation != CAPTURE_ATTENTION:
-            raise UsageError(
+            raise ModelError(
                 f"the attention of {model.config.model_type} cannot be captured: expected a model whose attention goes "
-                "through transformers' attention interface"
+                "through transformers' attention interface",
+                hint="methods that read head outputs in its place may work: --method readout, --affinity readout",
             )
         yield
     finally:
@@ -288,9 +301,16 @@ def _capturing_attention(
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    for name, meaning in _UNSUPPORTED_ARGUMENTS.items():
+    for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
-            raise UsageError(f"the attention of {type(module).__name__} cannot be captured: it uses {meaning} ({name})")
+            _refuse_argument(type(module).__name__, name)
+
+
+def _refuse_argument(attention: str, name: str) -> NoReturn:
+    raise ModelError(
+        f"the attention of {attention} cannot be captured: it uses {_UNSUPPORTED_ARGUMENTS[name]} ({name})",
+        hint="methods that read head outputs in its place work: --method readout, --affinity readout",
+    )
 
 
 def _chosen(query_BHTd: Tensor, key_BGTd: Tensor, heads: tuple[int, ...], rows_BR: Tensor) -> tuple[Tensor, Tensor]:

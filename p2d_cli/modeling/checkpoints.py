@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.errors import ArtifactError
+from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
-from p2d_cli.modeling.loading import load_config, quiet_transformers
-from p2d_cli.modeling.model_files import locate_model
+from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config
+from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
 
 class CheckpointReader:
@@ -90,14 +90,28 @@ def skeleton(path: Path | str) -> Any:
         path: model folder, or hub id with an optional `@revision`.
 
     Raises:
-        UnavailableError, DataError, UsageError: see `load_config`.
+        UnavailableError, DataError, ModelError: see `load_config`.
+        ModelError: transformers cannot build what the config describes.
     """
+    return build_skeleton(locate_model(str(path)))
+
+
+def build_skeleton(files: ModelFiles) -> Any:
+    """Build a located model on the meta device; see `skeleton`."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(path)
+    config = read_config(files)
     auto_model: Any = AutoModelForCausalLM
-    with quiet_transformers(), torch.device("meta"):
-        return auto_model.from_config(config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return auto_model.from_config(config)
+    except ImportError as missing:
+        raise UnavailableError(f"{files.spec} cannot be built: {first_line(missing)}") from missing
+    except UNFIT_VALUES as problem:
+        raise ModelError(
+            f"transformers cannot build the model that {files.config_path} describes: {problem!r:.200}",
+            hint="check config.json, or update transformers",
+        ) from problem
 
 
 def read_layer_weights(checkpoint: CheckpointReader, layer: LayerLayout) -> LayerWeights:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling.answers import answer_logits_only, input_device, log_normalizer
 from p2d_cli.modeling.layouts import model_layout, plain_model
 
@@ -56,7 +56,7 @@ def can_pack(model: Any, longest: int) -> bool:
     """
     try:
         model_layout(model)
-    except UsageError:
+    except ModelError:
         return False
     plain = plain_model(model)
     if getattr(plain, "_is_stateful", False):  # transformers' mark of recurrent states, beside attention or without it

@@ -59,7 +59,7 @@ def generate_greedy(
 
     Raises:
         NonFiniteError: The logits of a token are not finite.
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
     plain = plain_model(model)
     stop = tuple(string for string in stop if string)
@@ -101,7 +101,7 @@ def score_completions(
         The sum of the completion tokens' log-probabilities in nats of each row, and the number of these tokens.
 
     Raises:
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
     device = input_device(model)
     input_ids_BT, attention_mask_BT = _padded_right([ids for ids, _ in examples], pad_id, device)
@@ -123,7 +123,7 @@ def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) ->
         The means, `[B, D]` float32 on the CPU.
 
     Raises:
-        UsageError: The model has no output embedding.
+        ModelError: The model has no output embedding.
     """
     input_ids_BT, attention_mask_BT = _padded_right(ids, pad_id, input_device(model))
     hidden_BTD = _last_hidden_states(model, forward_inputs(input_ids_BT, attention_mask_BT)).float()

@@ -7,15 +7,18 @@ says, so that everyone else may think in rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
+from torch import nn
 
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 
 ProjectionName = Literal["q", "k", "v", "o"]
 PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
@@ -27,8 +30,7 @@ _REFUSED = {
     "falcon": _OWN_ATTENTION,
     "bloom": _OWN_ATTENTION,
     "mpt": _OWN_ATTENTION,
-    "gptj": _OWN_ATTENTION,
-    "codegen": _OWN_ATTENTION,
+    "gptj": "p2d was never verified on its attention",
     "gpt_neo": _OWN_ATTENTION,
     "gpt_neox_japanese": _OWN_ATTENTION,
     "xglm": _OWN_ATTENTION,
@@ -36,6 +38,14 @@ _REFUSED = {
 }
 _LATENT_MODULES = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "q_a_proj")
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+# What a layer may have in place of attention, by the names of its classes in transformers.
+_MIXERS = {
+    "linear attention": re.compile(r"Delta(Net|Attention)|Lightning|LinearAttention|Retention|Rwkv", re.IGNORECASE),
+    "a state-space model": re.compile(r"Mamba|BambaMixer|FalconH1Mixer", re.IGNORECASE),
+    "a short convolution": re.compile(r"ShortConv"),
+    "a recurrence": re.compile(r"Recurrent(Block|Layer)|RgLru|[ms]LSTM", re.IGNORECASE),
+    "cross-attention": re.compile(r"CrossAttention"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,27 +115,28 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
         model: a causal language model of transformers.
 
     Raises:
-        UsageError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
+        ModelError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
     """
     model = plain_model(model)
     config = model.config.get_text_config()
     for model_type in (model.config.model_type, config.model_type):
         if model_type in _REFUSED:
             _refuse(model_type, _REFUSED[model_type])
-    if getattr(config, "num_kv_shared_layers", 0):
-        _refuse(config.model_type, "some layers take their keys and values from others")
-    found = sorted(_attention_modules(model, config.model_type), key=lambda item: item[0])
-    if [layer for layer, _, _ in found] != list(range(config.num_hidden_layers)):
-        layers = [layer for layer, _, _ in found]
+    if shared := getattr(config, "num_kv_shared_layers", 0):
         _refuse(
             config.model_type,
-            f"expected one attention with query, key and value projections in each of "
-            f"{config.num_hidden_layers} layers, found them in layers {layers}",
+            f"{shared} of its {config.num_hidden_layers} layers take their keys and values from other layers",
         )
+    found = sorted(_attention_modules(model, config), key=lambda item: item[0])
+    layers = [layer for layer, _, _ in found]
+    if layers != list(range(config.num_hidden_layers)):
+        _refuse(config.model_type, _why_incomplete(_decoder(model, config), config.num_hidden_layers, layers))
     layout = tuple(_layer_layout(layer, name, module, config) for layer, name, module in found)
     shapes = {(item.num_heads, item.num_groups, item.head_dim, item.hidden_size) for item in layout}
     if len(shapes) > 1:
         _refuse(config.model_type, f"its layers differ in (heads, groups, head_dim, hidden size): {sorted(shapes)}")
+    if min(map(min, shapes), default=0) < 1:
+        _refuse(config.model_type, f"expected layers with heads, found {len(layout)} layers of {sorted(shapes)}")
     return layout
 
 
@@ -133,7 +144,7 @@ def geometry(model: Any) -> HeadGeometry:
     """Numbers of layers, heads and groups of a model, and their sizes.
 
     Raises:
-        UsageError: see `model_layout`.
+        ModelError: see `model_layout`.
     """
     return layout_geometry(model_layout(model))
 
@@ -173,12 +184,62 @@ def _unit_rows(projection: Projection, tensors: Callable[[str], torch.Tensor]) -
     return torch.stack([weight.narrow(0, start, stop - start) for start, stop in projection.rows])
 
 
-def _attention_modules(model: Any, model_type: str) -> list[tuple[int, str, Any]]:
+def _why_incomplete(decoder: Any, total: int, layers: Sequence[int]) -> str:
+    """Say what a model has where not every layer has one attention of its own; `layers` are those of the attentions."""
+    blocks = _blocks_of(decoder, total) or ()
+    kinds = Counter(_kind(block) for index, block in enumerate(blocks) if index not in layers)
+    if not kinds:
+        several = sorted(layer for layer, count in Counter(layers).items() if count > 1)
+        found = f"several in layer {several[0]}" if several else f"them in layers {list(layers)}"
+        return f"expected one attention in each of its {total} layers, found {found}"
+    lacking = sum(kinds.values())
+    share = f"none of its {total} layers has" if lacking == total else f"{lacking} of its {total} layers do not have"
+    found = ", ".join(f"{kind} in {count}" if len(kinds) > 1 else kind for kind, count in kinds.items())
+    return f"{share} attention heads with queries, keys and values of their own, but {found}"
+
+
+def _blocks_of(decoder: Any, total: int) -> nn.ModuleList | None:
+    """Return the decoder's stack of layers."""
+    stacks = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == total)
+    return next(stacks, None)
+
+
+def _kind(block: Any) -> str:
+    """Say in a few words what a layer has in place of an attention whose heads p2d can tell apart."""
+    # The mixer itself names it better than the layer around it.
+    names = sorted((type(module).__name__ for module in block.modules()), key=_is_wrapper)
+    for kind, pattern in _MIXERS.items():
+        if (name := next(filter(pattern.search, names), None)) is not None:
+            return f"{kind} ({name})"
+    parts = [module for module in block.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
+    if any(getattr(part, "v_proj", None) is None for part in parts):
+        return "keys that serve as values as well"
+    attention = next((name for name in names if "Attention" in name), None)
+    return "no attention at all" if attention is None else f"{attention}, which p2d does not know"
+
+
+def _is_wrapper(name: str) -> bool:
+    return name.endswith(("Layer", "Block", "Norm"))
+
+
+def _is_mixer(module: Any) -> bool:
+    """Say whether a module mixes tokens in another way than attention, whatever its projections are called."""
+    return any(pattern.search(type(module).__name__) for pattern in _MIXERS.values())
+
+
+def _decoder(model: Any, config: Any) -> Any:
+    """Return a model's text decoder; some families call their output head so (ModernBERT)."""
+    decoder = model.get_decoder()
+    return model.base_model if _blocks_of(decoder, config.num_hidden_layers) is None else decoder
+
+
+def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
     """Layer, full name and module of each attention in the model's text decoder."""
-    decoder = set(model.get_decoder().modules())
+    decoder = set(_decoder(model, config).modules())
+    model_type = config.model_type
     found = []
     for name, module in model.named_modules():
-        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int):
+        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int) or _is_mixer(module):
             continue
         if any(hasattr(module, latent) for latent in _LATENT_MODULES):
             _refuse(model_type, "its keys and values are compressed into a latent (MLA), so heads own no plain k and v")
@@ -207,6 +268,8 @@ def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayou
     else:
         _refuse(config.model_type, f"p2d does not know the row order of the fused projection in {name}")
     o = _output(name, module, output, head_dim)
+    if (v_head_dim := getattr(module, "v_head_dim", head_dim)) != head_dim:
+        _refuse(config.model_type, f"its values are of size {v_head_dim} a head, its queries and keys of {head_dim}")
     _check_heads(config, name, q=q, k=k, v=v, o=o)
     hidden_size, _ = _sizes(module.get_submodule(q.module.rpartition(".")[2]))
     return LayerLayout(
@@ -267,7 +330,11 @@ def _ranges(start: int, stop: int, head_dim: int) -> tuple[Range, ...]:
 
 
 def _head_dim(module: Any, config: Any) -> int:
-    stated = (getattr(module, "head_dim", None), getattr(module, "head_size", None), getattr(config, "head_dim", None))
+    # One at a time: where layers differ in it, the config refuses to say any (Gemma 4).
+    stated = (
+        getattr(owner, name, None)
+        for owner, name in ((module, "head_dim"), (module, "head_size"), (config, "head_dim"))
+    )
     head_dim = next((value for value in stated if isinstance(value, int)), None)
     if head_dim is None:
         _refuse(config.model_type, f"{type(module).__name__} does not say its head_dim")
@@ -292,7 +359,7 @@ def _sizes(module: Any) -> tuple[int, int]:
 
 
 def _refuse(model_type: str, reason: str) -> NoReturn:
-    raise UsageError(
+    raise ModelError(
         f"p2d does not support the attention of {model_type}: {reason}",
         hint="use a model such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox or olmo2",
     )

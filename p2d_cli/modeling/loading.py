@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
-from p2d_cli.errors import DataError, UnavailableError, UsageError, first_line, is_out_of_memory
+from p2d_cli.errors import DataError, ModelError, UnavailableError, UsageError, first_line, is_out_of_memory
 from p2d_cli.modeling.finite import require_finite_weights
-from p2d_cli.modeling.model_files import ModelFiles, locate_model
+from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_token
+from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_plain_weights, require_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+# What configs and models of transformers raise where a config's values are of no use, or do not fit together.
+UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)
 
 
 def load_tokenizer(path: Path | str) -> Any:
@@ -29,12 +33,13 @@ def load_tokenizer(path: Path | str) -> Any:
         path: model folder, or hub id with an optional `@revision`.
 
     Raises:
-        UnavailableError: the model is neither on disk nor reachable.
+        UnavailableError: the model is neither on disk nor reachable, or a package that reads its tokenizer is missing.
         DataError: the folder has no usable tokenizer, or only one that cannot give character offsets.
     """
     from transformers import AutoTokenizer
 
     files = locate_model(str(path))
+    require_tokenizer(files)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
@@ -57,9 +62,9 @@ def load_config(path: Path | str) -> Any:
     Raises:
         UnavailableError: the model is neither on disk nor reachable.
         DataError: it needs code from its own checkpoint.
-        UsageError: it is of an unknown type, or is not a causal language model.
+        ModelError: it is of an unknown type, or is not a causal language model.
     """
-    return _read_config(locate_model(str(path)))
+    return read_config(locate_model(str(path)))
 
 
 def load_model(
@@ -89,11 +94,11 @@ def load_model(
         UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
         DataError: the weights are damaged, incomplete, or pickle files, or the model needs code from its checkpoint.
         NonFiniteError: a weight is NaN or infinite.
-        UsageError: the model cannot be used: quantised weights, not a causal language model.
+        ModelError: the model cannot be used: quantised weights, not a causal language model.
     """
     files = locate_model(str(path))
-    config = _read_config(files)
-    _refuse_quantised(config, files)
+    config = read_config(files)
+    require_plain_weights(files)
     device = torch.device(device)
     whole = None if device.type == "cpu" and not four_bit else {"": device}
     model, report = _from_pretrained(
@@ -188,22 +193,6 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     return DTYPES[name]
 
 
-def ensure_pad_token(tokenizer: Any) -> None:
-    """Give the tokenizer its end-of-text token for padding if it has none of its own.
-
-    Raises:
-        DataError: it has neither.
-    """
-    if tokenizer.pad_token_id is not None:
-        return
-    if tokenizer.eos_token is None:
-        raise DataError(
-            "the tokenizer has neither a padding nor an end-of-text token",
-            hint="set eos_token in the model's tokenizer_config.json",
-        )
-    tokenizer.pad_token = tokenizer.eos_token
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the progress bars and advice of transformers inside the block; errors still come as exceptions."""
@@ -224,8 +213,10 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_config(files: ModelFiles) -> Any:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+def read_config(files: ModelFiles) -> Any:
+    """Read a located model's config; see `load_config`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if files.model_type not in CONFIG_MAPPING:
         if "auto_map" in files.config:
@@ -233,21 +224,39 @@ def _read_config(files: ModelFiles) -> Any:
                 f"{files.spec} needs code from its own checkpoint (auto_map), which p2d does not run",
                 hint="use a model that transformers itself supports",
             )
-        raise UsageError(
+        raise ModelError(
             f"{files.spec} is of type {files.model_type!r}, which the installed transformers does not know",
             hint="check model_type in config.json, or update transformers",
         )
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise DataError(f"{files.config_path} is not a valid model config: {first_line(problem)}") from problem
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(
-            f"{files.spec} is of type {files.model_type!r}, which is not a causal language model",
+    except (OSError, StrictDataclassError, *UNFIT_VALUES) as problem:
+        found = first_line(problem.__cause__ or problem)
+        raise DataError(f"{files.config_path} is not a valid model config: {found}") from problem
+    if (reason := _why_not_causal(config)) is not None:
+        raise ModelError(
+            f"{files.spec} is of type {files.model_type!r}, which is not a causal language model: {reason}",
             hint="p2d adapts decoder-only language models",
         )
     return config
+
+
+def _why_not_causal(config: Any) -> str | None:
+    """Say why a model does not predict each token from those before it alone; None if it does."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING as MASKED
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return "transformers has it only as a model of images and text"
+        return "transformers has no language-modelling class for it"
+    # BERT and its like have a class for it, but look both ways unless their config says otherwise.
+    if type(config) in MASKED and getattr(config, "is_decoder", None) is False:
+        return "it is an encoder, whose tokens see those behind them (is_decoder is false)"
+    return None
 
 
 def _usable_attention(config: Any) -> str:
@@ -272,17 +281,6 @@ def _four_bits(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _refuse_quantised(config: Any, files: ModelFiles) -> None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    raise UsageError(
-        f"the weights of {files.spec} are quantised ({method or 'unknown method'}); p2d reads and trains plain weights",
-        hint="use the unquantised checkpoint",
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.errors import DataError, UnavailableError, first_line
+from p2d_cli.errors import DataError, ModelError, UnavailableError, first_line
 from p2d_cli.hub import why_unreachable
 
 TOKENIZER_FILES = (
@@ -23,6 +24,13 @@ TOKENIZER_FILES = (
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+_GGUF_MAGIC = b"GGUF"
+_GGUF_HINT = (
+    "give the model's folder in the format of transformers, with weights in safetensors, which the GGUF was made from;"
+    " on the hub it often has the same name without -GGUF"
+)
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -62,6 +70,16 @@ class ModelFiles:
     def model_type(self) -> str:
         """The architecture's name in transformers, as `llama`."""
         return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantised, as the config says; the text part of a multimodal model has one of its own."""
+        parts = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
+        settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
+        if settings is None:
+            return None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return str(method or "unknown method")
 
 
 def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
@@ -111,6 +129,62 @@ def vocabulary_in(folder: Path) -> dict[str, int] | None:
         raise DataError(f"{path} is not a valid tokenizer: {problem!r}", hint="copy or download it again") from None
 
 
+def require_plain_weights(files: ModelFiles) -> None:
+    """Refuse quantised weights.
+
+    Raises:
+        ModelError: the config says that they are.
+    """
+    if (method := files.quantization) is not None:
+        raise ModelError(
+            f"the weights of {files.spec} are quantised ({method}); p2d reads and trains plain weights",
+            hint="use the unquantised checkpoint",
+        )
+
+
+def require_tokenizer(files: ModelFiles) -> None:
+    """Refuse a folder without a tokenizer's vocabulary, or with one that a package is missing for.
+
+    transformers makes an empty tokenizer of a folder that has only a `tokenizer_config.json`: it would turn every text
+    into nothing.
+
+    Raises:
+        DataError: there is no vocabulary.
+        UnavailableError: sentencepiece, protobuf or tiktoken is not installed, and it takes that to read the file.
+    """
+    found = [path for pattern in _VOCABULARIES for path in sorted(files.folder.glob(pattern))]
+    if not found:
+        raise DataError(
+            f"{files.spec} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab.json",
+            hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",
+        )
+    if found[0].suffix not in {".model", ".tiktoken"}:
+        return
+    missing = [package for package, module in _needed_to_read(found[0]).items() if not _is_installed(module)]
+    if missing:
+        raise UnavailableError(
+            f"{files.spec} has its tokenizer in {found[0].name}, without a tokenizer.json; reading it takes"
+            f" {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            hint=f"pip install {' '.join(missing)}",
+        )
+
+
+def _needed_to_read(vocabulary: Path) -> dict[str, str]:
+    """Return the packages that read a vocabulary, each with a module of it; a tiktoken file is one of text."""
+    with vocabulary.open("rb") as stream:
+        is_tiktoken = _TIKTOKEN_LINE.fullmatch(stream.readline(200)) is not None
+    return (
+        {"tiktoken": "tiktoken"} if is_tiktoken else {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it lies in is missing too
+        return False
+
+
 def locate_model(spec: str) -> ModelFiles:
     """Find a model's folder; a hub id is taken from the cache or downloaded.
 
@@ -125,6 +199,7 @@ def locate_model(spec: str) -> ModelFiles:
     if path.is_dir():
         return _describe(spec, path, revision=None)
     if path.exists():
+        _refuse_gguf(spec, path)
         raise DataError(
             f"expected a model folder at {spec}, found a file", hint="give the folder that holds config.json"
         )
@@ -151,7 +226,8 @@ def _snapshot(spec: str) -> Path:
                 name,
                 revision=revision or None,
                 allow_patterns=_SNAPSHOT_PATTERNS,
-                local_files_only=unreachable is not None,
+                # Offline, older clients look for a commit on the hub all the same, unless they are told not to.
+                local_files_only=unreachable is not None or constants.HF_HUB_OFFLINE,
             )
         )
     except RepositoryNotFoundError:
@@ -169,7 +245,8 @@ def _snapshot(spec: str) -> Path:
 def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
     config_path = folder / "config.json"
     if not config_path.is_file():
-        hint = "give the folder that holds config.json"
+        _refuse_gguf(spec, *sorted(folder.glob("*.gguf")))
+        hint = _GGUF_HINT if "gguf" in spec.lower() else "give the folder that holds config.json"
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base model, and this folder as --adapter"
         raise DataError(f"{spec} is not a model folder: it has no config.json", hint=hint)
@@ -185,6 +262,8 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         raise DataError(f"{config_path} is not valid JSON: {problem}") from None
     if not isinstance(config, dict):
         raise DataError(f"{config_path} is not a model config: it holds no JSON object")
+    if not isinstance(config.get("text_config", {}), dict):
+        raise DataError(f"{config_path} is not a model config: its text_config is not a JSON object")
     return ModelFiles(
         spec=spec,
         folder=folder,
@@ -193,6 +272,19 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         tokenizer=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
     )
+
+
+def _refuse_gguf(spec: str, *paths: Path) -> None:
+    """Say so where one of these files is a GGUF."""
+    for path in filter(Path.is_file, paths):
+        with path.open("rb") as stream:
+            is_gguf = path.suffix.lower() == ".gguf" or stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+        if is_gguf:
+            what = spec if path.name in spec else f"{spec} holds {path.name}, which"
+            raise DataError(
+                f"{what} is a GGUF file, the format of llama.cpp: p2d reads and trains weights in safetensors",
+                hint=_GGUF_HINT,
+            )
 
 
 def find_pickled(folder: Path) -> str | None:
@@ -207,6 +299,7 @@ def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
         return (single,)
     if (index := folder / "model.safetensors.index.json").is_file():
         return _shards(index, spec)
+    _refuse_gguf(spec, *sorted(folder.glob("*.gguf")))
     if (pickled := find_pickled(folder)) is not None:
         raise DataError(
             f"{spec} has its weights in {pickled}, a pickle file, which p2d does not load: it could run code",

@@ -32,6 +32,7 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import generator
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+from p2d_cli.stages.model_checks import check_evaluation
 
 if TYPE_CHECKING:
     from p2d_cli.stages.workbench import Workbench
@@ -79,6 +80,7 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         lambda unfinished: _plan(job, inputs, unfinished),
         # lm-eval shares its work in ways of its own, or not at all.
         alone=inputs.data is None,
+        check=lambda: check_evaluation(model),
     )
 
 
@@ -177,22 +179,24 @@ def _check_references(config: EvalConfig, records: Sequence[Record], choices: tu
 def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
     """Hand the model to lm-eval; its standard errors become intervals, as of a normal distribution."""
     from p2d_cli.modeling.harness import harness_version, run_tasks
+    from p2d_cli.modeling.token_ids import checked_ids
 
     config = job.config
-    found = run_tasks(
-        bench.model,
-        bench.tokenizer,
-        config.lm_eval,
-        folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
-        chat_template=bench.template.chat_template,
-        frame=bench.template.simple_frame(bench.tokenizer),
-        system=job.inputs.system_prompt,
-        limit=config.limit,
-        max_length=bench.max_length,
-        # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.
-        batch_size=max(1, bench.token_budget // bench.max_length),
-        progress=job.progress.task,
-    )
+    with checked_ids(bench.model, bench.known_ids, "a row of lm-eval"):
+        found = run_tasks(
+            bench.model,
+            bench.tokenizer,
+            config.lm_eval,
+            folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
+            chat_template=bench.template.chat_template,
+            frame=bench.template.simple_frame(bench.tokenizer),
+            system=job.inputs.system_prompt,
+            limit=config.limit,
+            max_length=bench.max_length,
+            # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.
+            batch_size=max(1, bench.token_budget // bench.max_length),
+            progress=job.progress.task,
+        )
     bench.tokens += found.tokens
     errors = NormalDist().inv_cdf((1 + config.confidence) / 2)
     metrics = {

@@ -111,6 +111,7 @@ class _Decision:
     result: StageResult | None = None
     folder: Path = Path()
     unfinished: Path = Path()
+    num_embeddings: int | None = None
 
 
 class StageRun(Generic[ConfigT]):
@@ -136,6 +137,8 @@ class StageRun(Generic[ConfigT]):
         """The devices of a divided model, each with its number of modules; empty for a model on one device."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
+        self.num_embeddings: int | None = None
+        """How many tokens the model that reads rows has embeddings for, once it was checked."""
         self._unfinished: Path | None = None
         self._key: str | None = None
         self._until_committed = ExitStack()
@@ -149,6 +152,17 @@ class StageRun(Generic[ConfigT]):
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
         self.timer.synchronize_with(synchronizer(device))
+
+    def require_device(self) -> None:
+        """Refuse a device that this machine does not have, also where the stage itself would not use it.
+
+        Raises:
+            UsageError, UnavailableError: see `p2d_cli.modeling.loading.resolve_device`.
+        """
+        if self.config.device not in {"auto", "cpu"}:
+            from p2d_cli.modeling.loading import resolve_device
+
+            resolve_device(distributed.own_device(self.config.device))
 
     def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
         """Open the record of the finished batches of `plan`, those of an interrupted run included.
@@ -210,6 +224,7 @@ class StageRun(Generic[ConfigT]):
         plan: Callable[[Path], StagePlan] | None = None,
         *,
         alone: bool = False,
+        check: Callable[[], int | None] = lambda: None,
     ) -> StageResult:
         """Skip, plan or do the work, and leave the artifact.
 
@@ -217,11 +232,14 @@ class StageRun(Generic[ConfigT]):
             compute: writes the payload into the folder it is given, on rank 0; all ranks call it, and share its work.
             plan: tells what that would take; it is given the folder with what an interrupted run has finished.
             alone: whether there is no work to share: only rank 0 calls `compute`, and the others wait for it.
+            check: refuses a model that could not do the work, before it is planned or begun; returns how many tokens it
+                has embeddings for, or None where no rows are shown to it.
         """
         identity = self._identity()
         self._key = key = artifact_key(identity)
         with ExitStack() as held:
-            decision = distributed.from_main(lambda: self._decide(identity, key, plan, held))
+            decision = distributed.from_main(lambda: self._decide(identity, key, plan, check, held))
+            self.num_embeddings = decision.num_embeddings
             if decision.result is not None:
                 return replace(decision.result, wall_seconds=time.perf_counter() - self._started)
             self._ensure_same_everywhere(identity)
@@ -248,6 +266,7 @@ class StageRun(Generic[ConfigT]):
         identity: dict[str, Any],
         key: str,
         plan: Callable[[Path], StagePlan] | None,
+        check: Callable[[], int | None],
         held: ExitStack,
     ) -> _Decision:
         """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
@@ -258,6 +277,8 @@ class StageRun(Generic[ConfigT]):
             clear_leftovers(self.config.out, key)
             return _Decision(self._result("up-to-date", key, current))
         self._ensure_room(identity)
+        self.require_device()
+        self.num_embeddings = check()
         if self.options.dry_run:
             return _Decision(self._result("would-run", key, None, self._plan(plan, key)))
         self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
@@ -265,7 +286,9 @@ class StageRun(Generic[ConfigT]):
         if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
             return _Decision(self._result("up-to-date", key, current))
         self._ensure_room(identity)
-        return _Decision(folder=self._draft.folder, unfinished=self._draft.unfinished)
+        return _Decision(
+            folder=self._draft.folder, unfinished=self._draft.unfinished, num_embeddings=self.num_embeddings
+        )
 
     def _ensure_same_everywhere(self, identity: dict[str, Any]) -> None:
         """Refuse to share work between machines that see other rows, or settings."""

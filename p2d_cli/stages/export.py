@@ -13,6 +13,7 @@ from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, resolve_template
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.suitability import require_suitable
 from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
@@ -39,7 +40,9 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     open_adapter(job, config.adapter)
     if "adapter" in job.inputs.manifests and (shown := job.inputs.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
-    return job.complete(lambda folder: _compute(job, base, adapter, folder), alone=True)
+    return job.complete(
+        lambda folder: _compute(job, base, adapter, folder), alone=True, check=lambda: require_suitable(base)
+    )
 
 
 def _open_base(job: StageRun[ExportConfig], adapter: Path) -> ModelFiles:

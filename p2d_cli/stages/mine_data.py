@@ -29,6 +29,7 @@ from p2d_cli.data.pool import Pool
 from p2d_cli.data.records import require_number
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+from p2d_cli.stages.model_checks import check_mining
 from p2d_cli.stages.pool_reselection import choose_again, open_scored
 from p2d_cli.stages.pool_scoring import METHODS
 from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
@@ -47,7 +48,11 @@ def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -
     """
     job = StageRun("mine-data", resolved, options or RunOptions())
     inputs = _open_inputs(job)
-    return job.complete(lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan(job, inputs, unfinished))
+    return job.complete(
+        lambda folder: _compute(job, inputs, folder),
+        lambda unfinished: _plan(job, inputs, unfinished),
+        check=lambda: check_mining(job.config, inputs.model),
+    )
 
 
 def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path) -> StagePlan:

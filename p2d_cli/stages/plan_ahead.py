@@ -17,6 +17,7 @@ from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
 from p2d_cli.stages.evaluate import open_choices
 from p2d_cli.stages.execution import RunOptions, StageRun
+from p2d_cli.stages.model_checks import check_evaluation, check_mining, check_scoring, check_training
 from p2d_cli.stages.plan_selection import plan_mine_data, plan_score_heads
 from p2d_cli.stages.plan_tuning import plan_eval, plan_train
 from p2d_cli.stages.planned_rows import Sample, read_sample
@@ -40,23 +41,29 @@ def plan_ahead(
     """
     job: StageRun[Any] = StageRun(stage, resolved, options)
     config = job.config
-    if stage == "score-heads":
-        return _marked(plan_score_heads(job, config.method, locate_model(config.model), None, None))
+    job.require_device()
+    if stage == "score-heads":  # of two models, one of which is still to be trained
+        files = locate_model(config.model)
+        check_scoring(config.method, files, files)
+        return _marked(plan_score_heads(job, config.method, files, None, None))
     if stage == "mine-data":
         reader = config.scorer_model or config.model
         files = job.inputs.reader = locate_model(reader)
+        job.num_embeddings = check_mining(config, files)
         uses_target = config.method in METHODS_WITH_TARGET and config.target is not None
         target = _sample(job, "target", config.target, planned) if uses_target else None
         pool = _sample(job, "pool", config.pool, planned)
         return _marked(plan_mine_data(job, files, pool, target, _heads_ahead(config.heads, files, planned)))
     if stage == "train":
         files = job.inputs.reader = locate_model(config.model)
+        job.num_embeddings = check_training(config, files)
         held_out = _sample(job, "eval_data", config.eval_data, planned) if config.eval_data is not None else None
         data = _sample(job, "data", config.data, planned)
         heads_LH = _heads_ahead(config.heads, files, planned) if config.resolved_scope == "heads" else None
         return _marked(plan_train(job, files, data, held_out, heads_LH))
     trained = planned.get(config.model)
     files = job.inputs.reader = locate_model(trained.model if isinstance(trained, TrainConfig) else config.model)
+    job.num_embeddings = check_evaluation(files)
     asked = _sample(job, "data", config.data, planned, limit=config.limit) if config.data is not None else None
     choices = open_choices(job, config.choices) if config.choices is not None else None
     return _marked(plan_eval(job, files, asked, choices, None))

@@ -6,6 +6,7 @@ evenly spread over the first `READ_ROWS`, stand for all.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import scan_rows
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.token_ids import KnownIds
 from p2d_cli.stages.execution import StageRun
 from p2d_cli.stages.showing import open_prompts
 from p2d_cli.stages.templates import context_length
@@ -104,6 +106,7 @@ class RowCounter:
 
     def __init__(self, job: StageRun[Any], files: ModelFiles, config: RowOptions) -> None:
         self.tokenizer, self.template = open_prompts(job, files, config, light=True)
+        self._known_ids = KnownIds(self.tokenizer, sys.maxsize if job.num_embeddings is None else job.num_embeddings)
         self.max_length = context_length(config.max_length, files.config)
         self.token_budget = config.token_budget
         self.is_exact = True
@@ -118,19 +121,19 @@ class RowCounter:
         encoded = [
             self.template.encode_example(self.tokenizer, record, self.max_length, loss_on=loss_on) for record in chosen
         ]
+        self._known_ids.require_all((row.where, ids.input_ids) for row, ids in zip(chosen, encoded, strict=True))
         return self._all(encoded, total, started)
 
     def prompts(self, records: Sequence[Record], total: int, room: int) -> list[tuple[int, int]]:
         """Return the length of each prompt and of its reference answer."""
         chosen = evenly(records, EXACT_ROWS)
         started = time.perf_counter()
+        asked = [self.template.encode_prompt(self.tokenizer, record, room) for record in chosen]
+        self._known_ids.require_all((row.where, ids) for row, ids in zip(chosen, asked, strict=True))
         references = [self.template.reference(self.tokenizer, record) for record in chosen]
         lengths = [
-            (
-                len(self.template.encode_prompt(self.tokenizer, record, room)),
-                len(self.tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1,
-            )
-            for record, reference in zip(chosen, references, strict=True)
+            (len(ids), len(self.tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1)
+            for reference, ids in zip(references, asked, strict=True)
         ]
         return self._all(lengths, total, started)
 
@@ -142,6 +145,10 @@ class RowCounter:
             encode_episode(self.template, self.tokenizer, demos, queries, max_length=self.max_length)
             for demos, queries in chosen
         ]
+        places = (demos[0].where if demos else queries[0].where for demos, queries in chosen)
+        self._known_ids.require_all(
+            (f"{place} and others", ids.input_ids) for place, ids in zip(places, encoded, strict=True)
+        )
         return self._all(encoded, total, started)
 
     def shapes(self, sizes: Sequence[tuple[int, int]]) -> list[BatchShape]:

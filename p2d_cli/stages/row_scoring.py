@@ -33,7 +33,7 @@ def generate_turns(job: StageRun[EvalConfig], bench: Workbench, records: Sequenc
     """Let the model write its turn to every row, greedily."""
     config, frame = job.config, bench.template.frame(bench.tokenizer, records[0])
     room = max(1, bench.max_length - config.max_new_tokens)
-    prompts = [bench.template.encode_prompt(bench.tokenizer, record, room) for record in records]
+    prompts = bench.encode_prompts(records, room)
 
     def answer(group: list[int]) -> dict[str, NDArray[Any]]:
         asked = [prompts[index] for index in group]

@@ -19,6 +19,7 @@ from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
+from p2d_cli.stages.model_checks import check_scoring
 
 PICTURE_NAME = "heads.png"
 NEED_POOL = {"contrast", "readout"}
@@ -36,6 +37,7 @@ def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None)
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
         alone=inputs.target is None,
+        check=lambda: None if inputs.scored else check_scoring(inputs.method, inputs.model, inputs.task_model),
     )
 
 

@@ -45,13 +45,14 @@ def open_prompts(
 
 
 def _load_tokenizer(files: ModelFiles, *, light: bool) -> Any:
+    from p2d_cli.modeling.light_tokenizer import ensure_pad_token, load_light_tokenizer
+
     if light:
-        from p2d_cli.modeling.light_tokenizer import load_light_tokenizer
+        tokenizer = load_light_tokenizer(files)
+    else:
+        from p2d_cli.modeling.loading import load_tokenizer
 
-        return load_light_tokenizer(files)
-    from p2d_cli.modeling.loading import ensure_pad_token, load_tokenizer
-
-    tokenizer = load_tokenizer(files.folder)
+        tokenizer = load_tokenizer(files.folder)
     ensure_pad_token(tokenizer)
     return tokenizer
 

@@ -44,6 +44,7 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
+from p2d_cli.stages.model_checks import check_training
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,9 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
         heads_LH=heads_LH,
     )
     return job.complete(
-        lambda folder: _compute(job, inputs, folder), lambda unfinished: _plan_ahead(job, inputs, unfinished)
+        lambda folder: _compute(job, inputs, folder),
+        lambda unfinished: _plan_ahead(job, inputs, unfinished),
+        check=lambda: check_training(config, model),
     )
 
 
@@ -448,12 +451,16 @@ def _encode(
     """Tokenize the rows; refuse if truncation left nothing to learn from."""
     from p2d_cli.data.prompts import encoding_notes
     from p2d_cli.modeling.gradients import IGNORED_LABEL
+    from p2d_cli.modeling.token_ids import KnownIds
     from p2d_cli.modeling.training import TrainingRow
     from p2d_cli.stages.templates import context_length
 
     config = job.config
     max_length = context_length(config.max_length, inputs.model.config)
     examples = [template.encode_example(tokenizer, record, max_length, loss_on=config.loss_on) for record in records]
+    if job.num_embeddings is not None:
+        known_ids = KnownIds(tokenizer, job.num_embeddings)
+        known_ids.require_all((row.where, ids.input_ids) for row, ids in zip(records, examples, strict=True))
     rows = [
         TrainingRow(record.where, example.input_ids, tuple(example.labels(IGNORED_LABEL)))
         for record, example in zip(records, examples, strict=True)

@@ -35,6 +35,7 @@ from p2d_cli.modeling.loading import (
     resolve_dtype,
 )
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.token_ids import KnownIds, count_embeddings
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.stages.batch_reading import BatchReader
 from p2d_cli.stages.execution import StageRun
@@ -62,11 +63,21 @@ class Workbench:
 
     def encode_examples(self, records: Sequence[Record]) -> list[EncodedExample]:
         """Tokenize rows as prompt and completion."""
-        return [self.template.encode_example(self.tokenizer, record, self.max_length) for record in records]
+        encoded = [self.template.encode_example(self.tokenizer, record, self.max_length) for record in records]
+        self.known_ids.require_all((row.where, ids.input_ids) for row, ids in zip(records, encoded, strict=True))
+        return encoded
+
+    def encode_prompts(self, records: Sequence[Record], room: int) -> list[list[int]]:
+        """Tokenize rows up to where the model is to answer, each in at most `room` tokens."""
+        encoded = [self.template.encode_prompt(self.tokenizer, record, room) for record in records]
+        self.known_ids.require_all((row.where, ids) for row, ids in zip(records, encoded, strict=True))
+        return encoded
 
     def encode_episode(self, demos: Sequence[Record], queries: Sequence[Record]) -> EncodedEpisode:
         """Tokenize demos followed by queries with their reference answers."""
-        return encode_episode(self.template, self.tokenizer, demos, queries, max_length=self.max_length)
+        encoded = encode_episode(self.template, self.tokenizer, demos, queries, max_length=self.max_length)
+        self.known_ids.require(f"{(*demos, *queries)[0].where} and others", encoded.input_ids)
+        return encoded
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group sequences of similar length under the token budget."""
@@ -102,6 +113,11 @@ class Workbench:
         heads = heads_by_layer(heads_LH)
         attention_BKS = run_captured(self.model, batch, heads, query_mask_BT, segment_BT, num_segments)
         return attention_BKS.double().cpu().numpy()
+
+    @cached_property
+    def known_ids(self) -> KnownIds:
+        """What refuses tokens that the model has no embedding for."""
+        return KnownIds(self.tokenizer, count_embeddings(self.model) or 0)
 
     @cached_property
     def layout(self) -> tuple[LayerLayout, ...]:

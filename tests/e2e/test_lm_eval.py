@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -278,3 +279,21 @@ def test_the_chat_template_that_was_asked_for_is_shown(evaluate, tmp_path):
     assert manifest["inputs"]["chat_template"]["source"] == str(template)
     prompts = pq.read_table(tmp_path / "e" / "predictions.parquet")["prompt"].to_pylist()
     assert all(prompt.startswith("<system>BE BRIEF<user>") and prompt.endswith("<answer>") for prompt in prompts)
+
+
+def test_tokens_beyond_the_embeddings_are_refused(p2d, tasks, tiny_folder, tmp_path):
+    """lm-eval encodes its rows itself; what reaches the model is checked on the way."""
+    harness()
+    import transformers
+
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([json.loads(tasks[1].read_text().splitlines()[0])["prompt"][:9]])
+    tokenizer.save_pretrained(model)
+    done = p2d(
+        *("eval", "--model", model, "--dtype", "float32", "--lm-eval", "p2d_choices", "--lm-eval-tasks", tasks[0]),
+        *("--out", tmp_path / "e"),
+    )
+    assert done.code == 65, done.said
+    assert "a row of lm-eval: the token" in done.said
+    assert "ids up to 370, the model has 370 embeddings" in done.said

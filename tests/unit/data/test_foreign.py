@@ -64,7 +64,7 @@ def sqlite(folder):
 
 
 MADE = {
-    "gzip": (gzip.compress(TEXT), "is gzip", ".gz"),
+    "gzip": (gzip.compress(TEXT, mtime=0), "is gzip", ".gz"),
     "bzip2": (bz2.compress(TEXT), "is bzip2", "bzip2 -dk"),
     "bzip2 of nothing": (bz2.compress(b""), "is bzip2", "bzip2 -dk"),
     "xz": (lzma.compress(TEXT), "is xz", "xz -dk"),
@@ -112,7 +112,7 @@ def test_a_database_is_called_one(tmp_path):
     ("content", "what", "hint"),
     [
         (TEXT, "is JSON text", ".jsonl"),
-        (gzip.compress(TEXT), "is gzip", ".gz"),
+        (gzip.compress(TEXT, mtime=0), "is gzip", ".gz"),
         (MADE["lfs"][0], "a Git LFS pointer", "git lfs pull"),
     ],
 )
@@ -134,7 +134,7 @@ def test_an_archive_within_gzip_is_seen(tmp_path):
     [
         ("a.jsonl", TEXT),
         ("a.jsonl", b"\xef\xbb\xbf" + TEXT),
-        ("a.jsonl.gz", gzip.compress(TEXT)),
+        ("a.jsonl.gz", gzip.compress(TEXT, mtime=0)),
         ("a.parquet", parquet()),
         ("a.arrow", arrow()),
         ("a.csv", b"prompt,completion\na,b\n"),

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling import answers
 from p2d_cli.modeling.answers import (
     answer_logits_only,
@@ -127,5 +127,5 @@ def test_token_logprobs_carry_the_gradient_of_the_cross_entropy(tiny_model: Mode
 
 
 def test_model_without_output_embedding_is_refused(tiny_model: ModelFactory) -> None:
-    with pytest.raises(UsageError, match="llama has no output embedding"):
+    with pytest.raises(ModelError, match="llama has no output embedding"):
         output_embedding(transformers.LlamaModel(tiny_model("llama").config))

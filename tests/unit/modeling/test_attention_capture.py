@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.attention_capture import (
     CAPTURE_ATTENTION,
@@ -274,7 +274,7 @@ def test_attention_outside_of_the_interface_is_refused() -> None:
     config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model, batch = transformers.FalconForCausalLM(config).eval(), _batch("none")
     rows, segments = _rows_and_segments(batch)
-    with pytest.raises(UsageError, match="attention of falcon cannot be captured"):
+    with pytest.raises(ModelError, match="attention of falcon cannot be captured"):
         run_captured(model, batch, {0: (0,)}, rows, segments, NUM_SEGMENTS)
 
 
@@ -292,6 +292,6 @@ def test_attention_sinks_are_refused() -> None:
     )
     model, batch = transformers.GptOssForCausalLM(config).eval(), _batch("none")
     rows, segments = _rows_and_segments(batch)
-    with pytest.raises(UsageError, match="GptOssAttention cannot be captured: it uses attention sinks"):
+    with pytest.raises(ModelError, match="GptOssAttention cannot be captured: it uses attention sinks"):
         run_captured(model, batch, {0: (0,)}, rows, segments, NUM_SEGMENTS)
     assert model.config._attn_implementation == "eager"

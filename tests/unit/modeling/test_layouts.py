@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from p2d_cli.core.geometry import HeadGeometry
-from p2d_cli.errors import UsageError
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling.layouts import LayerLayout, Projection, geometry, layer_weights, model_layout
 
 UNCHANGED = 1e-5
@@ -174,12 +174,14 @@ def test_only_the_text_decoder_of_a_multimodal_model_is_read():
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPTJ_LIKE = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 32}
+QWEN3_NEXT = GROUPED | {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
 REFUSED = {
     "falcon": ("FalconConfig", SMALL, "falcon.*attention interface"),
     "bloom": ("BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
     "mpt": ("MptConfig", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, "mpt"),
     "gptj": ("GPTJConfig", GPTJ_LIKE, "gptj"),
-    "codegen": ("CodeGenConfig", GPTJ_LIKE, "codegen"),
+    "codegen": ("CodeGenConfig", GPTJ_LIKE, "codegen.*row order of the fused projection in transformer.h.0.attn"),
     "gpt_bigcode": (
         "GPTBigCodeConfig",
         {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -202,21 +204,57 @@ REFUSED = {
     ),
     "qwen3_next": (
         "Qwen3NextConfig",
-        SMALL
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "intermediate_size": 32,
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "layer_types": ["full_attention", "full_attention"],
-        },
+        QWEN3_NEXT | {"layer_types": ["full_attention", "full_attention"]},
         "qwen3_next.*gate",
     ),
     "lfm2": (
         "Lfm2Config",
         SMALL | {"num_key_value_heads": 2, "intermediate_size": 32, "layer_types": ["conv", "full_attention"]},
-        r"lfm2.*in each of 2 layers, found them in layers \[1\]",
+        r"1 of its 2 layers do not have attention heads .* but a short convolution \(Lfm2ShortConv\)",
+    ),
+    "qwen3_next-hybrid": (
+        "Qwen3NextConfig",
+        QWEN3_NEXT | {"layer_types": ["linear_attention", "full_attention"]},
+        r"1 of its 2 layers do not have .* but linear attention \(Qwen3NextGatedDeltaNet\)",
+    ),
+    "jamba": (
+        "JambaConfig",
+        GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+        r"1 of its 2 layers do not have .* but a state-space model \(JambaMambaMixer\)",
+    ),
+    "bamba": (
+        "BambaConfig",
+        GROUPED | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
+        r"a state-space model \(BambaMixer\)",
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+        r"none of its 2 layers has attention heads .* but a state-space model \(MambaMixer\)",
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        GROUPED | {"num_hidden_layers": 3, "lru_width": 32},
+        r"2 of its 3 layers do not have .* but a recurrence \(RecurrentGemma",
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        GROUPED | {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 2},
+        r"1 of its 2 layers do not have .* but linear attention \(MiniMaxLightningAttention\)",
+    ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        GROUPED
+        | {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "intermediate_size": [32] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+        },
+        "2 of its 4 layers take their keys and values from other layers",
     ),
 }
 
@@ -226,5 +264,33 @@ def test_attention_without_separable_heads_is_refused_by_name(name):
     class_name, values, message = REFUSED[name]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ModelError, match=message):
+        model_layout(model)
+
+
+GEMMA4 = GROUPED | {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_head_dim": 16}, r"its layers differ in \(heads, groups, head_dim, hidden size\)"),
+        (
+            {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
+            "1 of its 2 layers do not have .* but keys that serve as values as well",
+        ),
+    ],
+)
+def test_gemma_4_is_refused_for_what_its_layers_are(changes, message):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**(GEMMA4 | changes)))
+    with pytest.raises(ModelError, match=message):
         model_layout(model)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from p2d_cli.errors import DataError, UnavailableError, UsageError
+from p2d_cli.errors import DataError, ModelError, UnavailableError, UsageError
+from p2d_cli.modeling.light_tokenizer import load_light_tokenizer
 from p2d_cli.modeling.loading import (
     ensure_pad_token,
     load_config,
@@ -21,6 +22,7 @@ from p2d_cli.modeling.loading import (
     resolve_device,
     resolve_dtype,
 )
+from p2d_cli.modeling.model_files import locate_model
 
 CPU = torch.device("cpu")
 
@@ -149,13 +151,19 @@ def test_remote_code_beside_a_native_class_is_not_run(saved):
     ("changes", "message"),
     [
         ({"model_type": "nothing_known"}, "nothing_known"),
-        ({"model_type": "t5"}, "not a causal language model"),
+        ({"model_type": "t5"}, "not a causal language model: it is an encoder-decoder model"),
+        ({"model_type": "bart"}, "not a causal language model: it is an encoder-decoder model"),
+        ({"model_type": "bert"}, "not a causal language model: it is an encoder, whose tokens see those behind them"),
+        ({"model_type": "qwen2_vl"}, "transformers has it only as a model of images and text"),
+        ({"model_type": "vit"}, "transformers has no language-modelling class for it"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised.*gptq"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantised.*awq"),
+        ({"quantization_config": {"bits": 4}}, "quantised.*unknown method"),
     ],
 )
 def test_models_that_cannot_be_used_are_refused(saved, changes, message):
     edit_config(saved, **changes)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ModelError, match=message):
         load_model(saved, dtype=torch.float32, device=CPU)
 
 
@@ -186,6 +194,58 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused():
 def test_a_folder_without_tokenizer_is_a_data_error(saved):
     with pytest.raises(DataError, match="tokenizer"):
         load_tokenizer(saved)
+
+
+def test_a_tokenizer_without_vocabulary_is_no_tokenizer(saved):
+    """transformers makes an empty one of it, which turns every text into nothing."""
+    (saved / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(DataError, match=r"has no tokenizer: there is no tokenizer\.json"):
+        load_tokenizer(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "absent", "packages"),
+    [
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", {"sentencepiece"}, "sentencepiece"),
+        (b"\n\x0e\n\x05<unk>\x15", {"sentencepiece", "google.protobuf"}, "sentencepiece protobuf"),
+        (b"IQ== 0\nIg== 1\n", {"tiktoken"}, "tiktoken"),
+    ],
+)
+def test_a_package_that_reads_the_tokenizer_is_named(saved, monkeypatch, content, absent, packages):
+    def is_installed(module):
+        return module not in absent
+
+    monkeypatch.setattr("p2d_cli.modeling.model_files._is_installed", is_installed)
+    (saved / "tokenizer.model").write_bytes(content)
+    for load in (load_tokenizer, lambda folder: load_light_tokenizer(locate_model(str(folder)))):
+        with pytest.raises(UnavailableError, match=r"in tokenizer\.model, without a tokenizer\.json") as caught:
+            load(saved)
+        assert caught.value.hint == f"pip install {packages}"
+
+
+def test_a_gguf_is_called_one(saved, tmp_path):
+    weights = tmp_path / "llama-q4.gguf"
+    weights.write_bytes(b"GGUF\x03\x00")
+    for spec in (weights, tmp_path):
+        with pytest.raises(DataError, match=r"llama-q4\.gguf.* is a GGUF file, the format of llama\.cpp") as caught:
+            locate_model(str(spec))
+        assert "safetensors" in str(caught.value.hint)
+    (saved / "model.safetensors").rename(saved / "model.gguf")
+    with pytest.raises(DataError, match="GGUF"):
+        locate_model(str(saved))
+
+
+def test_a_folder_named_as_a_gguf_is_none(saved):
+    (saved / "model.safetensors").unlink()
+    (saved / "old.gguf").mkdir()
+    with pytest.raises(DataError, match=r"has no model\.safetensors"):
+        locate_model(str(saved))
+
+
+def test_a_gguf_without_its_ending_is_called_one(tmp_path):
+    (tmp_path / "model").write_bytes(b"GGUF\x03\x00")
+    with pytest.raises(DataError, match="is a GGUF file"):
+        locate_model(str(tmp_path / "model"))
 
 
 def test_auto_dtype_follows_the_hardware(monkeypatch):
