@@ -136,7 +136,6 @@ def is_sharded() -> bool:
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
-    from p2d_cli.modeling.saving import add_end_of_turn
     from p2d_cli.stages.showing import open_prompts
 
     config, scope = job.config, job.config.resolved_scope
@@ -168,10 +167,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     if job.is_main:
         with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
-            if config.chat_template is not None or config.chat_template_kwargs:
-                (folder / CHAT_TEMPLATE_NAME).write_text(template.chat_template or "", encoding="utf-8")
-            if scope in {"attention", "full"}:
-                add_end_of_turn(folder, template.end_of_turn(tokenizer))
+            _save_prompts(config, template, tokenizer, folder)
             save_training_log(folder, record.log)
             save_model_card(
                 folder,
@@ -565,6 +561,16 @@ def _save(
         copy_tokenizer(base.folder, folder)
     else:
         save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
+
+
+def _save_prompts(config: TrainConfig, template: PromptTemplate, tokenizer: Any, folder: Path) -> None:
+    """Write the chat template that was trained with, where it is not the model's own; a whole model stops at its end."""
+    from p2d_cli.modeling.saving import add_end_of_turn
+
+    if config.chat_template is not None or config.chat_template_kwargs:
+        (folder / CHAT_TEMPLATE_NAME).write_text(template.chat_template or "", encoding="utf-8")
+    if config.resolved_scope in {"attention", "full"}:
+        add_end_of_turn(folder, template.end_of_turn(tokenizer))
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:
