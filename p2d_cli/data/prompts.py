@@ -148,7 +148,10 @@ class PromptTemplate:
 
     def simple_frame(self, tokenizer: Any) -> TurnFrame:
         """Return what the template writes around the answer to a single question."""
-        return self._frame(tokenizer, [Message("user", "?")], ())
+        asked = Message("user", "?")
+        frame = self._frame(tokenizer, [asked], ())
+        # Some templates refuse a conversation without a system message.
+        return frame if frame.end is not None else self._frame(tokenizer, [Message("system", "?"), asked], ())
 
     def reference(self, tokenizer: Any, record: Record) -> str:
         """Return the text that a right answer is compared with, without the row's reasoning.

@@ -564,7 +564,7 @@ def _save(
 
 
 def _save_prompts(config: TrainConfig, template: PromptTemplate, tokenizer: Any, folder: Path) -> None:
-    """Write the chat template that was trained with, where it is not the model's own; a whole model stops at its end."""
+    """Write a chat template that is not the model's own; a whole model is told which token ends its turns."""
     from p2d_cli.modeling.saving import add_end_of_turn
 
     if config.chat_template is not None or config.chat_template_kwargs:
