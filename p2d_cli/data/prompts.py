@@ -462,7 +462,7 @@ def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple
         f"{lost} earlier answers were cut and are not learnt": lost,
         f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
         "answers otherwise than the model writes them": rewritten,
-        f"{hidden} of {len(examples)} rows have reasoning that the chat template does not show: not learnt": hidden,
+        f"{hidden} of {len(examples)} rows have reasoning that the template does not show: not learnt": hidden,
     }
     return tuple(note for note, count in notes.items() if count)
 

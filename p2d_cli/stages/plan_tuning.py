@@ -27,6 +27,7 @@ from p2d_cli.core.cost import (
     lora_trained,
 )
 from p2d_cli.core.metrics import ANSWER_METRICS
+from p2d_cli.data.prompts import encoding_notes
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.runtime.seeding import derive_seed
@@ -113,6 +114,9 @@ def _learnt(planner: Planner, data: Sample) -> list[tuple[int, int]]:
             f"--max-length {planner.counter.max_length} cuts off the completions of all rows: nothing to learn from",
             hint="raise --max-length",
         )
+    if planner.counter.is_exact:
+        told = encoding_notes(examples, planner.counter.max_length)
+        planner.notes += [note for note in told if note not in planner.notes]
     return sizes
 
 

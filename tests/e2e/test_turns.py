@@ -211,6 +211,16 @@ def test_arguments_that_cannot_be(p2d, chat_model, switch, tmp_path, given, said
 # --- ends, and places
 
 
+@pytest.mark.parametrize("plan", [(), ("--dry-run",)])
+def test_reasoning_that_is_not_shown_is_told(p2d, tiny_folder, tmp_path, plan):
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4", "reasoning_content": "two"}]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 2)
+    how = ("-m", tiny_folder, "--data", data, "--max-steps", 1, "--scope", "lora", "--dtype", "float32")
+    done = p2d("train", *how, *plan, "--out", tmp_path / "t")
+    assert done.code == 0, done.said
+    assert "2 of 2 rows have reasoning that the template does not show: not learnt" in done.said
+
+
 @pytest.mark.parametrize("command", [("train", "--scope", "lora", "--max-steps", 1), ("eval", "--max-new-tokens", 2)])
 @pytest.mark.parametrize("plan", [(), ("--dry-run",)])
 def test_a_template_without_an_end_is_told(p2d, tiny_folder, tmp_path, command, plan):
