@@ -13,6 +13,8 @@ from p2d_cli.errors import DataError, UsageError
 
 _PLACES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Where transformers keeps a chat template; before 4.5x it was a key of the JSON files."""
+_MARK = "{# set by p2d #}"
+"""Behind each variable that was filled in, so that no line of the template's own is taken for one."""
 _NOT_FOR_USERS = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
 
 
@@ -72,15 +74,16 @@ def with_arguments(source: str, arguments: Mapping[str, Any]) -> str:
     import jinja2.meta
 
     for name in arguments:  # one that is filled in already, in a template that an adapter brings
-        source = re.sub(rf"\A((?:{{%- set \w+ = .* %}}\n)*?){{%- set {re.escape(name)} = .* %}}\n", r"\1", source)
+        source = re.sub(rf"\A((?:{{%- set .*{_MARK}\n)*?){{%- set {re.escape(name)} = .*{_MARK}\n", r"\1", source)
     environment = _environment()
     named = jinja2.meta.find_undeclared_variables(environment.parse(source))
     known = sorted(named - _NOT_FOR_USERS - environment.globals.keys())
+    own = {target.name for target in environment.parse(source).find_all(jinja2.nodes.Name) if target.ctx == "store"}
     for name in arguments:
         if name not in known:
             message = f"--chat-template-kwargs: the chat template has no variable {name!r} to set"
-            raise UsageError(message, hint=f"it has: {', '.join(known) or 'none'}")
-    return "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in arguments.items()) + source
+            raise UsageError(message, hint=f"it has: {', '.join(word for word in known if word not in own) or 'none'}")
+    return "".join(f"{{%- set {name} = {_literal(value)} %}}{_MARK}\n" for name, value in arguments.items()) + source
 
 
 def _literal(value: Any) -> str:

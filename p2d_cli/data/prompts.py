@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from p2d_cli.core.turns import TurnFrame, frame_of, split_turn, without_reasoning
+from p2d_cli.core.turns import TurnFrame, frame_of, known_blocks, split_turn
 from p2d_cli.data.records import Message, Record
 from p2d_cli.errors import DataError, UsageError
 
@@ -53,8 +53,8 @@ class EncodedExample:
     """Earlier turns that are not learnt because tokens were cut from them or right before them."""
     lead_length: int = 0
     """Tokens of the completion before its answer: what the template writes there, and the row's reasoning."""
-    hides_reasoning: bool = False
-    """Whether the row has reasoning that the template does not show."""
+    hides: bool = False
+    """Whether the row's answer has reasoning, or text beside its calls, that the template does not show."""
 
     @property
     def answer_start(self) -> int:
@@ -99,6 +99,10 @@ class PromptTemplate:
         default_factory=dict, init=False, repr=False, compare=False
     )
     _frames: dict[str, TurnFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _tokens: list[tuple[tuple[str, ...], frozenset[str]]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    """The tokenizer's own words, once they were looked up: all that it keeps whole, and the special ones."""
     _shown: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Kinds of conversations whose parts this template is known to show."""
 
@@ -133,25 +137,34 @@ class PromptTemplate:
             raise DataError(
                 f"{record.where}: {self.origin} cannot be split into prompt and completion: "
                 "the answered conversation does not begin with the unanswered one",
-                hint=PLAIN_HINT,
+                hint=f"{PLAIN_HINT}; where it writes a think block into the prompt and the row has reasoning, set its "
+                "variable with --chat-template-kwargs",
             )
         return prompt, completion
 
     def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
         """Return what the template writes around the answer of this row."""
-        return self._frame(tokenizer, self.conversation(tokenizer, record), record.tools)
+        messages = self.conversation(tokenizer, record)
+        frame = self._frame(tokenizer, messages, record.tools)
+        if "tool_calls" not in record.answer_parts:
+            return frame
+        _, turn = self._answered(tokenizer, messages, record.answer, record.tools)
+        # Calls of tools may end with a token of their own.
+        closing = [token for token in self._added(tokenizer) if token.strip() and (turn or "").endswith(token)]
+        return replace(frame, ends=tuple(dict.fromkeys([*frame.ends, *closing])))
 
-    def end_of_turn(self, tokenizer: Any) -> int | None:
-        """Return the id of the token with which an answer ends; `None` if this template closes answers with none."""
-        end = self.simple_frame(tokenizer).end
-        return None if end is None else int(tokenizer.convert_tokens_to_ids(end))
+    def ends(self, tokenizer: Any, records: Iterable[Record] = ()) -> tuple[str, ...]:
+        """Return the tokens with which answers end: that of a plain answer, if there is one, then those of calls."""
+        calls = [record for record in records if "tool_calls" in record.answer_parts]
+        found = [self.simple_frame(tokenizer), *(self.frame(tokenizer, record) for record in calls)]
+        return tuple(dict.fromkeys(end for frame in found for end in frame.ends))
 
     def simple_frame(self, tokenizer: Any) -> TurnFrame:
         """Return what the template writes around the answer to a single question."""
         asked = Message("user", "?")
         frame = self._frame(tokenizer, [asked], ())
         # Some templates refuse a conversation without a system message.
-        return frame if frame.end is not None else self._frame(tokenizer, [Message("system", "?"), asked], ())
+        return frame if frame.ends else self._frame(tokenizer, [Message("system", "?"), asked], ())
 
     def reference(self, tokenizer: Any, record: Record) -> str:
         """Return the text that a right answer is compared with, without the row's reasoning.
@@ -161,10 +174,10 @@ class PromptTemplate:
         Raises:
             DataError: as `render_example`.
         """
+        frame = self.frame(tokenizer, record)
         if "tool_calls" not in record.answer_parts:
-            return without_reasoning(record.completion)
-        frame, (_, turn) = self.frame(tokenizer, record), self.render_example(tokenizer, record)
-        text = frame.answer(turn)
+            return frame.without_reasoning(record.completion)
+        text = frame.answer(self.render_example(tokenizer, record)[1])
         for token in frame.specials:
             text = text.replace(token, "")
         return text.strip()
@@ -230,7 +243,9 @@ class PromptTemplate:
             raise UsageError(f"--max-length {max_length} has no room for a prompt and a completion", hint="raise it")
         prompt_text, completion_text = self.render_example(tokenizer, record)
         prompt_ids, offsets = self.tokenize(tokenizer, prompt_text)
-        completion_ids, lead = self._completion(tokenizer, record, prompt_text, prompt_ids, completion_text)
+        frame = self._frame(tokenizer, self.conversation(tokenizer, record), record.tools, prompt_text)
+        border = frame.find_answer(completion_text) or 0
+        completion_ids, lead = self._completion(tokenizer, prompt_text, prompt_ids, completion_text, border)
         kept = completion_ids[: max_length - 1]
         gap = self._gap(tokenizer, record, len(prompt_ids), max_length - len(kept))
         shown = prompt_ids[: gap[0]] + prompt_ids[gap[1] :]
@@ -243,22 +258,22 @@ class PromptTemplate:
             earlier=tuple(turn for turn in turns if turn is not None),
             rewritten=spans is None,
             lost=turns.count(None),
-            lead_length=min(lead, max(len(kept) - 1, 0)),
-            hides_reasoning=_hides_reasoning(record, completion_text),
+            lead_length=min(lead, len(kept)),
+            hides=_hides(record, completion_text, frame),
         )
 
     def _completion(
-        self, tokenizer: Any, record: Record, prompt: str, prompt_ids: Sequence[int], completion: str
+        self, tokenizer: Any, prompt: str, prompt_ids: Sequence[int], completion: str, border: int
     ) -> tuple[list[int], int]:
-        """Return the completion's tokens, and how many of them stand before its answer."""
-        border = self.frame(tokenizer, record).find_answer(completion) or 0
+        """Return the completion's tokens, and how many of them stand before its answer, which begins at the border."""
         ids, offsets = self.tokenize(tokenizer, prompt + completion)
+        is_beyond = border > 0
         if ids[: len(prompt_ids)] == list(prompt_ids):
             ids, offsets, border = ids[len(prompt_ids) :], offsets[len(prompt_ids) :], len(prompt) + border
         else:  # a token reaches over the border; at inference the prompt ends there all the same
             encoded = _call(tokenizer, completion, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        return ids, sum(stop <= border for _, stop in offsets) if border else 0
+        return ids, sum(stop <= border for _, stop in offsets) if is_beyond else 0
 
     def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
@@ -329,7 +344,7 @@ class PromptTemplate:
         if turn is None or self.name == "plain":
             return prompt, turn
         # White space that templates write behind the end-of-turn token a model never gets to generate.
-        closes = self._frame(tokenizer, messages, tools).closes
+        closes = self._frame(tokenizer, messages, tools, prompt).closes
         return prompt, turn.rstrip() if closes(turn.rstrip()) else turn
 
     def _turn(
@@ -340,24 +355,56 @@ class PromptTemplate:
             return answer.content + (tokenizer.eos_token or "")
         return split_turn(prompt, self._render(tokenizer, [*messages, answer], tools, answer=False))
 
-    def _frame(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools) -> TurnFrame:
-        """Take the template's turn around an answer apart, once for each kind of conversation."""
-        kind = "plain" if self.name == "plain" else _kind(messages, tools)
-        if kind not in self._frames:
+    def _frame(
+        self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, prompt: str | None = None
+    ) -> TurnFrame:
+        """Take the template's turn around an answer apart, once for each kind of conversation and end of its prompt.
+
+        The end tells what a word in the conversation may switch, such as whether to think.
+        """
+        if self.name == "plain":
+            kind = "plain"
+        else:
             try:
-                prompt = self._open(tokenizer, messages, tools)
-                turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
+                prompt = self._open(tokenizer, messages, tools) if prompt is None else prompt
             except DataError:
-                turn = prompt = ""
+                return TurnFrame(specials=self._specials(tokenizer))
+            _, found, ending = prompt.rpartition(messages[-1].content.strip() or "\0")
+            kind = f"{_kind(messages, tools)}{ending}" if found else ""
+        if kind in self._frames:
+            return self._frames[kind]
+        frame = self._take_apart(tokenizer, messages, tools, prompt or "")
+        if kind:
+            self._frames[kind] = frame
+        return frame
+
+    def _take_apart(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, prompt: str) -> TurnFrame:
+        try:
+            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
+        except DataError:
+            turn = ""
+        return frame_of(
+            turn,
+            _mark(0),
+            prompt="" if self.name == "plain" else prompt,
+            added=self._added(tokenizer),
+            specials=self._specials(tokenizer),
+            blocks=known_blocks(self.chat_template or ""),
+        )
+
+    def _added(self, tokenizer: Any) -> tuple[str, ...]:
+        """Return the texts of the tokens that the tokenizer keeps whole, special or not."""
+        return self._words(tokenizer)[0]
+
+    def _specials(self, tokenizer: Any) -> frozenset[str]:
+        """Return the texts of its special tokens."""
+        return self._words(tokenizer)[1]
+
+    def _words(self, tokenizer: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+        if not self._tokens:
             added = tokenizer.added_tokens_decoder.values()
-            self._frames[kind] = frame_of(
-                turn,
-                _mark(0),
-                prompt=prompt,
-                added=[str(token) for token in added],
-                specials=[str(token) for token in added if token.special],
-            )
-        return self._frames[kind]
+            self._tokens.append((tuple(map(str, added)), frozenset(str(token) for token in added if token.special)))
+        return self._tokens[0]
 
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         """Render; calls of tools have their arguments as an object, or as JSON text for templates that want it so."""
@@ -455,14 +502,15 @@ def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple
     empty = sum(len(example.input_ids) == example.answer_start for example in examples)
     lost = sum(example.lost for example in examples)
     rewritten = sum(example.rewritten for example in examples)
-    hidden = sum(example.hides_reasoning for example in examples)
+    hidden = sum(example.hides for example in examples)
     notes = {
         f"{cut} of {len(examples)} rows were longer than {max_length} tokens and were cut": cut,
         f"{empty} rows lost their whole completion to truncation and were left out": empty,
         f"{lost} earlier answers were cut and are not learnt": lost,
         f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
         "answers otherwise than the model writes them": rewritten,
-        f"{hidden} of {len(examples)} rows have reasoning that the template does not show: not learnt": hidden,
+        f"{hidden} of {len(examples)} rows have reasoning, or text beside calls, that the template does not show: "
+        "not learnt": hidden,
     }
     return tuple(note for note, count in notes.items() if count)
 
@@ -559,17 +607,22 @@ def _closed_up(turn: Span, gap: Span) -> Span | None:
 
 
 def _kind(messages: Sequence[Message], tools: _Tools) -> str:
-    """Name the kind of a conversation: its roles, which parts they have, and whether there are tools."""
-    return json.dumps([[message.role, bool(message.content), sorted(message.parts)] for message in messages]) + str(
-        bool(tools)
-    )
+    """Name the kind of a conversation: its roles, their parts, how many calls, and whether there are tools."""
+    turns = [
+        [message.role, bool(message.content), sorted(message.parts), len(message.parts.get("tool_calls") or ())]
+        for message in messages
+    ]
+    return f"{json.dumps(turns)}{bool(tools)}"
 
 
-def _hides_reasoning(record: Record, completion: str) -> bool:
-    """Whether the reasoning of a row's answer, in its text or beside it, is missing from the completion."""
-    given = str(record.answer_parts.get("reasoning_content") or "").strip()
-    before = record.completion[: len(record.completion) - len(without_reasoning(record.completion))]
-    return given not in completion or "".join(before.split()) not in "".join(completion.split())
+def _hides(record: Record, completion: str, frame: TurnFrame) -> bool:
+    """Whether reasoning of a row's answer, or text beside its calls, is missing from the completion."""
+    answer = frame.without_reasoning(record.completion)
+    before = record.completion[: len(record.completion) - len(answer)]
+    given = str(record.answer_parts.get("reasoning_content") or "")
+    beside = answer if "tool_calls" in record.answer_parts else ""
+    shown = "".join(completion.split())
+    return any("".join(text.split()) not in shown for text in (before, given, beside))
 
 
 def _with_written_arguments(message: Message) -> Message:
@@ -594,10 +647,12 @@ def _tool_probes(
     if tools:
         yield "the functions that may be called (tools)", messages, [_marked_function(tools[0]), *tools[1:]]
     for index, message in enumerate(messages):
-        if calls := message.parts.get("tool_calls"):
-            parts = {**message.parts, "tool_calls": [_marked_function(calls[0]), *calls[1:]]}
-            probe = replace(message, parts=parts)
-            yield "calls of tools (tool_calls)", [*messages[:index], probe, *messages[index + 1 :]], tools
+        calls = message.parts.get("tool_calls") or ()
+        for place, call in enumerate(calls):
+            marked = [*calls[:place], _marked_function(call), *calls[place + 1 :]]
+            probe = replace(message, parts={**message.parts, "tool_calls": marked})
+            what = "calls of tools (tool_calls)" if place == 0 else "more than one call of a tool (tool_calls)"
+            yield what, [*messages[:index], probe, *messages[index + 1 :]], tools
         if message.role == "tool":
             probe = replace(message, content=_mark(0))
             yield "results of tools (turns of role tool)", [*messages[:index], probe, *messages[index + 1 :]], tools

@@ -36,12 +36,12 @@ def generate_greedy(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     names: Sequence[str] = (),
-    frame: TurnFrame = TurnFrame(),  # noqa: B008 - frozen
+    frames: Sequence[TurnFrame] = (),
 ) -> tuple[list[str], int]:
     """Continue prompts, taking the most likely token each time.
 
     The sampling settings, penalties and length limits of the model's own `generation_config` are left out of account;
-    its end-of-sequence tokens count, as do the tokenizer's and the token with which the template ends a turn.
+    its end-of-sequence tokens count, as do the tokenizer's and those with which the template ends a turn.
 
     Args:
         model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
@@ -51,7 +51,7 @@ def generate_greedy(
         stop: Strings that end an answer; in what stands before it they are passed over. They may be the text of a
             special token.
         names: What an error calls each prompt.
-        frame: What stands around an answer.
+        frames: What stands around the answer to each prompt; nothing without.
 
     Returns:
         The turns, cut before the first stop string of the answer and without special tokens but those that tell where
@@ -63,9 +63,10 @@ def generate_greedy(
     """
     plain = plain_model(model)
     stop = tuple(string for string in stop if string)
-    config = _greedy_config(plain, tokenizer, max_new_tokens, frame)
+    frames = frames or [TurnFrame()] * len(prompt_ids)
+    config = _greedy_config(plain, tokenizer, max_new_tokens, frames)
     input_ids_BT, attention_mask_BT = _padded_left(prompt_ids, config.pad_token_id)
-    stopper, device = _StopStrings(tokenizer, stop, frame, *input_ids_BT.shape), input_device(plain)
+    stopper, device = _StopStrings(tokenizer, stop, frames, *input_ids_BT.shape), input_device(plain)
     with torch.no_grad(), _neutral_defaults(plain), finite_logits(plain, names):
         output_BT = plain.generate(
             input_ids_BT.to(device),
@@ -74,15 +75,19 @@ def generate_greedy(
             stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
         )
     new_ids = stopper.generated(output_BT, config.eos_token_id)
-    turns = decode_turns(tokenizer, new_ids, frame)
-    return [_cut(turn, stop, frame) for turn in turns], sum(len(ids) for ids in new_ids)
+    turns = decode_turns(tokenizer, new_ids, frames)
+    return [_cut(turn, stop, frame) for turn, frame in zip(turns, frames, strict=True)], sum(
+        len(ids) for ids in new_ids
+    )
 
 
-def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frame: TurnFrame) -> list[str]:
+def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frames: Sequence[TurnFrame]) -> list[str]:
     """Decode without special tokens, but for those that tell where the answer begins."""
-    added = tokenizer.added_tokens_decoder.items()
-    dropped = {number for number, token in added if token.special and str(token) not in frame.marks}
-    kept = [[token for token in ids if token not in dropped] for ids in new_ids]
+    special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = [
+        [token for token in ids if special.get(token) is None or special[token] in frame.marks]
+        for ids, frame in zip(new_ids, frames, strict=True)
+    ]
     texts: list[str] = tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return texts
 
@@ -137,10 +142,12 @@ class _StopStrings(StoppingCriteria):
     The criterion of transformers looks at the prompt's end as well, and prepares the whole vocabulary beforehand.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], frame: TurnFrame, batch: int, prompt_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...], frames: Sequence[TurnFrame], batch: int, prompt_length: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._frame = frame
+        self._frames = frames
         self._begun_at: list[int | None] = [None] * batch
         """Before which new token of each row its answer has begun."""
         self._prompt_length = prompt_length
@@ -166,7 +173,7 @@ class _StopStrings(StoppingCriteria):
     def _look_for_answers(self, new_ids_BT: Tensor) -> None:
         waiting = [row for row, begun_at in enumerate(self._begun_at) if begun_at is None]
         for row, turn in zip(waiting, self._tokenizer.batch_decode(new_ids_BT[waiting].tolist()), strict=True):
-            if self._frame.has_begun(turn):
+            if self._frames[row].has_begun(turn):
                 self._begun_at[row] = new_ids_BT.shape[1] - 1
 
     def generated(self, output_BT: Tensor, eos_ids: Sequence[int] | None) -> list[list[int]]:
@@ -178,16 +185,16 @@ class _StopStrings(StoppingCriteria):
         return rows
 
 
-def end_ids(model: Any, tokenizer: Any, frame: TurnFrame) -> list[int]:
-    """Return the tokens that end a generation: the model's own, the tokenizer's, and the template's end of a turn."""
+def end_ids(model: Any, tokenizer: Any, frames: Sequence[TurnFrame]) -> list[int]:
+    """Return the tokens that end a generation: the model's own, the tokenizer's, and the template's ends of a turn."""
     own = model.generation_config.eos_token_id
     own_ids = own if isinstance(own, list) else [own]
-    end_id = None if frame.end is None else tokenizer.convert_tokens_to_ids(frame.end)
-    return sorted({token for token in (*own_ids, tokenizer.eos_token_id, end_id) if token is not None})
+    turn_ids = [tokenizer.convert_tokens_to_ids(end) for end in sorted({end for frame in frames for end in frame.ends})]
+    return sorted({token for token in (*own_ids, tokenizer.eos_token_id, *turn_ids) if token is not None})
 
 
-def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int, frame: TurnFrame) -> GenerationConfig:
-    eos_ids = end_ids(model, tokenizer, frame)
+def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int, frames: Sequence[TurnFrame]) -> GenerationConfig:
+    eos_ids = end_ids(model, tokenizer, frames)
     pad_id = tokenizer.pad_token_id
     return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         do_sample=False,

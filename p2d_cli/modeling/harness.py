@@ -180,7 +180,7 @@ def _harness_class(progress: Progress, frame: TurnFrame) -> Any:
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
             if not (skip_special_tokens and isinstance(tokens, list)):
                 return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
-            return frame.answer(decode_turns(self.tokenizer, [tokens], frame)[0])
+            return frame.answer(decode_turns(self.tokenizer, [tokens], [frame])[0])
 
         @contextmanager
         def _watched(self, label: str, requests: Sequence[Any]) -> Iterator[None]:
@@ -312,7 +312,7 @@ def _ended_by(model: Any, tokenizer: Any, frame: TurnFrame) -> Iterator[None]:
     """Let the template's end of a turn end what is generated while the block runs."""
     settings = model.generation_config
     own = settings.eos_token_id
-    settings.eos_token_id = end_ids(model, tokenizer, frame) or None
+    settings.eos_token_id = end_ids(model, tokenizer, [frame]) or None
     try:
         yield
     finally:

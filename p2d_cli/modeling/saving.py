@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,20 @@ def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any]
         shutil.copyfile(base / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
 
 
-def add_end_of_turn(folder: Path, token: int | None) -> None:
-    """Let whoever generates with a model folder stop at the token with which its chat template ends a turn.
+def add_ends_of_turns(folder: Path, tokens: Sequence[int]) -> None:
+    """Let whoever generates with a model folder stop at the tokens with which its chat template ends a turn.
 
     Args:
         folder: what `save_plain_model` wrote; its `generation_config.json` names the tokens that end a generation.
-        token: the token's id, or None where there is none.
+        tokens: their ids.
     """
-    if token is None:
-        return
     path = folder / GENERATION_CONFIG_NAME
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     if (known := settings.get("eos_token_id")) is None:
         known = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
     ends = known if isinstance(known, list) else [known] if known is not None else []
-    if token not in ends:
-        settings["eos_token_id"] = [*ends, token]
+    if set(tokens) - set(ends):
+        settings["eos_token_id"] = list(dict.fromkeys([*ends, *tokens]))
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from p2d_cli.config import MineDataConfig
 from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
-from p2d_cli.core.turns import without_reasoning
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, Episode
 from p2d_cli.data.pool import Chunk
@@ -152,10 +151,11 @@ class EpisodeReader:
     def _judge(self, plan: Sequence[Episode], chosen: Sequence[EncodedEpisode]) -> tuple[NDArray[np.float64], int]:
         """Let the model answer each query; the mean metric of each episode's parsed answers, and how many were not."""
         prompts, references, owners = [], [], []
+        template, tokenizer = self._bench.template, self._bench.tokenizer
         for position, (episode, encoded) in enumerate(zip(plan, chosen, strict=True)):
             for start, query in zip(_answer_starts(encoded.answer_mask), episode.queries, strict=True):
                 prompts.append(list(encoded.input_ids[:start]))
-                references.append(without_reasoning(self._queries[query].completion))
+                references.append(template.reference(tokenizer, self._queries[query]))
                 owners.append(position)
         judged: list[list[float]] = [[] for _ in chosen]
         for owner, answer, reference in zip(owners, self._generate(prompts), references, strict=True):
@@ -175,7 +175,12 @@ class EpisodeReader:
         for batch in batches:
             asked = [prompts[index] for index in batch]
             texts, new_tokens = generate_greedy(
-                bench.model, bench.tokenizer, asked, max_new_tokens=config.max_new_tokens, stop=stop, frame=frame
+                bench.model,
+                bench.tokenizer,
+                asked,
+                max_new_tokens=config.max_new_tokens,
+                stop=stop,
+                frames=[frame] * len(asked),
             )
             bench.tokens += new_tokens + sum(map(len, asked))
             for index, text in zip(batch, texts, strict=True):

@@ -279,8 +279,8 @@ def _choose(
 
     offered = [_offered(record, choices) for record in records]
     missing = [
-        record.completion.strip() not in {option.strip() for option in options}
-        for record, options in zip(records, offered, strict=True)
+        reference.strip() not in {option.strip() for option in options}
+        for reference, options in zip(columns["reference"], offered, strict=True)
     ]
     if any(missing):
         notes["answers_not_offered"] = sum(missing)

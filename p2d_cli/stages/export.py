@@ -129,12 +129,14 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
 def _hand_on_template(job: StageRun[ExportConfig], adapter: Path, folder: Path) -> None:
     """Write the chat template that the adapter brings, and let generation stop at the end of its turns."""
     from p2d_cli.modeling.loading import load_tokenizer
-    from p2d_cli.modeling.saving import add_end_of_turn
+    from p2d_cli.modeling.saving import add_ends_of_turns
 
     carried = find_chat_template(adapter)
     if carried is not None:
         (folder / CHAT_TEMPLATE_NAME).write_text(read_chat_template(carried), encoding="utf-8")
-    is_plain = job.facts.get("template", {}).get("name") == "plain"
+    trained = job.facts.get("template", {})
+    is_plain = trained.get("name") == "plain"
     tokenizer = load_tokenizer(folder)
     template = resolve_template(tokenizer, "plain" if is_plain else "auto", chat_file=None if is_plain else carried)
-    add_end_of_turn(folder, template.end_of_turn(tokenizer))
+    ends = list(trained.get("ends") or template.ends(tokenizer))
+    add_ends_of_turns(folder, tokenizer.convert_tokens_to_ids(ends))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.journal import pack_texts, unpack_texts
 from p2d_cli.config import EvalConfig
 from p2d_cli.data.records import Record
-from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError
+from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError
 from p2d_cli.modeling.choices import can_pack, score_pack_batch, split_into_packs
 from p2d_cli.modeling.generation import generate_greedy, score_completions
 from p2d_cli.stages.batch_reading import Arrays
@@ -31,7 +31,8 @@ Example = tuple[Sequence[int], int]
 
 def generate_turns(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record]) -> list[str]:
     """Let the model write its turn to every row, greedily."""
-    config, frame = job.config, bench.template.frame(bench.tokenizer, records[0])
+    config, template = job.config, bench.template
+    frames = [template.frame(bench.tokenizer, record) for record in records]
     room = max(1, bench.max_length - config.max_new_tokens)
     prompts = bench.encode_prompts(records, room)
 
@@ -44,7 +45,7 @@ def generate_turns(job: StageRun[EvalConfig], bench: Workbench, records: Sequenc
             max_new_tokens=config.max_new_tokens,
             stop=config.stop,
             names=[records[index].where for index in group],
-            frame=frame,
+            frames=[frames[index] for index in group],
         )
         bench.tokens += new_tokens + sum(map(len, asked))
         return {"answers": pack_texts(texts)}
@@ -67,7 +68,7 @@ def weigh_completions(
     job: StageRun[EvalConfig], bench: Workbench, label: str, records: Sequence[Record]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the log-likelihood of each row's completion given its prompt, in nats, and its number of tokens."""
-    return _weigh_examples(job, bench, label, _encode(bench, records), records)
+    return _weigh_examples(job, bench, label, _encode(job, bench, records), records)
 
 
 def weigh_choices(
@@ -83,7 +84,7 @@ def weigh_choices(
         for record, texts in zip(records, offered, strict=True)
         for text in texts
     ]
-    examples = _encode(bench, variants)
+    examples = _encode(job, bench, variants)
     if can_pack(bench.model, max(len(ids) for ids, _ in examples)):
         log_likelihood = _weigh_packs(job, bench, examples, variants)
     else:
@@ -91,8 +92,24 @@ def weigh_choices(
     return np.split(log_likelihood, np.cumsum([len(texts) for texts in offered])[:-1])
 
 
-def _encode(bench: Workbench, records: Sequence[Record]) -> list[Example]:
-    return [(example.input_ids, example.answer_start) for example in bench.encode_examples(records)]
+def _encode(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record]) -> list[Example]:
+    """Tokenize rows.
+
+    Raises:
+        DataError: no answer is left to weigh, since all were cut away.
+    """
+    examples = bench.encode_examples(records)
+    lost = [record for record, one in zip(records, examples, strict=True) if one.answer_start == len(one.input_ids)]
+    if len(lost) == len(records):
+        raise DataError(
+            f"--max-length {bench.max_length} cuts off the answers of all rows: there is nothing to weigh",
+            hint="raise --max-length",
+        )
+    if lost:
+        job.progress.note(
+            f"--max-length {bench.max_length} cuts off {len(lost)} whole answers, the first of {lost[0].where}: raise it"
+        )
+    return [(example.input_ids, example.answer_start) for example in examples]
 
 
 def _weigh_packs(

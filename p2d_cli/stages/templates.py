@@ -58,7 +58,7 @@ def _chat_file(config: RowOptions, *, look_in_adapter: bool) -> Path | None:
 
 def _tell_missing_end(job: StageRun[Any], template: PromptTemplate, tokenizer: Any) -> None:
     """Note where no token tells a model that its answer is over."""
-    if not isinstance(job.config, TrainConfig | EvalConfig) or template.end_of_turn(tokenizer) is not None:
+    if not isinstance(job.config, TrainConfig | EvalConfig) or template.ends(tokenizer):
         return
     what = (
         "the tokenizer has no end-of-sequence token"

@@ -146,7 +146,10 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     with job.timer.phase("prepare"):
         _, template = open_prompts(job, inputs.model, config)
         rows, truncated = _encode(job, inputs, template, tokenizer, records)
+        ends = template.ends(tokenizer, records)
         eval_rows, _ = _encode(job, inputs, template, tokenizer, held_out) if held_out else ([], 0)
+    if len(ends) > 1:
+        job.facts["template"]["ends"] = list(ends)
     precision = str(dtype).removeprefix("torch.")
     lesson = _Lesson(rows, eval_rows, tokenizer.pad_token_id)
     model, plan, record = _train_within_memory(
@@ -167,7 +170,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     if job.is_main:
         with job.saving():
             _save(model, dtype, inputs.model, config, folder, record.full_state)
-            _save_prompts(config, template, tokenizer, folder)
+            _save_prompts(config, template, tokenizer, ends, folder)
             save_training_log(folder, record.log)
             save_model_card(
                 folder,
@@ -563,14 +566,16 @@ def _save(
         save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
 
 
-def _save_prompts(config: TrainConfig, template: PromptTemplate, tokenizer: Any, folder: Path) -> None:
+def _save_prompts(
+    config: TrainConfig, template: PromptTemplate, tokenizer: Any, ends: tuple[str, ...], folder: Path
+) -> None:
     """Write a chat template that is not the model's own; a whole model is told which token ends its turns."""
-    from p2d_cli.modeling.saving import add_end_of_turn
+    from p2d_cli.modeling.saving import add_ends_of_turns
 
     if config.chat_template is not None or config.chat_template_kwargs:
         (folder / CHAT_TEMPLATE_NAME).write_text(template.chat_template or "", encoding="utf-8")
     if config.resolved_scope in {"attention", "full"}:
-        add_end_of_turn(folder, template.end_of_turn(tokenizer))
+        add_ends_of_turns(folder, tokenizer.convert_tokens_to_ids(list(ends)))
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:

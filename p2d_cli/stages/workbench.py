@@ -151,7 +151,9 @@ class Workbench:
 
 
 def _answer_mask(example: EncodedExample) -> list[int]:
-    return [0] * example.answer_start + [1] * (len(example.input_ids) - example.answer_start)
+    # Of an answer that was cut away as a whole, what leads up to it stands for it.
+    start = min(example.answer_start, len(example.input_ids) - 1)
+    return [0] * start + [1] * (len(example.input_ids) - start)
 
 
 def finish_batches(

@@ -215,8 +215,11 @@ def test_accumulation_changes_nothing_but_memory(p2d, words, tmp_path):
 
 
 def test_packing_changes_nothing_but_padding(p2d, words, few, tmp_path):
-    assert p2d(*words("heads", "packed", "--packing", "--data", few["pool"], "--batch-size", 12)).code == 0
-    assert p2d(*words("heads", "padded", "--data", few["pool"], "--batch-size", 12)).code == 0
+    def on_pool(*given):
+        return [few["pool"] if word == few["test"] else word for word in given]
+
+    assert p2d(*on_pool(*words("heads", "packed", "--packing", "--batch-size", 12))).code == 0
+    assert p2d(*on_pool(*words("heads", "padded", "--batch-size", 12))).code == 0
     for first, second in zip(log_of(tmp_path / "packed"), log_of(tmp_path / "padded"), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert manifest_of(tmp_path / "packed")["tokens"] < manifest_of(tmp_path / "padded")["tokens"]

@@ -218,7 +218,7 @@ def test_reasoning_that_is_not_shown_is_told(p2d, tiny_folder, tmp_path, plan):
     how = ("-m", tiny_folder, "--data", data, "--max-steps", 1, "--scope", "lora", "--dtype", "float32")
     done = p2d("train", *how, *plan, "--out", tmp_path / "t")
     assert done.code == 0, done.said
-    assert "2 of 2 rows have reasoning that the template does not show: not learnt" in done.said
+    assert "2 of 2 rows have reasoning, or text beside calls, that the template does not show: not learnt" in done.said
 
 
 @pytest.mark.parametrize("command", [("train", "--scope", "lora", "--max-steps", 1), ("eval", "--max-new-tokens", 2)])

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d_cli.core.turns import REASONING, TurnFrame, split_turn, without_reasoning
-from p2d_cli.data.prompts import PromptTemplate
+from p2d_cli.core.turns import REASONING, THINK, TurnFrame, split_turn
+from p2d_cli.data.prompts import PromptTemplate, encoding_notes
 from p2d_cli.data.records import Message, Record
 
 CHATML = (
@@ -53,8 +53,8 @@ def test_answer_of_what_a_template_writes_is_the_content(tokenizer, name):
     frame = template.frame(tokenizer, row())
     prompt, turn = template.render_example(tokenizer, row("yes, you may"))
     assert frame.answer(turn) == "yes, you may"
-    assert frame.end == ENDS[name]
-    assert template.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(ENDS[name])
+    assert frame.ends == (ENDS[name],)
+    assert template.ends(tokenizer) == (ENDS[name],)
     assert prompt == template.render_prompt(tokenizer, row())
 
 
@@ -81,30 +81,44 @@ def test_reasoning_of_a_model_is_not_its_answer(tokenizer, name, thought):
 
 
 def test_channels_of_a_model():
-    frame = TurnFrame(lead="<|channel|>final<|message|>", specials=frozenset({"<|channel|>", "<|message|>", "<|end|>"}))
+    specials = frozenset({"<|start|>", "<|channel|>", "<|message|>", "<|end|>"})
+    frame = TurnFrame(lead="<|channel|>final<|message|>", blocks=(REASONING[1],), specials=specials)
     thinking = "<|channel|>analysis<|message|>They ask."
     assert frame.answer(thinking) == ""
-    assert frame.answer(thinking + "assistant<|channel|>final<|message|>yes") == "yes"
+    assert frame.answer(thinking + "<|start|>assistant<|channel|>final<|message|>yes") == "yes"
     assert frame.answer("<|channel|>final<|message|>yes") == "yes"
-    assert frame.marks == {"<|channel|>", "<|message|>"}
+    assert frame.marks == {"<|start|>", "<|channel|>", "<|message|>"}
+    call = " to=functions.weather<|channel|>commentary json<|message|>{}"
+    assert frame.answer(thinking + "<|start|>assistant" + call).strip() == "to=functions.weathercommentary json{}"
+    assert frame.answer(call) == " to=functions.weathercommentary json{}"
 
 
 @pytest.mark.parametrize(("opening", "closing"), REASONING)
 def test_every_known_block_is_left_out_of_plain_text_too(opening, closing):
     frame = TurnFrame()
     assert frame.answer(f"{opening}\nhm\n{closing}\n\nyes") == "yes"
-    assert frame.answer(f"{opening}\nhm") == ""
-    assert without_reasoning(f"{opening}hm{closing}yes") == "yes"
+    assert TurnFrame(blocks=((opening, closing),)).answer(f"{opening}\nhm") == ""
+    assert frame.without_reasoning(f"{opening}hm{closing}yes") == "yes"
 
 
 def test_a_block_whose_opening_was_lost_is_left_out():
-    assert TurnFrame().answer("hm, so\n</think>\n\nyes") == "yes"
+    frame = TurnFrame(blocks=(THINK,))
+    assert frame.answer("hm, so\n</think>\n\nyes") == "yes"
+    assert frame.without_reasoning("hm, so</think>yes") == "yes"
+
+
+@pytest.mark.parametrize("name", ["plain ChatML", "channels, as gpt-oss", "an empty think block, as Qwen3"])
+@pytest.mark.parametrize("answer", ["Close it with </reasoning> now", "<thought> is the tag", "[/THINK] ends it"])
+def test_tags_that_the_template_does_not_think_in_are_words(tokenizer, name, answer):
+    template = PromptTemplate("chat", TEMPLATES[name])
+    assert template.reference(tokenizer, row(answer)) == answer
+    assert template.frame(tokenizer, row()).answer(template.render_example(tokenizer, row(answer))[1]) == answer
 
 
 @given(st.text(alphabet="ab <>/\n", max_size=40))
 def test_answers_without_tags_are_left_alone(text):
     assert TurnFrame().answer(text) == text
-    assert without_reasoning(text) == text
+    assert TurnFrame(blocks=REASONING).without_reasoning(text) == text
 
 
 def test_what_a_template_writes_between_answer_and_end_is_left_out(tokenizer):
@@ -121,23 +135,23 @@ def test_reasoning_of_the_row_is_learnt_but_is_not_its_answer(tokenizer):
     assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == "yes<|im_end|>"
     assert "hm" in tokenizer.decode(encoded.input_ids[encoded.prompt_length : encoded.answer_start])
     assert template.reference(tokenizer, given) == "yes"
-    assert not encoded.hides_reasoning
+    assert not encoded.hides
 
 
 def test_reasoning_that_the_template_leaves_out_is_told(tokenizer):
     shows = "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}<|im_end|>{% endfor %}"
     given = row("yes", reasoning_content="hm")
-    assert not PromptTemplate("chat", shows).encode_example(tokenizer, given, 1000).hides_reasoning
-    assert PromptTemplate("chat", TEMPLATES["plain ChatML"]).encode_example(tokenizer, given, 1000).hides_reasoning
+    assert not PromptTemplate("chat", shows).encode_example(tokenizer, given, 1000).hides
+    assert PromptTemplate("chat", TEMPLATES["plain ChatML"]).encode_example(tokenizer, given, 1000).hides
 
 
 def test_no_end_where_a_template_closes_with_none(tokenizer):
     template = PromptTemplate("chat", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    assert template.end_of_turn(tokenizer) is None
+    assert template.ends(tokenizer) == ()
 
 
 def test_plain_text_ends_with_the_tokenizers_end(tokenizer):
-    assert PromptTemplate("plain").end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert PromptTemplate("plain").ends(tokenizer) == (tokenizer.eos_token,)
 
 
 def test_an_end_of_turn_that_is_no_special_token_counts(tokenizer_of):
@@ -158,6 +172,39 @@ def test_the_turn_closes_a_block_that_only_the_prompt_opens():
 def test_the_turn_goes_on_behind_a_block_that_only_the_prompt_has(block):
     assert split_turn(f"Q:A:{block}", "Q:A:yes.") == "yes."
     assert split_turn(f"Q:A:{block}", "Q:A:<think>\nhm\n</think>\n\nyes.") is None
+
+
+def test_a_block_that_the_answer_closes_is_closed_once():
+    """As in DeepSeek V3.1 with thinking."""
+    assert split_turn("Q:A:<think>", "Q:A:</think>yes.") == "</think>yes."
+
+
+SWITCHED = CHATML.replace("%LEAD%", "").replace(
+    "%OPEN%", "{% if '/no_think' in messages[0].content %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+)
+
+
+def test_a_word_of_the_row_may_switch_thinking(tokenizer):
+    """Each row has a frame of its own: a turn with and without a think block before it."""
+    template = PromptTemplate("chat", SWITCHED)
+    asked = [
+        Record("r", (Message("user", text),), "yes", None, {}, "r:1") for text in ("One?", "/no_think One?", "Two?")
+    ]
+    assert [template.frame(tokenizer, record).opened for record in asked] == ["</think>", None, "</think>"]
+    assert template.frame(tokenizer, asked[1]).answer("yes") == "yes"
+    assert template.frame(tokenizer, asked[0]).answer("yes") == ""
+    assert len(template._frames) == 2
+    for record in asked:
+        encoded = template.encode_example(tokenizer, record, 1000)
+        assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == "yes<|im_end|>"
+
+
+def test_an_answer_that_is_cut_away_has_no_tokens(tokenizer):
+    template = PromptTemplate("chat", TEMPLATES["plain ChatML"])
+    encoded = template.encode_example(tokenizer, row("<think>" + "hm " * 50 + "</think>yes"), 40)
+    assert encoded.answer_start == len(encoded.input_ids)
+    [note, _] = encoding_notes([encoded], 40)[::-1]
+    assert note == "1 rows lost their whole completion to truncation and were left out"
 
 
 # --- the day, and arguments

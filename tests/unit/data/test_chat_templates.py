@@ -42,6 +42,14 @@ def test_arguments_take_the_place_of_earlier_ones():
     assert with_arguments(once, {"enable_thinking": True}) == once
 
 
+def test_a_templates_own_first_lines_stay():
+    own = "{%- set lang = lang | upper %}\n{%- set fixed = 1 %}\n{{ lang }}{{ messages }}"
+    filled = with_arguments(own, {"lang": "en"})
+    assert filled.endswith(own)
+    with pytest.raises(UsageError, match="no variable 'fixed' to set"):
+        with_arguments(filled, {"fixed": 2})
+
+
 @pytest.mark.parametrize("name", ["enable_thinkng", "messages", "strftime_now", "range"])
 def test_a_variable_that_the_template_does_not_have(name):
     with pytest.raises(UsageError, match=f"no variable '{name}' to set") as caught:

@@ -58,6 +58,35 @@ def test_a_call_is_the_answer_to_learn_and_to_compare_with(tokenizer):
     assert template.frame(tokenizer, record).answer(expected) == expected
 
 
+CALLS_END = HERMES.replace(
+    "</tool_call>{% endfor %}<|im_end|>", "</tool_call>{% endfor %}{{ '</s>' if m.tool_calls else '<|im_end|>' }}"
+)
+
+
+def test_calls_that_end_with_a_token_of_their_own_end_there(tokenizer):
+    template = PromptTemplate("chat", CALLS_END)
+    assert template.ends(tokenizer) == ("<|im_end|>",)
+    assert template.ends(tokenizer, [called(), answered()]) == ("<|im_end|>", "</s>")
+    frame = template.frame(tokenizer, called())
+    assert frame.answer("<tool_call>{}</tool_call></s>more") == "<tool_call>{}</tool_call>"
+
+
+def test_a_template_that_shows_one_call_of_two_is_refused(tokenizer):
+    two = {"tool_calls": CALL["tool_calls"] * 2}
+    record = Record("r", (Message("user", "Rome?"),), "", None, {}, "f:3", answer_parts=two, tools=TOOLS)
+    first = HERMES.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    with pytest.raises(DataError, match=r"f:3: t.jinja does not show more than one call of a tool"):
+        PromptTemplate("chat", first, origin="t.jinja").render_prompt(tokenizer, record)
+    assert PromptTemplate("chat", HERMES).reference(tokenizer, record).count("<tool_call>") == 2
+
+
+def test_text_beside_a_call_that_is_not_shown_is_told(tokenizer):
+    record = Record("r", (Message("user", "Rome?"),), "Let me see.", None, {}, "f:4", answer_parts=CALL, tools=TOOLS)
+    dropping = HERMES.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}")
+    assert PromptTemplate("chat", dropping).encode_example(tokenizer, record, 500).hides
+    assert not PromptTemplate("chat", HERMES).encode_example(tokenizer, record, 500).hides
+
+
 def test_earlier_calls_are_learnt(tokenizer):
     encoded = PromptTemplate("chat", HERMES).encode_example(tokenizer, answered(), 1000, loss_on="all")
     [(start, stop)] = encoded.earlier
