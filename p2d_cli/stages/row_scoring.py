@@ -107,7 +107,7 @@ def _encode(job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Recor
         )
     if lost:
         job.progress.note(
-            f"--max-length {bench.max_length} cuts off {len(lost)} whole answers, the first of {lost[0].where}: raise it"
+            f"--max-length {bench.max_length} cuts off {len(lost)} whole answers, first {lost[0].where}: raise it"
         )
     return [(example.input_ids, example.answer_start) for example in examples]
 
