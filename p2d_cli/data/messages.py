@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from p2d_cli.data.raw_rows import holds, is_unicode, unpack_json, without_nulls
+from p2d_cli.core.json_values import without_nulls
+from p2d_cli.data.raw_rows import holds, is_unicode, unpack_json
 from p2d_cli.errors import DataError
 
 _KEYS = (("role", "content"), ("from", "value"))
