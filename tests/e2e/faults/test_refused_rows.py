@@ -164,19 +164,54 @@ def test_without_it_the_artifact_is_that_of_the_other_rows(run, commands, folder
     assert f"dirty.jsonl: 1 bad rows left out, first: dirty.jsonl:4: {REFUSED}" in dirty.said.replace(f"{folder}/", "")
 
 
-@pytest.mark.parametrize("method", ["random", "lexical", "coverage", "full"])
+CONTROLS = ["random", "lexical", "coverage", "full"]
+
+
+@pytest.mark.parametrize("method", CONTROLS)
 def test_methods_that_show_nothing_to_a_model_take_every_row(run, folder, tmp_path, no_model, method):
     out = tmp_path / "out"
-    done = run("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--skip-bad-rows", "--out", out)
+    done = run("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--out", out)
     assert done.code == 0, done.said
     assert summary(out)["rows_total"] == 15
     assert "bad_rows" not in summary(out)
 
 
+@pytest.mark.parametrize("method", CONTROLS)
+def test_no_method_chooses_rows_that_training_leaves_out(run, folder, tmp_path, no_model, method):
+    """If they are to be left out: a control is as large as the subset that it is one of."""
+    out, target = tmp_path / "out", ("--target", folder / "target.jsonl") if method == "lexical" else ()
+    words = ("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--skip-bad-rows", "--json", *target)
+    words += ("--out", out) if method == "full" else ("--count", 14, "--out", out)
+    planned = json.loads(run(*words, "--dry-run").out)
+    done = run(*words)
+    assert done.code == 0, done.said
+    found = json.loads(done.out)["summary"]
+    assert (found["rows_total"], found["rows_selected"]) == (14, 14)
+    assert (planned["plan"]["rows"]["pool"], planned["plan"]["rows"]["chosen"]) == (14, 14)
+    assert planned["bad_rows"] == found["bad_rows"]
+    assert found["bad_rows"]["pool"]["first"][0].startswith(f"dirty.jsonl:4: {REFUSED}")
+    assert "no" not in pq.read_table(out / "subset.parquet")["id"].to_pylist()
+
+
+def test_lexical_rows_are_chosen_again_without_the_refused_one(run, folder, tmp_path):
+    words = ("mine-data", "--method", "lexical", "--pool", folder / "dirty.jsonl", "--skip-bad-rows")
+    first = (*words, "--target", folder / "target.jsonl", "--count", 4, "--out", tmp_path / "first")
+    assert run(*first).code == 0
+    done = run(*words, "--count", 6, "--scores", tmp_path / "first", "--out", tmp_path / "again")
+    assert done.code == 0, done.said
+    assert payload(tmp_path / "again") == payload(tmp_path / "first")
+
+
 def test_a_plan_counts_the_rows_that_are_left(run, commands, folder, tmp_path):
-    done = run(*commands(folder / "dirty.jsonl")["train"], "--skip-bad-rows", "--dry-run", "--out", tmp_path / "out")
+    words = (*commands(folder / "dirty.jsonl")["train"], "--skip-bad-rows", "--out", tmp_path / "out")
+    done = run(*words, "--dry-run")
     assert done.code == 0, done.said
     assert "rows: data 14" in done.said
+    planned = json.loads(run(*words, "--dry-run", "--json").out)
+    assert run(*words).code == 0
+    assert planned["bad_rows"] == summary(tmp_path / "out")["bad_rows"]
+    assert planned["bad_rows"]["data"]["count"] == 1
+    assert "bad_rows" not in json.loads(run(*words, "--dry-run", "--json").out)  # its manifest has them
 
 
 def test_rows_are_chosen_again_by_their_scores(run, commands, folder, tmp_path):
