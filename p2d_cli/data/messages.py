@@ -97,7 +97,8 @@ def require_text(value: Any, place: Place) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.40}"
+    kind = "dict" if isinstance(value, dict) else type(value).__name__
+    return f"{kind} {value!r:.40}"
 
 
 def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:

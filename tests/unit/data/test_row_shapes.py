@@ -129,6 +129,7 @@ def test_answers_that_are_no_texts(read, value, text):
         ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\] must be a pair"),
         ({"instruction": "a", "output": "b", "history": [["c", None]]}, r"history\[0\]\[1\] must be a text"),
         ({"prompt": [], "completion": "b"}, "column 'prompt' must be a text; found list"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "column 'prompt' must be a text; found dict {'a': 1}"),
     ],
 )
 def test_rows_that_are_refused(read, row, message):
