@@ -214,6 +214,31 @@ def test_a_plan_counts_the_rows_that_are_left(run, commands, folder, tmp_path):
     assert "bad_rows" not in json.loads(run(*words, "--dry-run", "--json").out)  # its manifest has them
 
 
+def test_a_plan_of_a_recipe_counts_bad_rows_of_what_is_there(p2d, tiny_folder, folder, tmp_path):
+    """Rows still to be mined have none: those of their pool that stand for them are no bad rows of theirs."""
+    dirty, target = str(folder / "dirty.jsonl"), str(folder / "target.jsonl")
+    template = str(folder / "alternating.jinja")
+    lines = [
+        *('name = "r"', f"out = {json.dumps(str(tmp_path / 'out'))}", "[defaults]"),
+        *(f"model = {json.dumps(str(tiny_folder))}", f"chat-template = {json.dumps(template)}", "skip-bad-rows = true"),
+        *("[score-heads]", f"target = {json.dumps(target)}", f"pool = {json.dumps(dirty)}"),
+        *("[mine-data]", f"target = {json.dumps(target)}", f"pool = {json.dumps(dirty)}", "ratio = 0.5"),
+        *("[train]", "epochs = 1", "[eval]", f"data = {json.dumps(dirty)}", "max-new-tokens = 2"),
+        *("[grid]", 'heads = ["readout"]', 'data = ["p2d", "random"]', "seed = [0]"),
+    ]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    done = p2d("run", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert done.code == 0, done.said
+    left_out = [
+        (stage["stage"], {name: bad["count"] for name, bad in stage.get("bad_rows", {}).items()})
+        for stage in json.loads(done.out)["stages"]
+        if stage["plan"]["rows"]  # heads at random read none
+    ]
+    expected = {"score-heads": {"pool": 1}, "mine-data": {"pool": 1}, "train": {}, "eval": {"data": 1}}
+    assert {stage for stage, _ in left_out} == set(expected)
+    assert left_out == [(stage, expected[stage]) for stage, _ in left_out]
+
+
 def test_rows_are_chosen_again_by_their_scores(run, commands, folder, tmp_path):
     words = commands(folder / "dirty.jsonl")["mine loss"]
     assert run(*words, "--skip-bad-rows", "--out", tmp_path / "first").code == 0
