@@ -16,10 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from p2d_cli.core.json_values import JsonObject, without_nulls
+
 # Where integers stop to be exact in float64, and to fit into 64 bits.
 _LIMITS = (-(2**63), -(2**53), 2**53 + 1, 2**63)
 _SHOWN_AS_JSON = frozenset({"arguments", "parameters"})
 """Fields of tool calls and of tools that templates write as they are."""
+_SHOWN_WITH_NULLS = _SHOWN_AS_JSON | {"tools", "functions"}
+"""Likewise, and a null field in what was written as JSON is a part of them."""
 Place = tuple[int, int]
 """Rank of a row, and a number that grows with its values."""
 
@@ -34,6 +38,10 @@ class _Kinds:
     fields: dict[str, tuple[Place, _Kinds]] = field(default_factory=dict)
     """Of objects."""
     empty_object: Place | None = None
+    is_written: bool = False
+    """Whether there is an object that was written as JSON."""
+    has_written_null: bool = False
+    """Whether a field of such an object is null."""
 
     def add(self, value: Any, rank: int, numbers: Iterator[int]) -> None:
         """Look at a value."""
@@ -41,6 +49,9 @@ class _Kinds:
         if isinstance(value, dict):
             if not value:
                 self.empty_object = min(place, self.empty_object or place)
+            if isinstance(value, JsonObject):
+                self.is_written = True
+                self.has_written_null = self.has_written_null or any(part is None for part in value.values())
             _add_fields(self.fields, value, rank, numbers)
         elif isinstance(value, list | tuple):
             first, kinds = self.items or (place, _Kinds())
@@ -71,6 +82,28 @@ class _Kinds:
         inside = [] if self.items is None else [self.items[1].merges_numbers(exact=exact)]
         return any(inside) or any(
             kinds.merges_numbers(exact=exact or name in _SHOWN_AS_JSON) for name, (_, kinds) in self.fields.items()
+        )
+
+    def says_nulls(self) -> bool:
+        """Return whether nulls are there because JSON has them, and not because Arrow fills them in."""
+        inside = [] if self.items is None else [self.items[1]]
+        return self.is_written or any(
+            kinds.says_nulls() for kinds in (*inside, *(part for _, part in self.fields.values()))
+        )
+
+    def loses_nulls(self, *, exact: bool) -> bool:
+        """Return whether nulls of what models are shown as JSON would look like those that Arrow fills in.
+
+        Args:
+            exact: whether these values are shown so.
+        """
+        inside = [] if self.items is None else [self.items[1].loses_nulls(exact=exact)]
+        return (
+            (exact and self.has_written_null)
+            or any(inside)
+            or any(
+                kinds.loses_nulls(exact=exact or name in _SHOWN_WITH_NULLS) for name, (_, kinds) in self.fields.items()
+            )
         )
 
     def samples(self) -> list[Any]:
@@ -121,9 +154,12 @@ class Column:
 
     type: pa.DataType | None
     """None: as JSON text, one a row. So are values of mixed types, integers beyond 64 bits, halves of surrogate pairs,
-    objects without keys, and arguments of tools that are whole numbers here and floats there."""
+    objects without keys, arguments of tools that are whole numbers here and floats there, and tools and their arguments
+    with nulls of their own."""
     ascii_only: bool
     """Whether JSON text escapes what is not ASCII, as it must where there are halves of surrogate pairs."""
+    says_nulls: bool
+    """Whether JSON text keeps nulls, which Arrow has not filled in."""
 
     def array(self, values: list[Any]) -> pa.Array:
         """Return values as Arrow.
@@ -133,7 +169,8 @@ class Column:
         """
         if self.type is not None:
             return pa.array(values, type=self.type)
-        texts = [json.dumps(value, ensure_ascii=self.ascii_only, default=str) for value in values]
+        shown = values if self.says_nulls else map(without_nulls, values)
+        texts = [json.dumps(value, ensure_ascii=self.ascii_only, default=str) for value in shown]
         return pa.array(texts, pa.string())
 
 
@@ -152,11 +189,15 @@ class Columns:
         """Return the columns, in the order in which they first stand in the rows by rank."""
         in_order = sorted(self._kinds.items(), key=lambda item: item[1][0])
         return {
-            name: Column(
-                None if kinds.merges_numbers() else _infer([*kinds.samples(), None]), ascii_only=kinds.has_surrogates()
-            )
+            name: Column(_type_of(name, kinds), ascii_only=kinds.has_surrogates(), says_nulls=kinds.says_nulls())
             for name, (_, kinds) in in_order
         }
+
+
+def _type_of(name: str, kinds: _Kinds) -> pa.DataType | None:
+    if kinds.merges_numbers() or kinds.loses_nulls(exact=name in _SHOWN_WITH_NULLS):
+        return None
+    return _infer([*kinds.samples(), None])
 
 
 def _infer(samples: list[Any]) -> pa.DataType | None:

@@ -163,6 +163,8 @@ def result_document(result: StageResult) -> dict[str, Any]:
         document |= {"seconds": result.manifest.seconds, "summary": result.manifest.summary}
     if result.plan is not None:
         document["plan"] = result.plan.to_dict()
+    if result.bad_rows:
+        document["bad_rows"] = result.bad_rows
     return document
 
 

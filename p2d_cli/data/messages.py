@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from p2d_cli.data.raw_rows import holds, is_unicode, unpack_json, without_nulls
+from p2d_cli.core.json_values import without_nulls
+from p2d_cli.data.raw_rows import holds, is_unicode, unpack_json
 from p2d_cli.errors import DataError
 
 _KEYS = (("role", "content"), ("from", "value"))
@@ -96,7 +97,8 @@ def require_text(value: Any, place: Place) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.40}"
+    kind = "dict" if isinstance(value, dict) else type(value).__name__
+    return f"{kind} {value!r:.40}"
 
 
 def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from p2d_cli.core.json_values import JsonObject
 from p2d_cli.errors import DataError
 
 SourceKind = Literal["files", "dataset-folder", "hub"]
@@ -95,20 +96,11 @@ def holds(value: Any) -> bool:
     return value is not None and value is not False and value != "" and value != b""
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without the null fields of its objects, which Parquet and Arrow put where there are none."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list | tuple):
-        return [without_nulls(part) for part in value]
-    return value
-
-
 def unpack_json(value: Any) -> Any:
     """Return what a text holds that is JSON, as a cell of CSV may be; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_hook=JsonObject)
     except (ValueError, RecursionError):
         return value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from p2d_cli.data.messages import Message, Place, read_message, read_tools, require_text
 from p2d_cli.data.raw_rows import RawRow, holds, unpack_json
+from p2d_cli.data.row_choices import OPTIONS, answer_text, choice_number, choice_of_key, read_choices, read_options
 from p2d_cli.data.row_shapes import (
     PREFERENCE_HINT,
     Layout,
@@ -19,7 +19,6 @@ from p2d_cli.data.row_shapes import (
 from p2d_cli.errors import DataError
 
 _TOOL_COLUMNS = ("tools", "functions")
-_LARGEST_WHOLE = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ def read_content(row: RawRow, layout: Layout, *, system: str | None, need_comple
     """
     _require_unicode_names(row)
     refuse_other_kinds(row, layout)
-    choices = _choices(row, layout)
     unread: list[str] = []
     read: list[str] = []
+    choices = read_choices(row, layout)
+    if choices is None and (choices := read_options(row, layout)) is not None:
+        read.append(OPTIONS)
     turns, fields = _turns(row, layout, choices, unread, read, need_completion=need_completion)
     context, answer = _split(row, turns, need_completion=need_completion)
-    system = _system(row, layout, read) or system
-    if system and all(message.role != "system" for message in context):
-        context = (Message("system", system), *context)
+    context = _with_system(context, row, layout, system, unread, read)
     tools = _tools(row, read)
     return RowContent(context, answer, choices, tools, fields, (*unread, *unread_columns(row, layout, read)))
 
@@ -108,7 +107,7 @@ def _messages(row: RawRow, turns: Sequence[Any], column: str, unread: list[str])
 
 def _prompt(row: RawRow, layout: Layout, unread: list[str]) -> list[Message]:
     """Return what is asked: a text, or the turns before the answer, of which then none is learnt."""
-    value = None if layout.prompt is None else row.fields.get(layout.prompt)
+    value = None if layout.prompt is None else _unpacked_turns(row.fields.get(layout.prompt))
     if value and isinstance(value, list) and layout.prompt is not None and _is_conversation(value):
         messages = _messages(row, value, layout.prompt, unread)
         return [replace(message, is_learnt=message.role != "assistant") for message in messages]
@@ -123,6 +122,20 @@ def _is_conversation(value: Sequence[Any]) -> bool:
     return all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value)
 
 
+def _unpacked_turns(value: Any) -> Any:
+    """Return the turns that a text holds as a JSON list, as a cell of CSV may; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    found = unpack_json(value)
+    return found if isinstance(found, list) and found and all(map(_is_whole_turn, found)) else value
+
+
+def _is_whole_turn(turn: Any) -> bool:
+    if not isinstance(turn, Mapping):
+        return False
+    return ("role" in turn and not {"content", "tool_calls"}.isdisjoint(turn)) or {"from", "value"} <= turn.keys()
+
+
 def _completion(
     row: RawRow, layout: Layout, choices: Sequence[str] | None, unread: list[str], *, need_completion: bool
 ) -> tuple[list[Message], dict[str, Any]]:
@@ -131,7 +144,7 @@ def _completion(
         return [], row.fields
     if need_completion:
         require_columns(row, [layout.completion])
-    value = row.fields.get(layout.completion)
+    value = _unpacked_turns(row.fields.get(layout.completion))
     turns = [value] if isinstance(value, Mapping) else value
     if isinstance(turns, list) and turns and _is_conversation(turns):
         return _messages(row, turns, layout.completion, unread), row.fields
@@ -139,9 +152,9 @@ def _completion(
         return [], row.fields
     place = Place(row.where, f"column '{layout.completion}'")
     if layout.is_keyed:
-        return [Message("assistant", _choice_of_key(row, layout, choices, value, place))], row.fields
-    if isinstance(value, int) and not isinstance(value, bool) and choices is not None:
-        return [Message("assistant", _chosen(choices, value, place))], row.fields
+        return [Message("assistant", choice_of_key(row, layout, choices, value, place))], row.fields
+    if choices is not None and (number := choice_number(row, layout, choices, value, place)) is not None:
+        return [Message("assistant", choices[number])], row.fields
     names = row.labels.get(layout.completion)
     if names is not None and isinstance(value, int):
         name = _label_name(names, value, place)
@@ -153,44 +166,6 @@ def _label_name(names: Sequence[str], value: int, place: Place) -> str:
     if not 0 <= value < len(names):
         raise place.problem(f"holds {value}, which is none of the labels {', '.join(names[:8])}: the row has no label")
     return names[value]
-
-
-def _chosen(choices: Sequence[str], value: int, place: Place) -> str:
-    if not 0 <= value < len(choices):
-        raise place.problem(f"holds {value}, which is the number of none of the {len(choices)} choices, from 0")
-    return choices[value]
-
-
-def _choice_of_key(row: RawRow, layout: Layout, choices: Sequence[str] | None, value: Any, place: Place) -> str:
-    """Return the text of the choice that a label names."""
-    offered = unpack_json(row.fields.get(str(layout.choices)))
-    labels = offered.get("label") if isinstance(offered, Mapping) else None
-    if choices is None or not isinstance(labels, list) or len(labels) != len(choices):
-        said = "must be an object with two lists of equal length, text and label"
-        raise DataError(f"{row.where}: column '{layout.choices}' {said}; found {offered!r:.60}")
-    key = answer_text(value, place).strip()
-    if [str(label) for label in labels].count(key) != 1:
-        raise place.problem(f"holds '{key}', which is not one of the labels {', '.join(map(str, labels[:8]))}")
-    return choices[[str(label) for label in labels].index(key)]
-
-
-def answer_text(value: Any, place: Place) -> str:
-    """Return an answer that may be a number or a boolean as text; whole numbers have no decimal point.
-
-    A column of whole numbers becomes one of floats where it meets a null, or Parquet, and is to say the same.
-
-    Raises:
-        DataError: anything else, or a number that is not finite.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise place.problem(f"must be a text or a finite number; found {value}")
-        return str(int(value)) if value.is_integer() and abs(value) <= _LARGEST_WHOLE else repr(value)
-    return require_text(value, place)
 
 
 def _history(row: RawRow, unread: list[str], read: list[str]) -> list[Message]:
@@ -234,16 +209,30 @@ def _split(row: RawRow, turns: Sequence[Message], *, need_completion: bool) -> t
     if not learnt:
         said = "no turn of the assistant is to be learnt: all have weight 0, or train false"
         raise DataError(f"{row.where}: {said}", hint="give one of them weight 1, or leave the row out")
-    context, answer = tuple(turns[: learnt[-1]]), turns[learnt[-1]]
+    context, answer = tuple(map(_without_empty_lesson, turns[: learnt[-1]])), turns[learnt[-1]]
     _require_question(row, context)
-    if need_completion and not answer.content.strip() and not answer.parts.get("tool_calls"):
+    if need_completion and _is_empty(answer):
         raise DataError(f"{row.where}: the completion is empty")
     return context, answer
+
+
+def _without_empty_lesson(turn: Message) -> Message:
+    """Return a turn that is not learnt if it is an answer that says nothing: that would teach to end at once."""
+    return replace(turn, is_learnt=False) if turn.role == "assistant" and _is_empty(turn) else turn
+
+
+def _is_empty(answer: Message) -> bool:
+    return not answer.content.strip() and not answer.parts.get("tool_calls")
 
 
 def _require_question(row: RawRow, context: Sequence[Message]) -> None:
     """Refuse an answer that answers nobody: before it stands a user's message, or what a tool returned to one."""
     last = context[-1] if context else None
+    if last is not None and last.role == "assistant":
+        raise DataError(
+            f"{row.where}: another turn of the assistant stands right before the answer; expected a user's message",
+            hint="join the two turns, give the last one weight 0, or leave the row out (--skip-bad-rows)",
+        )
     asked = any(message.role == "user" for message in context)
     if last is not None and asked and (last.role == "tool" or (last.role == "user" and last.content.strip())):
         return
@@ -276,15 +265,32 @@ def _text(row: RawRow, column: str | None, *, optional: bool = False) -> str:
     return require_text(value, Place(row.where, f"column '{column}'"))
 
 
-def _system(row: RawRow, layout: Layout, read: list[str]) -> str:
-    """Return the row's own system message; a column that merely may hold one may hold other things as well."""
+def _with_system(
+    context: tuple[Message, ...], row: RawRow, layout: Layout, system: str | None, unread: list[str], read: list[str]
+) -> tuple[Message, ...]:
+    """Put the row's system message, else `system`, before a context that has none; the turns' own goes before both."""
+    column, text = _system(row, layout, read)
+    own = [message.content.strip() for message in context if message.role == "system"]
+    if own:
+        if text.strip() and text.strip() not in own:
+            unread.append(f"column {column}, beside a system message among the turns")
+        return context
+    found = text or system
+    return (Message("system", found), *context) if found else context
+
+
+def _system(row: RawRow, layout: Layout, read: list[str]) -> tuple[str, str]:
+    """Return the column with the row's own system message, and its text, empty if there is none.
+
+    A column that merely may hold one may hold other things as well.
+    """
     for number, column in enumerate(layout.system):
         if number and not isinstance(row.fields.get(column), str):
             continue
         read.append(column)
         if text := _text(row, column, optional=True):
-            return text
-    return ""
+            return column, text
+    return "", ""
 
 
 def _tools(row: RawRow, read: list[str]) -> tuple[Mapping[str, Any], ...]:
@@ -298,14 +304,3 @@ def _tools(row: RawRow, read: list[str]) -> tuple[Mapping[str, Any], ...]:
         if found:
             return found
     return ()
-
-
-def _choices(row: RawRow, layout: Layout) -> tuple[str, ...] | None:
-    """Return the texts of a list, or of the list `text` of an object that has labels beside it."""
-    value = None if layout.choices is None else unpack_json(row.fields.get(layout.choices))
-    texts = value.get("text") if isinstance(value, Mapping) and isinstance(value.get("label"), list) else value
-    if isinstance(texts, list) and texts and all(isinstance(choice, str) for choice in texts):
-        return tuple(require_text(text, Place(row.where, f"column '{layout.choices}'")) for text in texts)
-    if layout.choices_named and value is not None:
-        raise DataError(f"{row.where}: column '{layout.choices}' must be a list of texts; found {value!r:.60}")
-    return None

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from p2d_cli.core.json_values import JsonObject
 from p2d_cli.data.column_kinds import interpreted
 from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
@@ -175,8 +176,8 @@ class _RepeatedKeyError(ValueError):
     """A JSON object with a key that stands in it twice, of which Python would keep the last."""
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
+def _object_of(pairs: list[tuple[str, Any]]) -> JsonObject:
+    fields = JsonObject(pairs)
     if len(fields) < len(pairs):
         [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise _RepeatedKeyError(f"the key '{repeated}' repeats in an object")
@@ -204,8 +205,8 @@ def _object_row(where: str, value: Any) -> RawRow | BadRow:
 
 def json_kind(value: Any) -> str:
     """Return what JSON calls a value, with its article."""
-    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return "an object" if isinstance(value, dict) else kinds.get(type(value), "a number")
 
 
 def _read_json(path: Path) -> Iterator[RawRow | BadRow]:

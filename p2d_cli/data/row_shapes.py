@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from p2d_cli.data.raw_rows import RawRow, holds
+from p2d_cli.data.raw_rows import RawRow, holds, unpack_json
 from p2d_cli.errors import DataError
 
 _PROMPT_NAMES = (("prompt", "question", "instruction"), ("query", "problem", "input", "inputs", "text"))
@@ -21,8 +21,24 @@ PREFERENCE_HINT = (
 _MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 _MEANINGFUL_COLUMNS = frozenset(
     {*_PREFERENCE_COLUMNS, "document", "documents", "thinking", "reasoning", "reasoning_content", "context", "history"}
-) | {"input", "weight", "loss_weight", "sample_weight", "chat_template_kwargs", "tools", "functions", "system_prompt"}
+) | {
+    "passage",
+    "support",
+    "options",
+    "input",
+    "weight",
+    "loss_weight",
+    "sample_weight",
+    "chat_template_kwargs",
+    "tools",
+    "functions",
+    "system_prompt",
+}
 """Columns that say something of what a row means; where p2d does not read them, it says so."""
+
+
+_NEEDLESS_COLUMNS = frozenset({"input", "context", "passage", "support"})
+"""Such columns, that whoever names the prompt's column left out on purpose."""
 
 
 class AmbiguousColumnsError(DataError):
@@ -204,9 +220,19 @@ def refuse_other_kinds(row: RawRow, layout: Layout) -> None:
         if (name in _MEDIA_COLUMNS or _is_media(value)) and name not in layout.read and holds(value):
             message = f"{row.where}: column '{name}' holds more than text, and p2d shows text alone to a model"
             raise DataError(message, hint="leave these rows out (--skip-bad-rows), or the column")
-    if row.fields.get("kto_tag") is False:
-        message = f"{row.where}: kto_tag is false: the row's answer is one that is not wanted"
+    if (mark := _mark_of_the_unwanted(row, layout)) is not None:
+        message = f"{row.where}: {mark} is false: the row's answer is one that is not wanted"
         raise DataError(message, hint="p2d learns answers: leave these rows out (--skip-bad-rows)")
+
+
+def _mark_of_the_unwanted(row: RawRow, layout: Layout) -> str | None:
+    """Return the column that says, as in rows for KTO, that the answer is not wanted; a label may be the answer too."""
+    if row.fields.get("kto_tag") is False:
+        return "kto_tag"
+    is_marked = layout.completion == "completion" and row.fields.get("label") is False
+    answer = row.fields.get("completion")
+    is_answer = answer is False or (isinstance(answer, str) and answer.strip().lower() == "false")
+    return "label" if is_marked and not is_answer else None
 
 
 def _is_media(value: Any) -> bool:
@@ -218,11 +244,18 @@ def unread_columns(row: RawRow, layout: Layout, read: Iterable[str]) -> list[str
     """Name the columns that bear on what a row means, hold something, and are not among those that were read."""
     if _MEANINGFUL_COLUMNS.isdisjoint(row.fields) and "label" not in row.fields:
         return []
-    known = {*layout.read, *read}
-    found = [name for name in row.fields if name in _MEANINGFUL_COLUMNS - known and holds(row.fields[name])]
+    known = {*layout.read, *read, layout.choices}
+    found = [name for name in row.fields if name in _MEANINGFUL_COLUMNS - known and _says(name, row.fields[name])]
     found = [name for name in found if not (name.endswith("weight") and row.fields[name] == 1)]
     if not layout.is_found:
-        found = [name for name in found if name not in {"input", "context"}]
+        found = [name for name in found if name not in _NEEDLESS_COLUMNS]
     if layout.completion == "completion" and isinstance(row.fields.get("label"), bool):
         found.append("label")
     return [f"column {name}" for name in found]
+
+
+def _says(name: str, value: Any) -> bool:
+    """Say whether a column says something; arguments of a template say something by false and by nothing, too."""
+    if name == "chat_template_kwargs":
+        return isinstance(found := unpack_json(value), Mapping) and any(part is not None for part in found.values())
+    return holds(value)

@@ -82,6 +82,8 @@ class StageResult:
     wall_seconds: float
     plan: StagePlan | None = None
     """What it would take; only for a dry run of work that is still to do."""
+    bad_rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows that it would leave out, of those that were read, as in a manifest's summary; likewise."""
 
 
 @dataclass(frozen=True)
@@ -429,6 +431,7 @@ class StageRun(Generic[ConfigT]):
             manifest=manifest,
             wall_seconds=time.perf_counter() - self._started,
             plan=plan,
+            bad_rows=dict(self.inputs.bad_rows) if manifest is None else {},
         )
 
 

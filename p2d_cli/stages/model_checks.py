@@ -41,6 +41,8 @@ def check_mining(config: MineDataConfig, model: ModelFiles) -> int | None:
         P2DError: see `require_suitable`.
     """
     if config.method in METHODS_WITHOUT_MODEL or config.scores is not None:
+        if config.skip_bad_rows:  # which rows it can be shown is asked of its template
+            require_tokenizer(model)
         return None
     heads = config.method in {"p2d", "data-whisperer"}
     by_readout = config.method == "p2d" and config.resolved_affinity == "readout"

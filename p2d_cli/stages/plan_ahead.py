@@ -27,8 +27,10 @@ from p2d_cli.stages.pool_task import METHODS_WITH_TARGET
 
 def plan_ahead(
     stage: str, resolved: Resolved[Any], options: RunOptions, planned: Mapping[str, StageConfig]
-) -> StagePlan:
+) -> tuple[StagePlan, dict[str, dict[str, Any]]]:
     """Plan a stage some of whose inputs are artifacts that are planned themselves.
+
+    The bad rows that go with the plan are those of inputs that are there.
 
     Heads stand for themselves by their number, spread over all layers; rows to be mined by others of their pool; a
     model or an adapter to be trained by the base model.
@@ -40,8 +42,14 @@ def plan_ahead(
         planned: the settings of the stages that are planned, by their output folder.
     """
     job: StageRun[Any] = StageRun(stage, resolved, options)
-    config = job.config
     job.require_device()
+    plan = _plan(job, stage, planned)
+    left_out = job.inputs.bad_rows.items()
+    return plan, {name: bad for name, bad in left_out if getattr(job.config, name) not in planned}
+
+
+def _plan(job: StageRun[Any], stage: str, planned: Mapping[str, StageConfig]) -> StagePlan:
+    config = job.config
     if stage == "score-heads":  # of two models, one of which is still to be trained
         files = locate_model(config.model)
         check_scoring(config.method, files, files)

@@ -282,7 +282,7 @@ class RecipeRun:
         from p2d_cli.stages.plan_ahead import plan_ahead
 
         started = time.perf_counter()
-        plan = plan_ahead(name, resolved, self._options, self._planned)
+        plan, bad_rows = plan_ahead(name, resolved, self._options, self._planned)
         return StageResult(
             stage=name,
             out=out,
@@ -292,6 +292,7 @@ class RecipeRun:
             manifest=None,
             wall_seconds=time.perf_counter() - started,
             plan=plan,
+            bad_rows=bad_rows,
         )
 
 

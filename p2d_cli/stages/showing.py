@@ -66,8 +66,9 @@ def shown_by(config: RowOptions) -> Shown | None:
     if isinstance(config, ScoreHeadsConfig):
         return "episode" if config.method == "contrast" else "example"
     if isinstance(config, MineDataConfig):
-        # Scores that are there are of the rows that were read then: without those that were left out.
-        if config.method in METHODS_WITHOUT_MODEL or (config.scores is not None and not config.skip_bad_rows):
+        # Rows that training would leave out are none to choose, by no method: a control is as large as what it is one
+        # of. Scores that are there are of the rows that were read then: without those that were left out.
+        if not config.skip_bad_rows and (config.method in METHODS_WITHOUT_MODEL or config.scores is not None):
             return None
         by_attention = config.method == "p2d" and config.resolved_affinity == "attention"
         return "episode" if by_attention or config.method == "data-whisperer" else "example"

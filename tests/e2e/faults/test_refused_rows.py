@@ -164,19 +164,79 @@ def test_without_it_the_artifact_is_that_of_the_other_rows(run, commands, folder
     assert f"dirty.jsonl: 1 bad rows left out, first: dirty.jsonl:4: {REFUSED}" in dirty.said.replace(f"{folder}/", "")
 
 
-@pytest.mark.parametrize("method", ["random", "lexical", "coverage", "full"])
+CONTROLS = ["random", "lexical", "coverage", "full"]
+
+
+@pytest.mark.parametrize("method", CONTROLS)
 def test_methods_that_show_nothing_to_a_model_take_every_row(run, folder, tmp_path, no_model, method):
     out = tmp_path / "out"
-    done = run("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--skip-bad-rows", "--out", out)
+    done = run("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--out", out)
     assert done.code == 0, done.said
     assert summary(out)["rows_total"] == 15
     assert "bad_rows" not in summary(out)
 
 
+@pytest.mark.parametrize("method", CONTROLS)
+def test_no_method_chooses_rows_that_training_leaves_out(run, folder, tmp_path, no_model, method):
+    """If they are to be left out: a control is as large as the subset that it is one of."""
+    out, target = tmp_path / "out", ("--target", folder / "target.jsonl") if method == "lexical" else ()
+    words = ("mine-data", "--method", method, "--pool", folder / "dirty.jsonl", "--skip-bad-rows", "--json", *target)
+    words += ("--out", out) if method == "full" else ("--count", 14, "--out", out)
+    planned = json.loads(run(*words, "--dry-run").out)
+    done = run(*words)
+    assert done.code == 0, done.said
+    found = json.loads(done.out)["summary"]
+    assert (found["rows_total"], found["rows_selected"]) == (14, 14)
+    assert (planned["plan"]["rows"]["pool"], planned["plan"]["rows"]["chosen"]) == (14, 14)
+    assert planned["bad_rows"] == found["bad_rows"]
+    assert found["bad_rows"]["pool"]["first"][0].startswith(f"dirty.jsonl:4: {REFUSED}")
+    assert "no" not in pq.read_table(out / "subset.parquet")["id"].to_pylist()
+
+
+def test_lexical_rows_are_chosen_again_without_the_refused_one(run, folder, tmp_path):
+    words = ("mine-data", "--method", "lexical", "--pool", folder / "dirty.jsonl", "--skip-bad-rows")
+    first = (*words, "--target", folder / "target.jsonl", "--count", 4, "--out", tmp_path / "first")
+    assert run(*first).code == 0
+    done = run(*words, "--count", 6, "--scores", tmp_path / "first", "--out", tmp_path / "again")
+    assert done.code == 0, done.said
+    assert payload(tmp_path / "again") == payload(tmp_path / "first")
+
+
 def test_a_plan_counts_the_rows_that_are_left(run, commands, folder, tmp_path):
-    done = run(*commands(folder / "dirty.jsonl")["train"], "--skip-bad-rows", "--dry-run", "--out", tmp_path / "out")
+    words = (*commands(folder / "dirty.jsonl")["train"], "--skip-bad-rows", "--out", tmp_path / "out")
+    done = run(*words, "--dry-run")
     assert done.code == 0, done.said
     assert "rows: data 14" in done.said
+    planned = json.loads(run(*words, "--dry-run", "--json").out)
+    assert run(*words).code == 0
+    assert planned["bad_rows"] == summary(tmp_path / "out")["bad_rows"]
+    assert planned["bad_rows"]["data"]["count"] == 1
+    assert "bad_rows" not in json.loads(run(*words, "--dry-run", "--json").out)  # its manifest has them
+
+
+def test_a_plan_of_a_recipe_counts_bad_rows_of_what_is_there(p2d, tiny_folder, folder, tmp_path):
+    """Rows still to be mined have none: those of their pool that stand for them are no bad rows of theirs."""
+    dirty, target = str(folder / "dirty.jsonl"), str(folder / "target.jsonl")
+    template = str(folder / "alternating.jinja")
+    lines = [
+        *('name = "r"', f"out = {json.dumps(str(tmp_path / 'out'))}", "[defaults]"),
+        *(f"model = {json.dumps(str(tiny_folder))}", f"chat-template = {json.dumps(template)}", "skip-bad-rows = true"),
+        *("[score-heads]", f"target = {json.dumps(target)}", f"pool = {json.dumps(dirty)}"),
+        *("[mine-data]", f"target = {json.dumps(target)}", f"pool = {json.dumps(dirty)}", "ratio = 0.5"),
+        *("[train]", "epochs = 1", "[eval]", f"data = {json.dumps(dirty)}", "max-new-tokens = 2"),
+        *("[grid]", 'heads = ["readout"]', 'data = ["p2d", "random"]', "seed = [0]"),
+    ]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    done = p2d("run", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert done.code == 0, done.said
+    left_out = [
+        (stage["stage"], {name: bad["count"] for name, bad in stage.get("bad_rows", {}).items()})
+        for stage in json.loads(done.out)["stages"]
+        if stage["plan"]["rows"]  # heads at random read none
+    ]
+    expected = {"score-heads": {"pool": 1}, "mine-data": {"pool": 1}, "train": {}, "eval": {"data": 1}}
+    assert {stage for stage, _ in left_out} == set(expected)
+    assert left_out == [(stage, expected[stage]) for stage, _ in left_out]
 
 
 def test_rows_are_chosen_again_by_their_scores(run, commands, folder, tmp_path):

@@ -53,6 +53,16 @@ MIXED = [
     {"messages": [user("z"), assistant(None, tool_calls=[call("time", {"zone": 2.5})])], "tools": []},
     {"messages": [user("z"), assistant(None, tool_calls=[call("time", {"zone": "UTC"})])], "tools": []},
 ]
+NULLS = [
+    {
+        "messages": [user("z"), assistant("", tool_calls=[call("f", {"x": None, "y": [{"z": None}]})])],
+        "tools": [schema("f", x={"type": ["integer", "null"], "default": None}) | {"strict": None}],
+    },
+    {
+        "messages": [user("z"), assistant("", tool_calls=[call("f", {"x": 1})])],
+        "tools": [schema("f", x={"type": ["integer"]})],
+    },
+]
 ANSWERS = [{"question": f"q{number}", "answer": answer} for number, answer in enumerate([7, 7.5, "seven", True, "7"])]
 NUMBERS = [{"question": f"q{number}", "answer": answer} for number, answer in enumerate([7, 7.5, 2**53, None])]
 
@@ -80,10 +90,30 @@ def no_bars():
     datasets.disable_progress_bars()
 
 
-@pytest.mark.parametrize("rows", [CALLS, MIXED, ANSWERS, NUMBERS], ids=["calls", "mixed", "answers", "numbers"])
+@pytest.mark.parametrize(
+    "rows", [CALLS, MIXED, NULLS, ANSWERS, NUMBERS], ids=["calls", "mixed", "nulls", "answers", "numbers"]
+)
 def test_rows_of_a_subset_are_read_as_they_came(tmp_path, rows):
     lines = write_lines(tmp_path / "a.jsonl", rows)
     assert read(write_subset(tmp_path, lines)) == read(lines)
+
+
+def test_nulls_that_arrow_filled_in_do_not_become_json(tmp_path):
+    """Of a column that has to be JSON in a subset, since a call has no arguments at all."""
+    struct = pa.struct([("name", pa.string()), ("arguments", pa.struct([])), ("unit", pa.string())])
+    tools = pa.array([[{"name": "f", "arguments": {}, "unit": None}]], pa.list_(struct))
+    table = pa.table({"prompt": ["a"], "completion": ["b"], "tools": tools})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    subset = write_subset(tmp_path, tmp_path / "a.arrow")
+    assert read(subset) == read(tmp_path / "a.arrow")
+    assert read(subset)[0][2][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_only_tools_with_nulls_of_their_own_become_json(tmp_path):
+    turns = [user("a") | {"name": None}, assistant("b", tool_calls=None)]
+    path = write_subset(tmp_path, write_lines(tmp_path / "a.jsonl", [{"messages": turns, "tools": None}]))
+    assert pa.types.is_list(pq.read_schema(path).field("messages").type)
 
 
 def test_arguments_of_a_subset_keep_their_numbers(tmp_path):

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -121,8 +123,8 @@ def test_sharegpt_may_end_in_several_calls(read):
     ("given", "found"),
     [
         (
-            {"city": "Oslo", "unit": None, "more": {"a": None, "b": [{"c": None}]}},
-            {"city": "Oslo", "more": {"b": [{}]}},
+            {"city": None, "more": {"a": None, "b": [{"c": None}]}},
+            {"city": None, "more": {"a": None, "b": [{"c": None}]}},
         ),
         ('{"city": "Oslo", "unit": null}', {"city": "Oslo", "unit": None}),
         ("", {}),
@@ -131,18 +133,37 @@ def test_sharegpt_may_end_in_several_calls(read):
     ],
 )
 def test_arguments_become_an_object(read, given, found):
-    """Null fields go where Parquet may have put them; a text says just what it says."""
+    """JSON says just what it says, nulls included."""
     [record] = read({"messages": [user("w"), assistant(None, tool_calls=[call(given)])]}).records
     assert record.answer_parts["tool_calls"][0]["function"]["arguments"] == found
 
 
-def test_schemas_lose_the_null_fields_that_parquet_fills_in(read):
-    schema = {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"properties": {"a": None, "b": {"x": None}}}},
-    }
-    [record] = read({"messages": [user("w"), assistant("b")], "tools": [schema]}).records
+NULLS = {"properties": {"a": None, "b": {"default": None}}}
+
+
+@pytest.mark.parametrize("written", [list, json.dumps, lambda tools: [json.dumps(tool) for tool in tools]])
+def test_schemas_keep_the_nulls_that_json_states(read, written):
+    schema = {"type": "function", "function": {"name": "f", "description": None, "parameters": NULLS}}
+    [record] = read({"messages": [user("w"), assistant("b")], "tools": written([schema])}).records
+    assert record.tools == (schema,)
+
+
+def test_nulls_go_where_parquet_fills_them_in(tmp_path):
+    schema = {"type": "function", "function": {"name": "f", "description": None, "parameters": NULLS}}
+    turns = [
+        user("w", tool_calls=None),
+        assistant("", tool_calls=[call({"city": "Oslo", "more": {"a": None, "b": 1}})]),
+    ]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns, "tools": [schema]}]), tmp_path / "a.parquet")
+    [record] = read_records(locate(str(tmp_path / "a.parquet"))).records
     assert record.tools == ({"type": "function", "function": {"name": "f", "parameters": {"properties": {"b": {}}}}},)
+    arguments = record.answer_parts["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"city": "Oslo", "more": {"b": 1}}
+
+
+def test_results_of_tools_keep_the_nulls_that_json_states(read):
+    turns = [user("w"), assistant("", tool_calls=[call({})]), {"role": "tool", "content": {"a": None}}, assistant("b")]
+    assert read({"messages": turns}).records[0].messages[-1].content == '{"a": null}'
 
 
 @pytest.mark.parametrize(
@@ -353,7 +374,6 @@ def test_keys_that_p2d_does_not_know_are_counted(read):
     [
         ([user("a"), {"role": "system", "content": "s"}, assistant("b")], "there stands a system message"),
         ([user("a"), {"role": "critic", "content": "s"}, assistant("b")], "there stands a critic message"),
-        ([user("a"), assistant("b", weight=0), assistant("c")], "there stands an assistant message"),
         ([{"role": "tool", "content": "s"}, assistant("b")], "nothing but a tool's result"),
         ([user(" "), assistant("b")], "the one there is empty"),
         ([assistant("b")], "it is the first message"),
@@ -362,6 +382,29 @@ def test_keys_that_p2d_does_not_know_are_counted(read):
 def test_an_answer_answers_somebody(read, turns, found):
     with pytest.raises(DataError, match=rf"no user's message before the assistant's answer: .*{found}"):
         read({"messages": turns})
+
+
+@pytest.mark.parametrize("earlier", [assistant("b"), assistant("b", weight=0), assistant("")])
+def test_an_answer_that_follows_another_is_said_to_do_so(read, earlier):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: another turn of the assistant stands right before the answer"
+    ) as no:
+        read({"messages": [user("a"), earlier, assistant("c")]})
+    assert "no user's message before" not in no.value.message
+
+
+def test_an_earlier_answer_that_says_nothing_is_not_learnt(read):
+    """Else the model would learn to end at once; a call says something."""
+    calls = [{"name": "f", "arguments": {}}]
+    turns = [user("a"), assistant(""), user("b"), assistant(" \n"), user("c"), assistant(None, tool_calls=calls)]
+    turns += [{"role": "tool", "content": ""}, assistant("d"), user("e"), assistant("f")]
+    [record] = read({"messages": turns}).records
+    learnt = [message.is_learnt for message in record.messages if message.role == "assistant"]
+    assert learnt == [False, False, True, True]
+    [record] = read({"prompt": "b", "completion": "c", "history": [["a", ""]]}).records
+    assert not record.messages[1].is_learnt
+    with pytest.raises(DataError, match="the completion is empty"):
+        read({"messages": [user("a"), assistant("b"), user("c"), assistant("")]})
 
 
 ANYTHING = st.recursive(

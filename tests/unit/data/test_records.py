@@ -87,7 +87,7 @@ def test_conversations_of_sharegpt(read):
         ([user("a")], "the last message is from user; expected the assistant's answer"),
         ([assistant("a")], "no user's message before"),
         ([user(" "), assistant("a")], "no user's message before"),
-        ([user("a"), assistant("b"), assistant("c")], "no user's message before"),
+        ([user("a"), assistant("b"), assistant("c")], "another turn of the assistant stands right before"),
         ([user("a"), assistant("")], "the completion is empty"),
         ([user(None), assistant("b")], r"messages\[0\]\.content must be a text; found null"),
         ([{"from": "human"}, assistant("b")], r"messages\[0\] must have role and content"),

@@ -3,6 +3,8 @@
 import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from p2d_cli.data.records import ColumnMap, Message, read_records
@@ -20,6 +22,8 @@ def read(tmp_path):
     return read_these
 
 
+USER = {"role": "user", "content": "a"}
+ASSISTANT = {"role": "assistant", "content": "d"}
 ARC = {"text": ["up", "down"], "label": ["A", "B"]}
 
 
@@ -112,6 +116,11 @@ def test_answers_that_are_no_texts(read, value, text):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen, rejected state which answer is preferred"),
         ({"chosen": [], "rejected": []}, "chosen, rejected state which answer is preferred"),
         ({"instruction": "a", "output": "b", "kto_tag": False}, "kto_tag is false"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label is false"),
+        ({"prompt": [USER], "completion": [ASSISTANT], "label": False}, "label is false"),
+        ({"question": "a", "choices": ["x", "y"], "answer": 2.0}, "the number of none of the 2 choices"),
+        ({"question": "a", "choices": ["x", "y"], "answer": "2"}, "the number of none of the 2 choices"),
+        ({"question": "a", "choices": ["x", "y"], "answer": 0.5}, "the number of none of the 2 choices"),
         ({"prompt": "a", "completion": "b", "image": "a.png"}, "column 'image' holds more than text"),
         (
             {"prompt": "a", "completion": "b", "photo": {"bytes": "x", "path": None}},
@@ -120,6 +129,7 @@ def test_answers_that_are_no_texts(read, value, text):
         ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\] must be a pair"),
         ({"instruction": "a", "output": "b", "history": [["c", None]]}, r"history\[0\]\[1\] must be a text"),
         ({"prompt": [], "completion": "b"}, "column 'prompt' must be a text; found list"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "column 'prompt' must be a text; found dict {'a': 1}"),
     ],
 )
 def test_rows_that_are_refused(read, row, message):
@@ -180,7 +190,7 @@ def test_columns_that_bear_on_the_meaning_are_counted_in_one_note(read):
     rows = [
         {"prompt": "a", "completion": "b", "rejected": "c", "topic": "x"},
         {"prompt": "a", "completion": "b", "documents": ["d"], "thinking": "so", "score": 3},
-        {"prompt": "a", "completion": "b", "rejected": "c", "label": False, "weight": 0.5},
+        {"prompt": "a", "completion": "b", "rejected": "c", "label": True, "weight": 0.5},
         {"prompt": "a", "completion": "b", "rejected": "", "documents": [], "weight": 1, "source": "s"},
     ]
     [note] = read(*rows).notes
@@ -211,3 +221,125 @@ def test_cells_of_csv(tmp_path):
     assert [len(record.messages) for record in read_records(locate(str(path))).records] == [3, 1]
     path.write_text('question,choices,answerKey\na,"{""text"": [""x"", ""y""], ""label"": [""A"", ""B""]}",B\n')
     assert read_records(locate(str(path))).records[0].completion == "y"
+
+
+NAMES = ["one", "two", "three"]
+NUMBERS = ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "completion"),
+    [
+        *((NAMES, answer, "three") for answer in (2, 2.0, "2", "2.0", " 2 ", "C", "three")),
+        *((NUMBERS, answer, "3") for answer in (2, 2.0, "3", "C")),
+        (NUMBERS, "2", "2"),
+        (["A", "B", "C"], "B", "B"),
+        (["0.5", "2.5"], 2.5, "2.5"),
+        (NAMES, "D", "D"),
+        (NAMES, "the third", "the third"),
+        (NAMES, True, "true"),
+    ],
+)
+def test_numbers_and_letters_of_choices(read, choices, answer, completion):
+    """A text that is one of the choices is meant as it stands."""
+    [record] = read({"question": "a", "choices": choices, "answer": answer}).records
+    assert (record.completion, record.choices) == (completion, tuple(choices))
+
+
+def test_a_letter_is_the_answer_where_the_prompt_lists_the_choices(read):
+    question = "which? A. one B. two C. three"
+    assert read({"question": question, "choices": NAMES, "answer": "B"}).records[0].completion == "B"
+    assert read({"prompt": "which?", "choices": NAMES, "completion": "B"}).records[0].completion == "B"
+
+
+def test_numbers_of_choices_in_csv_and_in_columns_with_nulls(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('question,choices,answer\na,"[""x"", ""y"", ""z""]",2\nb,"[""x"", ""y"", ""z""]",0.0\n')
+    assert [record.completion for record in read_records(locate(str(path))).records] == ["z", "x"]
+    path = tmp_path / "a.parquet"
+    columns = {"question": ["a", "b"], "choices": [["x", "y"]] * 2, "answer": pa.array([1.0, None])}
+    pq.write_table(pa.table(columns), path)
+    found = read_records(locate(str(path)), skip_bad_rows=True)
+    assert ([record.completion for record in found.records], len(found.skipped)) == (["y"], 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "completion"),
+    [({"answer": "B"}, "y"), ({"answer": "y"}, "y"), ({"answer": "B", "answer_index": 1}, "y")],
+)
+def test_options_are_choices_where_the_answer_is_clear(read, row, completion):
+    [record] = read({"question": "a", "options": ["x", "y"]} | row).records
+    assert (record.completion, record.choices, record.unread) == (completion, ("x", "y"), ())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": "1"},
+        {"answer": "C"},
+        {"answer": "B", "answer_index": 0},
+        {"answer": "z"},
+        {"options": {"A": "x", "B": "y"}, "answer": "B"},
+        {"question": "x or y?", "answer": "B"},
+    ],
+)
+def test_options_are_counted_where_the_answer_is_not_clear(read, row):
+    [record] = read({"question": "a", "options": ["x", "y"]} | row).records
+    assert (record.completion, record.choices, record.unread) == (row["answer"], None, ("column options",))
+
+
+def test_turns_of_trl_may_be_json_in_a_cell(tmp_path, read):
+    asked = [USER, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    lists = read({"prompt": asked, "completion": [ASSISTANT]}).records[0]
+    texts = read({"prompt": json.dumps(asked), "completion": json.dumps([ASSISTANT])}).records[0]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        cells = csv.writer(stream)
+        cells.writerows([["prompt", "completion"], [json.dumps(asked), json.dumps([ASSISTANT])]])
+    [cell] = read_records(locate(str(path))).records
+    assert (lists.messages, lists.answer) == (texts.messages, texts.answer) == (cell.messages, cell.answer)
+    turns = json.dumps([{"from": "human", "value": "a"}])
+    assert read({"prompt": turns, "completion": "d"}).records[0].messages == (Message("user", "a"),)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "[]", '[{"role": "user"}]', '[{"a": 1}]', "[a", '{"role": "user", "content": "a"}']
+)
+def test_other_json_is_a_text(read, text):
+    [record] = read({"prompt": text, "completion": text}).records
+    assert (record.prompt, record.completion) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "column chat_template_kwargs"),
+        ({"chat_template_kwargs": '{"enable_thinking": false}'}, "column chat_template_kwargs"),
+        ({"passage": "p"}, "column passage"),
+        ({"support": "p"}, "column support"),
+        ({"history": [{"role": "system", "content": "t"}], "system": "s"}, "column system, beside a system message"),
+    ],
+)
+def test_columns_that_were_dropped_are_counted(read, row, part):
+    assert part in read({"question": "a", "answer": "b"} | row).notes[0]
+
+
+def test_template_arguments_that_say_nothing_are_not_counted(read):
+    for nothing in (None, {}, {"enable_thinking": None}, "", "{}"):
+        assert read({"prompt": "a", "completion": "b", "chat_template_kwargs": nothing}).notes == ()
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_beside_another_system_message_is_counted(read, column):
+    turns = [{"role": "system", "content": "t"}, USER, ASSISTANT]
+    [record] = read({"messages": turns, column: "s"}).records
+    assert (record.system, record.unread) == ("t", (f"column {column}, beside a system message among the turns",))
+    for same in ("t", " t\n", "", None):
+        assert read({"messages": turns, column: same}).notes == ()
+
+
+def test_labels_that_are_the_answer_or_say_that_it_is_wanted(read):
+    assert read({"prompt": "a", "completion": "false", "label": False}).records[0].completion == "false"
+    assert read({"prompt": "a", "completion": False, "label": False}).records[0].completion == "false"
+    assert read({"prompt": "a", "completion": "b", "label": True}).records[0].completion == "b"
+    assert read({"text": "a", "label": False}).records[0].completion == "false"
