@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from p2d_cli.core.turns import TurnFrame
 from p2d_cli.data.messages import Message
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource
 from p2d_cli.data.row_content import read_content
@@ -293,7 +294,7 @@ def require_number(record: Record) -> None:
     from p2d_cli.core.metrics import number_match  # which needs numpy
 
     try:
-        number_match("", record.completion, "flexible")
+        number_match("", TurnFrame().without_reasoning(record.completion), "flexible")
     except DataError as problem:
         raise DataError(f"{record.where}: {problem.message}", hint=problem.hint) from None
 
