@@ -43,10 +43,10 @@ _IN_WORD = {
 _SHARDED = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}.*\..*", re.DOTALL)
 """A file of the folder `data`, as `push_to_hub` writes it."""
 _SHARD = re.compile(
-    r"(?P<before>.*[-_.]|)(?P<number>[0-9]{1,9})(?P<of>[-_. ]?of[-_. ]?)(?P<total>[0-9]{1,9})(?![0-9]).*",
+    r"(?P<before>.*[-_. ]|)(?P<number>[0-9]{1,9})(?P<of>[-_. ]?of[-_. ]?)(?P<total>[0-9]{1,9})(?![0-9]).*",
     re.DOTALL | re.IGNORECASE,
 )
-_SHARD_ENDING = re.compile(r"[-_.][0-9]+([-_. ]?of[-_. ]?[0-9]+(-\w+)?)?$", re.IGNORECASE)
+_SHARD_ENDING = re.compile(r"([-_.][0-9]+|[-_. ][0-9]+[-_. ]?of[-_. ]?[0-9]+(-\w+)?)$", re.IGNORECASE)
 
 
 def split_by_name(files: Sequence[PurePosixPath]) -> Splits:
