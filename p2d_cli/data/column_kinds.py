@@ -7,10 +7,12 @@ It stands in a Parquet or Arrow file, or in the data set's card.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from p2d_cli.data.dataset_card import Labels
 from p2d_cli.data.raw_rows import BadRow, RawRow, unpack_json
 from p2d_cli.errors import DataError
 from p2d_cli.pipeline import JSON_MARK
@@ -56,6 +58,23 @@ def with_labels(
     """
     for row in rows:
         yield row if isinstance(row, BadRow) else _with_numbers(row, labels, is_csv)
+
+
+def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
+    """Return the labels of a card that not all of its Parquet files give alike.
+
+    What these say themselves is a part of their digest, and of the identity of artifacts.
+    """
+    if not labels or not files:
+        return ()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        own = [label_names(_features(pq.read_schema(path).metadata or {})) for path in files]
+    except (OSError, pa.ArrowException):  # reading the rows tells what is wrong
+        return labels
+    return tuple((column, names) for column, names in labels if any(each.get(column) != names for each in own))
 
 
 def _with_numbers(row: RawRow, labels: Mapping[str, tuple[str, ...]], is_csv: bool) -> RawRow | BadRow:

@@ -71,8 +71,9 @@ def read_labels(folder: Path, config: str | None) -> Labels:
     found = []
     for feature in features if isinstance(features, list) else []:
         kind = feature.get("dtype") if isinstance(feature, dict) else None
-        if isinstance(kind, dict) and isinstance(kind.get("class_label"), dict):
-            found.append((str(feature.get("name")), _names(path, feature, kind["class_label"].get("names"))))
+        label = kind.get("class_label") if isinstance(kind, dict) else None
+        if isinstance(label, dict) and "names" in label:
+            found.append((str(feature.get("name")), _names(path, feature, label["names"])))
     return tuple(found)
 
 

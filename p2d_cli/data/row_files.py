@@ -399,7 +399,7 @@ def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
         if not cells:
             continue
         if header is None:
-            header = _check_header(where, cells)
+            header = _check_header(where, cells, is_tsv=format_of(path) == "tsv")
         elif cells[0].startswith("\ufeff"):
             yield BadRow(where, DataError(f"{where}: a byte order mark within the file", hint=_JOINED))
         elif len(cells) != len(header):
@@ -416,14 +416,14 @@ def _require_text(path: Path) -> Iterator[str]:
         yield text
 
 
-def _check_header(where: str, cells: list[str]) -> list[str]:
+def _check_header(where: str, cells: list[str], *, is_tsv: bool) -> list[str]:
     repeated = sorted({name for name in cells if cells.count(name) > 1})
     if repeated:
         raise DataError(f"{where}: columns repeat in the header: {', '.join(repeated)}")
-    marks = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    marks = {";": "semicolons", "|": "bars"} | ({",": "commas"} if is_tsv else {"\t": "tabs"})
     if len(cells) == 1 and (found := [name for mark, name in marks.items() if mark in cells[0]]):
         message = f"{where}: the header is one cell, {cells[0]!r:.80}: its columns are separated by {found[0]}"
-        raise DataError(message, hint="separate them by commas; those of a .tsv file are separated by tabs")
+        raise DataError(message, hint="columns are separated by commas in a .csv file, by tabs in a .tsv file")
     return cells
 
 

@@ -17,7 +17,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from p2d_cli.data.column_kinds import label_names
+from p2d_cli.data.column_kinds import label_names, labels_beyond
 from p2d_cli.data.dataset_card import Labels
 from p2d_cli.data.folders import (
     DICT_NAME,
@@ -182,7 +182,8 @@ def _locate_files(spec: str, folder: Path, split: str | None, config: str | None
         hint = "fetch the missing file; or name the files to read, by a glob in quotes, as 'rows/*.jsonl'"
         raise DataError(f"{spec} is not whole: {problem}", hint=hint)
     source = _one_format(spec, [found.root / path for path in files], split)
-    return replace(source, notes=_notes(spec, found, chosen, files), labels=found.labels)
+    labels = labels_beyond(source.files, found.labels) if source.format == "parquet" else found.labels
+    return replace(source, notes=_notes(spec, found, chosen, files), labels=labels)
 
 
 def _notes(spec: str, found: FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:

@@ -212,8 +212,8 @@ ROW = '{"a": 1}'
         ("a.jsonl", f"{ROW}{ROW}\n", "each row stands on a line of its own"),
         ("a.csv", "a,b\n1,2\n\ufeffa,b\n3,4\n", "two files were joined here"),
         ("a.csv", "a,b\r1,2\r", "its lines end in carriage returns alone"),
-        ("a.csv", "a;b\n1;2\n", "separate them by commas"),
-        ("a.csv", "a\tb\n1\t2\n", "separate them by commas"),
+        ("a.csv", "a;b\n1;2\n", "columns are separated by commas in a .csv file"),
+        ("a.csv", "a\tb\n1\t2\n", "columns are separated by commas in a .csv file"),
     ],
 )
 def test_what_spoilt_a_file_is_told(tmp_path, name, content, hint):

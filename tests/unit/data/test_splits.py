@@ -406,6 +406,25 @@ def test_labels_of_a_card_count_in_what_identifies_rows(tmp_path):
     assert digest_rows(locate(str(tmp_path))) == plain
 
 
+def test_labels_that_every_parquet_file_gives_itself_change_no_identity(tmp_path):
+    import datasets
+
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    rows = datasets.Dataset.from_dict({"text": ["fine"], "label": [1]}, features=kinds)
+    rows.to_parquet(tmp_path / "a.parquet")
+    plain = digest_rows(locate(str(tmp_path)))
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(BY_LIST) + "---\n")
+    assert digest_rows(locate(str(tmp_path))) == plain
+    pq.write_table(pa.Table.from_pylist([{"text": "dull", "label": 0}]), tmp_path / "b.parquet")
+    assert [record.answer.content for record in read_records(locate(str(tmp_path))).records] == ["good", "bad"]
+
+
+def test_labels_without_names_are_numbers(tmp_path):
+    rows_file(tmp_path / "a.jsonl", 7)
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info("num_classes: 8") + "---\n")
+    assert numbers(tmp_path) == [7]
+
+
 def test_labels_that_are_written_out_stay_and_others_are_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\nfine,good\nodd,1.0\n")
     (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(BY_LIST) + "---\n")
