@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from p2d_cli.data.dataset_card import CardConfig, read_card
+from p2d_cli.data.dataset_card import CardConfig, Labels, read_card, read_labels
 from p2d_cli.data.raw_rows import format_of
 from p2d_cli.data.row_files import json_kind
-from p2d_cli.data.splits import Splits, matching_pattern, split_by_name, stem_of
+from p2d_cli.data.splits import DEFAULT_SPLIT, Splits, matching_pattern, names_a_split, split_by_name, stem_of
 from p2d_cli.errors import DataError
 
 STATE_NAME = "state.json"
@@ -28,6 +28,13 @@ NOT_ROWS = frozenset(
 )
 _PACKED = frozenset({".gz", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z"})
 """Endings behind that of a format; p2d itself unpacks only gzip, and that only of text."""
+_UNREAD = frozenset(
+    {
+        *(".txt", ".xml", ".xls", ".xlsx", ".orc", ".avro", ".feather", ".pkl", ".pickle"),
+        *(".h5", ".hdf5", ".npz", ".npy", ".lance", ".tar", ".arff"),
+    }
+)
+"""Endings of formats with rows that p2d does not read."""
 _ARTIFACT_MARK = b'"schema": "p2d.'
 
 
@@ -41,6 +48,14 @@ class FoundSplits:
     """Files with rows beside them that belong to no split, by the stems of their names."""
     stems: Splits = field(default_factory=dict)
     """All files by the stems of their names."""
+    left_out: tuple[PurePosixPath, ...] = ()
+    """Files with rows in other folders that belong to no split."""
+    unread: tuple[PurePosixPath, ...] = ()
+    """Files of other formats whose names are those of splits, where no file with rows has such a name."""
+    labels: Labels = ()
+    """Names of labels by the card."""
+    by_card: bool = False
+    """Whether the card names the files of each split."""
 
 
 def find_splits(folder: Path, config: str | None = None) -> FoundSplits | None:
@@ -54,19 +69,24 @@ def find_splits(folder: Path, config: str | None = None) -> FoundSplits | None:
         DataError: the card is wrong or has no such configuration, or a folder that `datasets` saved is.
     """
     card = read_card(folder, config)
-    if card is not None:
-        root = folder / card.data_dir
-        files = row_files(root)
-        if card.patterns is not None:
-            return FoundSplits(root, _by_card(card, files))
-    else:
-        root = folder / (config or "")
-        files = row_files(root)
-    return split_files(root, files) if files else None
+    labels = read_labels(folder, card.name if card else config)
+    root = folder / (card.data_dir if card else config or "")
+    walked = _walked(root)
+    files = [path for path in walked if may_hold_rows(path)]
+    if card is not None and card.patterns is not None:
+        return FoundSplits(root, _by_card(card, files), labels=labels, by_card=True)
+    found = split_files(root, files, [path for path in walked if not may_hold_rows(path)])
+    return replace(found, labels=labels) if files else None
 
 
-def split_files(root: Path, files: Sequence[PurePosixPath]) -> FoundSplits:
-    """Return the splits of these files by their names; of other files, those that lie beside them."""
+def split_files(root: Path, files: Sequence[PurePosixPath], unread: Sequence[PurePosixPath] = ()) -> FoundSplits:
+    """Return the splits of these files by their names; of other files, those that lie beside them.
+
+    Args:
+        root: the folder to which the files are relative.
+        files: with rows.
+        unread: files of other formats that lie there too.
+    """
     splits = split_by_name(files)
     chosen = {path for group in splits.values() for path in group}
     if chosen == set(files) and len(splits) == 1:
@@ -74,7 +94,20 @@ def split_files(root: Path, files: Sequence[PurePosixPath]) -> FoundSplits:
         splits = {name: _of_topmost_formats(group)}
     folders = {PurePosixPath(), *(path.parent for path in chosen)}
     others = [path for path in files if path not in chosen and path.parent in folders]
-    return FoundSplits(root, splits, _by_stem(others), _by_stem(files))
+    taken = {*others, *(path for group in splits.values() for path in group)}
+    left_out = tuple(path for path in files if path not in taken)
+    is_named = set(splits) != {DEFAULT_SPLIT} or any(map(names_a_split, files))
+    named = () if is_named else tuple(path for path in unread if names_a_split(path))
+    return FoundSplits(root, splits, _by_stem(others), _by_stem(files), left_out, named)
+
+
+def split_all_files(root: Path, files: Sequence[PurePosixPath], unread: Sequence[PurePosixPath] = ()) -> FoundSplits:
+    """Return the splits of files that were all asked for: what belongs to none is a choice of its own, by its path."""
+    found = split_files(root, files, unread)
+    groups: Splits = {}
+    for path in found.left_out:
+        groups.setdefault((path.parent / stem_of(path)).as_posix(), []).append(path)
+    return replace(found, others=found.others | groups, left_out=())
 
 
 def _by_stem(files: Sequence[PurePosixPath]) -> Splits:
@@ -112,6 +145,11 @@ def may_hold_rows(path: PurePath) -> bool:
     return (format_of(Path(path)) is not None or is_packed) and path.name not in NOT_ROWS
 
 
+def may_hold_unread_rows(path: PurePath) -> bool:
+    """Say whether a file is of a format that `datasets` or others read rows from and p2d does not."""
+    return path.suffix.lower() in _UNREAD | _PACKED and not may_hold_rows(path)
+
+
 def is_hidden(path: PurePath) -> bool:
     """Say whether a part of a path begins with . or _, as of what programs keep for themselves."""
     return any(part.startswith((".", "_")) for part in path.parts)
@@ -123,6 +161,10 @@ def row_files(root: Path) -> list[PurePosixPath]:
     Of a folder that `datasets` saved, those that it names; of an artifact of p2d, none: what p2d wrote are no rows
     unless they are asked for.
     """
+    return [path for path in _walked(root) if may_hold_rows(path)]
+
+
+def _walked(root: Path) -> list[PurePosixPath]:
     return sorted(PurePosixPath(path.relative_to(root)) for path in _walk(root))
 
 
@@ -140,7 +182,16 @@ def _walk(root: Path) -> Iterator[Path]:
             yield from saved_files(folder)
         else:
             own = (folder / name for name in names if not is_hidden(PurePath(name)))
-            yield from (path for path in own if may_hold_rows(path) and path.is_file())
+            yield from (path for path in own if _is_walked(path) and (path.is_file() or is_dangling(path)))
+
+
+def _is_walked(path: Path) -> bool:
+    return may_hold_rows(path) or may_hold_unread_rows(path)
+
+
+def is_dangling(path: Path) -> bool:
+    """Say whether a path is a link to what is not there."""
+    return path.is_symlink() and not path.exists()
 
 
 def is_own_artifact(folder: Path) -> bool:

@@ -43,6 +43,8 @@ class RowSource:
     config_name: str | None = None
     notes: tuple[str, ...] = ()
     """What is worth to be told of how the files were chosen."""
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Columns of labels and what their numbers stand for, by the data set's card; files may say more of their own."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from p2d_cli.core.json_values import JsonObject
-from p2d_cli.data.column_kinds import interpreted
+from p2d_cli.data.column_kinds import interpreted, with_labels
 from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
 from p2d_cli.errors import DataError, StorageError
@@ -35,6 +35,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BLOCK = 2**18
 _LONGEST_TOKEN = 16
 """Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
+_JOINED = "two files were joined here: take out the byte order mark (U+FEFF) at which the second one begins"
+_RETURNS = "its lines end in carriage returns alone: make them line feeds, as with: tr '\\r' '\\n' < FILE"
 _LONGEST_SHOWN = 2**24
 """Bytes of a .json file that is no table, up to which it is read to say what it is."""
 
@@ -57,7 +59,10 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
     for path, name in zip(source.files, source.names, strict=True):
         with _explain_file_errors(path):
             _refuse_foreign(path)
-            yield from reader(path) if name == path.name else _renamed(reader(path), path.name, name)
+            rows = reader(path)
+            if source.labels:
+                rows = with_labels(rows, dict(source.labels), is_csv=source.format in {"csv", "tsv"})
+            yield from rows if name == path.name else _renamed(rows, path.name, name)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -188,12 +193,24 @@ def _parse_json_row(where: str, text: str) -> RawRow | BadRow:
     try:
         value = json.loads(text.rstrip(), object_pairs_hook=_object_of)
     except json.JSONDecodeError as problem:
-        return BadRow(where, DataError(f"{where}: not valid JSON: {problem.msg} at column {problem.colno}"))
+        message = f"{where}: not valid JSON: {problem.msg} at column {problem.colno}"
+        return BadRow(where, DataError(message, hint=_hint_of_line(text, problem)))
     except _RepeatedKeyError as problem:
         return BadRow(where, DataError(f"{where}: {problem}"))
     except (ValueError, RecursionError) as problem:
         return BadRow(where, DataError(f"{where}: JSON that Python cannot hold: {problem}"))
     return _object_row(where, value)
+
+
+def _hint_of_line(text: str, problem: json.JSONDecodeError) -> str | None:
+    """Return what may have spoilt a line of JSON: joined files, or the ends of lines of other systems."""
+    if text.startswith("\ufeff"):
+        return _JOINED
+    if problem.msg != "Extra data":
+        return None
+    if "\r" in text[: problem.pos]:
+        return _RETURNS
+    return "each row stands on a line of its own" if text[problem.pos] in "{[" else None
 
 
 def _object_row(where: str, value: Any) -> RawRow | BadRow:
@@ -376,13 +393,16 @@ def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
         try:
             cells = next(reader, None)
         except csv.Error as problem:
-            raise DataError(f"{where}: not valid CSV: {problem}") from None
+            hint = _RETURNS if "new-line character seen" in str(problem) else None
+            raise DataError(f"{where}: not valid CSV: {problem}", hint=hint) from None
         if cells is None:
             return
         if not cells:
             continue
         if header is None:
-            header = _check_header(where, cells)
+            header = _check_header(where, cells, is_tsv=format_of(path) == "tsv")
+        elif cells[0].startswith("\ufeff"):
+            yield BadRow(where, DataError(f"{where}: a byte order mark within the file", hint=_JOINED))
         elif len(cells) != len(header):
             message = f"{where}: expected {len(header)} cells as in the header, found {len(cells)}"
             yield BadRow(where, DataError(message))
@@ -397,10 +417,14 @@ def _require_text(path: Path) -> Iterator[str]:
         yield text
 
 
-def _check_header(where: str, cells: list[str]) -> list[str]:
+def _check_header(where: str, cells: list[str], *, is_tsv: bool) -> list[str]:
     repeated = sorted({name for name in cells if cells.count(name) > 1})
     if repeated:
         raise DataError(f"{where}: columns repeat in the header: {', '.join(repeated)}")
+    marks = {";": "semicolons", "|": "bars"} | ({",": "commas"} if is_tsv else {"\t": "tabs"})
+    if len(cells) == 1 and (found := [name for mark, name in marks.items() if mark in cells[0]]):
+        message = f"{where}: the header is one cell, {cells[0]!r:.80}: its columns are separated by {found[0]}"
+        raise DataError(message, hint="columns are separated by commas in a .csv file, by tabs in a .tsv file")
     return cells
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,25 +17,28 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from p2d_cli.data.column_kinds import label_names
+from p2d_cli.data.column_kinds import label_names, labels_beyond
+from p2d_cli.data.dataset_card import Labels
 from p2d_cli.data.folders import (
     DICT_NAME,
     STATE_NAME,
     FoundSplits,
     find_splits,
+    is_dangling,
     is_hidden,
     is_own_artifact,
     is_saved,
     may_hold_rows,
+    may_hold_unread_rows,
     plain_names,
     read_json_object,
     saved_files,
-    split_files,
+    split_all_files,
 )
 from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import read_files
-from p2d_cli.data.splits import several_stems, shard_problem
+from p2d_cli.data.splits import Splits, joins_splits, several_stems, shard_problem
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
@@ -43,6 +47,7 @@ _HUB_ID = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEED_A_FILE = "rows are read more than once: write them to a file, such as rows.jsonl"
+_MOST_LISTED = 12
 _KNOWN_SUFFIXES = "known are " + ", ".join(FORMATS) + ", and .gz of the text formats"
 
 
@@ -176,22 +181,35 @@ def _locate_files(spec: str, folder: Path, split: str | None, config: str | None
     if problem := _missing_part(found.root, files):
         hint = "fetch the missing file; or name the files to read, by a glob in quotes, as 'rows/*.jsonl'"
         raise DataError(f"{spec} is not whole: {problem}", hint=hint)
-    return _with_note(_one_format(spec, [found.root / path for path in files], split), chosen, files)
+    source = _one_format(spec, [found.root / path for path in files], split)
+    labels = labels_beyond(source.files, found.labels) if source.format == "parquet" else found.labels
+    return replace(source, notes=_notes(spec, found, chosen, files), labels=labels)
 
 
-def _with_note(source: RowSource, split: str, files: Sequence[PurePosixPath]) -> RowSource:
-    """Say so if files of different names are one split, as they are for `datasets`: one may be a part of the other."""
-    if not (stems := several_stems(split, files)):
-        return source
-    note = f"{source.spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file"
-    return replace(source, notes=(note,))
+def _notes(spec: str, found: FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:
+    """Say what `datasets` does without a word: files that it joins to one split, or leaves out."""
+    notes = []
+    if found.by_card and joins_splits(files):
+        notes.append(f"{spec}: its card joins files of several splits in {split}: {_listed(files)}")
+    # Of files with different names one may be a part of the other.
+    elif stems := several_stems(split, files):
+        notes.append(f"{spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file")
+    if count := len(found.left_out):
+        which = f"{count} {'files' if count > 1 else 'file'} with rows in other folders"
+        notes.append(f"{spec}: left out {which}, of no split by name: {_listed(found.left_out)}")
+    return tuple(notes)
+
+
+def _listed(names: Sequence[object]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(map(str, names[:_MOST_LISTED])) + more
 
 
 def _locate_glob(spec: str, split: str | None) -> RowSource:
     """Read a pattern as a folder that holds just the files it stands for."""
     # Path.glob takes no pattern from the root, nor one that leads upwards.
     matched = sorted({Path(name) for name in glob(str(Path(spec).expanduser()), recursive=True)})  # noqa: PTH207
-    paths = [path for path in matched if path.is_file()]
+    paths = [path for path in matched if path.is_file() or is_dangling(path)]
     if not paths:
         what = "only folders match" if matched else "no file matches"
         raise DataError(f"{what} {spec}", hint="as in a shell, * stands for any name, and ** for any folders")
@@ -202,8 +220,11 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
     root = Path(os.path.commonpath([path.parent for path in rows]))
     files = [PurePosixPath(path.relative_to(root)) for path in rows]
-    chosen, group = _choose_files(spec, split_files(root, files), split)
-    return _with_note(_one_format(spec, [root / path for path in group], split), chosen, group)
+    unread = [PurePosixPath(os.path.relpath(path, root)) for path in paths if may_hold_unread_rows(path)]
+    found = split_all_files(root, files, unread)
+    chosen, group = _choose_files(spec, found, split)
+    _refuse_dangling(root, group)
+    return replace(_one_format(spec, [root / path for path in group], split), notes=_notes(spec, found, chosen, group))
 
 
 def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
@@ -213,14 +234,42 @@ def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str
     groups = found.splits | others
     if split is not None and split not in groups and split in found.stems:
         return split, found.stems[split]
+    if found.unread:
+        hint = "name the file with the rows; or convert them to .jsonl, .csv or .parquet first"
+        message = f"{spec} has files of splits in a format that p2d does not read: {_listed(found.unread)}"
+        raise DataError(message, hint=hint)
+    if not found.by_card:
+        _refuse_two_splits(spec, found.splits, split)
     chosen = _choose_split(spec, list(groups), split)
     return chosen, groups[chosen]
 
 
+def _refuse_two_splits(spec: str, splits: Splits, split: str | None) -> None:
+    """Refuse a file whose name, or that of its folder, is of two splits, if it would be read."""
+    counts = Counter(path for files in splits.values() for path in files)
+    asked = counts if split is None else splits.get(split, [])
+    if twice := [path for path in asked if counts[path] > 1]:
+        names = ", ".join(sorted(name for name, files in splits.items() if twice[0] in files))
+        message = f"{spec}: the name of {twice[0]} stands for several splits: {names}"
+        raise DataError(message, hint="rename it, or name the file to read")
+
+
+def _refuse_dangling(root: Path, files: Sequence[PurePosixPath]) -> None:
+    for path in files:
+        if is_dangling(root / path):
+            target = (root / path).readlink()
+            raise DataError(f"{root / path} is a link to {target}, which is not there", hint="fetch or remove it")
+
+
 def _missing_part(root: Path, files: Sequence[PurePosixPath]) -> str | None:
-    """Say what is missing of a split; None if all of it is there."""
+    """Say what is missing of a split; None if all of it is there.
+
+    Raises:
+        DataError: a file is a link to what is not there.
+    """
     if not files:
         return "no file of the split is there"
+    _refuse_dangling(root, files)
     absent = [path.as_posix() for path in files if not (root / path).is_file()]
     return f"{absent[0]} is missing" if absent else shard_problem(files)
 
@@ -238,7 +287,7 @@ def _one_format(spec: str, files: Sequence[Path], split: str | None) -> RowSourc
 
 
 def _choose_split(spec: str, splits: Sequence[str], split: str | None) -> str:
-    known = ", ".join(sorted(splits))
+    known = _listed(sorted(splits))
     if split is None:
         if len(splits) == 1:
             return splits[0]
@@ -301,14 +350,15 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
 
-def _read_cached(source: RowSource, split: str, files: list[Path]) -> Iterator[RawRow | BadRow]:
+def _read_cached(source: RowSource, split: str, files: list[Path], labels: Labels) -> Iterator[RawRow | BadRow]:
     """Read the files of a snapshot in the local cache, with the rows named as if they came from the hub."""
-    for number, row in enumerate(read_files(_one_format(source.spec, files, split))):
+    snapshot = replace(_one_format(source.spec, files, split), labels=labels)
+    for number, row in enumerate(read_files(snapshot)):
         yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{split}#{number}")
 
 
-def _cached_files(source: RowSource) -> tuple[str, list[Path]] | None:
-    """Return the split and its files in the local cache, as `hf download` leaves them, of just this revision.
+def _cached_files(source: RowSource) -> tuple[str, list[Path], Labels] | None:
+    """Return the split, its files and labels in the local cache, as `hf download` leaves them, of just this revision.
 
     `datasets` finds offline what it prepared itself before, but of whatever revision that was.
 
@@ -328,7 +378,7 @@ def _cached_files(source: RowSource) -> tuple[str, list[Path]] | None:
     split, files = _choose_files(source.spec, replace(found, others={}), source.split)
     if problem := _missing_part(found.root, files):
         raise _unavailable(source, f"of its split {split}, {problem}", offline=True)
-    return split, [found.root / path for path in files]
+    return split, [found.root / path for path in files], found.labels
 
 
 def _cache_name(source: RowSource) -> str:

@@ -42,8 +42,11 @@ _IN_WORD = {
 }
 _SHARDED = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}.*\..*", re.DOTALL)
 """A file of the folder `data`, as `push_to_hub` writes it."""
-_SHARD = re.compile(r"(?P<before>.*[-_.]|)(?P<number>[0-9]{1,9})-of-(?P<total>[0-9]{1,9})(?![0-9]).*", re.DOTALL)
-_SHARD_ENDING = re.compile(r"[-_.][0-9]+(-of-[0-9]+(-\w+)?)?$")
+_SHARD = re.compile(
+    r"(?P<before>.*[-_. ]|)(?P<number>[0-9]{1,9})(?P<of>[-_. ]?of[-_. ]?)(?P<total>[0-9]{1,9})(?![0-9]).*",
+    re.DOTALL | re.IGNORECASE,
+)
+_SHARD_ENDING = re.compile(r"([-_.][0-9]+|[-_. ][0-9]+[-_. ]?of[-_. ]?[0-9]+(-\w+)?)$", re.IGNORECASE)
 
 
 def split_by_name(files: Sequence[PurePosixPath]) -> Splits:
@@ -93,6 +96,18 @@ def _matching(
     return {split: group for split, group in found.items() if group}
 
 
+def names_a_split(path: PurePosixPath) -> bool:
+    """Say whether the name of a file, or of a folder on its way, is that of a split."""
+    return bool(_by_file_name([path]) or _matching([path], lambda path: path.parts[:-1], _IN_FOLDER_NAME))
+
+
+def joins_splits(files: Sequence[PurePosixPath]) -> bool:
+    """Say whether files that a card puts into one split are of several by their names, or by those of their folders."""
+    by_file = _by_file_name(files)
+    by_folder = _matching(files, lambda path: path.parts[:-1], _IN_FOLDER_NAME)
+    return len(by_file) > 1 or (not by_file and len(by_folder) > 1)
+
+
 def several_stems(split: str, files: Sequence[PurePosixPath]) -> list[str]:
     """Return the different names of files that one split owes to their names, as `train` and `train_small`."""
     pattern = _IN_FILE_NAME.get(split)
@@ -125,21 +140,20 @@ def _matches(wanted: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 def shard_problem(files: Iterable[PurePosixPath]) -> str | None:
     """Say which shard is missing of files named as shards, or there twice; None where all are there once."""
-    sets: dict[tuple[PurePosixPath, str], dict[str, list[int]]] = {}
+    sets: dict[tuple[PurePosixPath, str, str], dict[str, list[int]]] = {}
     for path in files:
         if match := _SHARD.fullmatch(path.name):
-            numbers = sets.setdefault((path.parent, match["before"]), {}).setdefault(match["total"], [])
+            numbers = sets.setdefault((path.parent, match["before"], match["of"]), {}).setdefault(match["total"], [])
             numbers.append(int(match["number"]))
-    for (folder, before), by_total in sets.items():
+    for (folder, before, of), by_total in sets.items():
         name = f"{folder}/{before}" if folder.parts else before
         if len(by_total) > 1:
             return f"{name}*: shards of {' and of '.join(sorted(by_total))} lie side by side"
         [(total, numbers)] = by_total.items()
         if problem := _number_problem(numbers, int(total)):
             number, what = problem
-            return (
-                f"{len(set(numbers))} of {int(total)} shards are there: {name}{number:0{len(total)}}-of-{total} {what}"
-            )
+            missing = f"{name}{number:0{len(total)}}{of}{total}"
+            return f"{len(set(numbers))} of {int(total)} shards are there: {missing} {what}"
     return None
 
 

@@ -63,7 +63,8 @@ def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> lis
 def digest_rows(source: RowSource) -> str:
     """Digest the files of rows, or name the revision of a hub data set."""
     if source.files:
-        return digest_files(source.files, source.names)
+        files = digest_files(source.files, source.names)
+        return digest_json([files, source.labels]) if source.labels else files
     return digest_json([source.repo, source.config_name, source.split, hub_commit(source) or source.revision])
 
 

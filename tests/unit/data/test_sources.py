@@ -201,6 +201,27 @@ def test_a_row_of_another_width_is_named_and_skippable(tmp_path):
     assert [row.where for row in scan_rows(locate(str(path)))] == ["a.csv:2", "a.csv:4", "a.csv:6"]
 
 
+ROW = '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.jsonl", f"{ROW}\n\ufeff{ROW}\n", "two files were joined here"),
+        ("a.jsonl", f"{ROW}\r{ROW}\r", "its lines end in carriage returns alone"),
+        ("a.jsonl", f"{ROW}{ROW}\n", "each row stands on a line of its own"),
+        ("a.csv", "a,b\n1,2\n\ufeffa,b\n3,4\n", "two files were joined here"),
+        ("a.csv", "a,b\r1,2\r", "its lines end in carriage returns alone"),
+        ("a.csv", "a;b\n1;2\n", "columns are separated by commas in a .csv file"),
+        ("a.csv", "a\tb\n1\t2\n", "columns are separated by commas in a .csv file"),
+    ],
+)
+def test_what_spoilt_a_file_is_told(tmp_path, name, content, hint):
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / name, content))
+    assert caught.value.hint.startswith(hint)
+
+
 def test_long_cells_are_read(tmp_path):
     assert fields(write(tmp_path / "a.csv", "a\n" + "x" * 300_000)) == [{"a": "x" * 300_000}]
 
@@ -634,6 +655,23 @@ def test_the_card_of_a_snapshot_decides(cached, tmp_path):
     assert fields("owner/name:two", split="train") == [{"a": 2}]
     with pytest.raises(DataError, match="several configurations: one, two"):
         read("owner/name")
+
+
+def test_a_link_of_a_snapshot_to_no_blob_is_named(cached, tmp_path):
+    cached({"a.jsonl": [{"a": 1}]})
+    folder = tmp_path / "datasets--owner--name" / "snapshots" / COMMIT
+    (folder / "b.jsonl").symlink_to("../../blobs/0123")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to \.\./\.\./blobs/0123, which is not there"):
+        read("owner/name")
+
+
+def test_labels_of_a_snapshot_are_named_by_its_card(cached, tmp_path):
+    cached({"train.jsonl": [{"text": "fine", "label": 1}]})
+    features = "- name: label\n    dtype:\n      class_label:\n        names: [bad, good]\n"
+    card = f"---\ndataset_info:\n  features:\n  {features}---\n"
+    write(tmp_path / "datasets--owner--name" / "snapshots" / COMMIT / "README.md", card)
+    [row] = read("owner/name")
+    assert row.labels == {"label": ("bad", "good")}
 
 
 def test_another_revision_than_the_cached_one_is_not_taken_for_it(cached):

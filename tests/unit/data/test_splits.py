@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from p2d_cli.data.folders import find_splits
-from p2d_cli.data.sources import locate, read_rows
+from p2d_cli.data.records import read_records
+from p2d_cli.data.sources import locate, read_rows, scan_rows
 from p2d_cli.errors import DataError
+from p2d_cli.stages.identity import digest_rows
 
 WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -300,7 +302,13 @@ def test_a_card_decides_as_it_does_for_datasets(tmp_path, config, split):
         ("configs:\n- config_name: a\n  data_files: https://x/y.jsonl\n", "outside of its folder"),
         ("configs:\n- config_name: a\n  data_files: gone.jsonl\n", r"gone\.jsonl is missing"),
         ("configs:\n- config_name: a\n  data_files: gone*.jsonl\n", "no file of the split"),
-        ("configs:\n- config_name: a\n  skiprows: 3\n", "sets skiprows for 'a', which p2d does not apply"),
+        *(
+            (f"configs:\n- config_name: a\n  data_files: a.csv\n  {option}\n", f"sets {option.split(':')[0]} for 'a'")
+            for option in (
+                *("skiprows: 3", "sep: ';'", 'sep: "\\t"', "delimiter: '|'", "quoting: 3", 'quotechar: "\'"'),
+                *("escapechar: '\\'", "encoding: latin-1", "decimal: ','", "keep_default_na: false", "na_values: [x]"),
+            )
+        ),
     ],
 )
 def test_cards_that_cannot_be_followed(tmp_path, yaml, message):
@@ -308,6 +316,129 @@ def test_cards_that_cannot_be_followed(tmp_path, yaml, message):
     (tmp_path / "README.md").write_text(f"---\n{yaml}---\n")
     with pytest.raises(DataError, match=message):
         locate(str(tmp_path) + (":a" if "no configuration" in message else ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("a.csv", "sep: ','"), ("a.tsv", 'delimiter: "\\t"'), ("a.csv", "encoding: utf-8"), ("a.csv", "quotechar: '\"'")],
+)
+def test_reader_options_that_change_nothing_are_followed(tmp_path, name, option):
+    (tmp_path / name).write_text("n\n7\n")
+    card = f"---\nconfigs:\n- config_name: a\n  data_files: {name}\n  {option}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert numbers(tmp_path) == ["7"]
+
+
+def test_a_card_that_joins_splits_is_followed_and_told(tmp_path):
+    import datasets
+
+    folder = tree(tmp_path / "d", ["test.jsonl", "train.jsonl"])
+    (folder / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "*.jsonl"\n---\n')
+    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert numbers(folder) == loaded["n"][:] == [0, 1]
+    note = f"{folder}: its card joins files of several splits in train: test.jsonl, train.jsonl"
+    assert locate(str(folder)).notes == (note,)
+
+
+def test_a_card_that_is_a_dangling_link_is_not_passed_over(tmp_path):
+    tree(tmp_path, ["a.jsonl"])
+    (tmp_path / "README.md").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(DataError, match=r"README\.md is a link to a file that is not there"):
+        locate(str(tmp_path))
+
+
+def info(names, head=""):
+    columns = f"  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n        {names}\n"
+    return f"{head}features:\n{columns}"
+
+
+BY_NUMBER = "names:\n          '0': bad\n          '1': good"
+BY_LIST = "names: [bad, good]"
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "dataset_info:\n  " + info(BY_NUMBER),
+        "dataset_info:\n  " + info(BY_LIST) + "configs:\n- config_name: default\n  data_files: rows.*\n",
+        "dataset_info:\n- " + info(BY_LIST, "config_name: default\n  "),
+        "dataset_info:\n- "
+        + info("names: [x, y]", "config_name: a\n  ")
+        + "- "
+        + info(BY_NUMBER, "config_name: b\n  ")
+        + "configs:\n- config_name: a\n  data_files: rows.*\n- config_name: b\n  default: true\n  data_files: rows.*\n",
+    ],
+    ids=["numbered", "listed", "only-one", "of-configuration"],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_the_labels_of_a_card_are_those_of_datasets(tmp_path, yaml, kind):
+    import datasets
+
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows = [{"text": "fine", "label": 1}, {"text": "dull", "label": 0}]
+    if kind == "csv":
+        (folder / "rows.csv").write_text("text,label\nfine,1\ndull,0\n")
+    elif kind == "jsonl":
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    (folder / "README.md").write_text(f"---\n{yaml}---\n")
+    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    names = loaded.features["label"].names
+    records = read_records(locate(str(folder))).records
+    assert (
+        [record.answer.content for record in records]
+        == [names[number] for number in loaded["label"]]
+        == ["good", "bad"]
+    )
+
+
+def test_labels_of_a_card_count_in_what_identifies_rows(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nfine,1\n")
+    plain = digest_rows(locate(str(tmp_path)))
+    digests = {plain}
+    for names in (BY_LIST, "names: [good, bad]"):
+        (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(names) + "---\n")
+        digests.add(digest_rows(locate(str(tmp_path))))
+    assert len(digests) == 3
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert digest_rows(locate(str(tmp_path))) == plain
+
+
+def test_labels_that_every_parquet_file_gives_itself_change_no_identity(tmp_path):
+    import datasets
+
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    rows = datasets.Dataset.from_dict({"text": ["fine"], "label": [1]}, features=kinds)
+    rows.to_parquet(tmp_path / "a.parquet")
+    plain = digest_rows(locate(str(tmp_path)))
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(BY_LIST) + "---\n")
+    assert digest_rows(locate(str(tmp_path))) == plain
+    pq.write_table(pa.Table.from_pylist([{"text": "dull", "label": 0}]), tmp_path / "b.parquet")
+    assert [record.answer.content for record in read_records(locate(str(tmp_path))).records] == ["good", "bad"]
+
+
+def test_labels_without_names_are_numbers(tmp_path):
+    rows_file(tmp_path / "a.jsonl", 7)
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info("num_classes: 8") + "---\n")
+    assert numbers(tmp_path) == [7]
+
+
+def test_labels_that_are_written_out_stay_and_others_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nfine,good\nodd,1.0\n")
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(BY_LIST) + "---\n")
+    first, second = scan_rows(locate(str(tmp_path)))
+    assert first.fields["label"] == "good"
+    assert second.problem.message == "rows.csv:3: column 'label' holds '1.0', which is none of the card's labels"
+
+
+@pytest.mark.parametrize("names", ["names: [no, yes]", "names:\n          '0': bad\n          '2': good", "names: []"])
+def test_labels_that_are_no_texts_are_refused(tmp_path, names):
+    (tmp_path / "rows.csv").write_text("text,label\nfine,1\n")
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  " + info(names) + "---\n")
+    with pytest.raises(DataError, match="class_label of 'label': expected a text for each number"):
+        locate(str(tmp_path))
 
 
 def test_a_card_without_configurations_changes_nothing(tmp_path):
@@ -389,6 +520,88 @@ def test_a_glob_is_read_as_a_folder_of_what_it_matches(tmp_path, monkeypatch):
     assert numbers("_t*/*.jsonl") == [0]
     rows_file(tmp_path / "x" / "c[1].jsonl", 9)
     assert numbers("x/c[1].jsonl") == [9], "a file of that very name wins"
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "known"),
+    [
+        (["math/rows.jsonl", "dev-tools/rows.jsonl"], "*/rows.jsonl", "math/rows, validation"),
+        (["2023/a.jsonl", "2024-train/a.jsonl"], "*/a.jsonl", "2023/a, train"),
+        (["b/a.jsonl", "contest-eval/a.jsonl"], "**/*.jsonl", "b/a, test"),
+        (["a.parquet", "sub/b.jsonl"], "**/*", "sub/b, train"),
+    ],
+)
+def test_a_glob_leaves_no_file_out_in_silence(tmp_path, files, pattern, known):
+    tree(tmp_path, files)
+    with pytest.raises(DataError, match=f"has several splits: {known}$"):
+        locate(f"{tmp_path}/{pattern}")
+    left, right = known.split(", ")
+    assert {name for split in (left, right) for name in locate(f"{tmp_path}/{pattern}", split=split).files} == {
+        tmp_path / name for name in files
+    }
+
+
+@pytest.mark.parametrize("left_out", [["math/rows.jsonl"], [f"{number}/rows.jsonl" for number in range(10, 24)]])
+def test_a_folder_says_what_it_leaves_out_as_datasets_does(tmp_path, left_out):
+    import datasets
+
+    folder = tree(tmp_path / "d", ["dev-tools/rows.jsonl", *left_out])
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert numbers(folder) == loaded["validation"]["n"][:] == [0]
+    [note] = locate(str(folder)).notes
+    assert note.startswith(f"{folder}: left out {len(left_out)} file")
+    assert ("12 more" not in note and " and 2 more" in note) == (len(left_out) > 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("train_test_split.jsonl", "test.jsonl"), ("val_test/rows.jsonl", "test-a/b.jsonl")]
+)
+def test_a_file_of_two_splits_is_refused(tmp_path, name, other):
+    tree(tmp_path, [name, other])
+    for spec in (tmp_path, f"{tmp_path}/**/*.jsonl"):
+        for split in (None, "test"):
+            with pytest.raises(DataError, match=f"the name of {name} stands for several splits: test, "):
+                locate(str(spec), split=split)
+    assert numbers(tmp_path / name) == [0]
+
+
+def test_a_file_of_two_splits_does_not_disturb_a_third(tmp_path):
+    tree(tmp_path, ["train.jsonl", "val_test.jsonl"])
+    assert numbers(tmp_path, split="train") == [0]
+
+
+def test_a_dangling_link_is_not_passed_over(tmp_path):
+    tree(tmp_path, ["a.jsonl"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    for spec in (tmp_path, f"{tmp_path}/*.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl is a link to .*gone, which is not there"):
+            locate(str(spec))
+
+
+@pytest.mark.parametrize("names", [("train.txt", "test.txt"), ("train/1.xml",), ("test.zip",)])
+def test_splits_in_a_format_that_is_not_read_are_named(tmp_path, names):
+    tree(tmp_path, ["labels.jsonl", *names])
+    for spec in (tmp_path, f"{tmp_path}/**/*"):
+        with pytest.raises(DataError, match=f"format that p2d does not read: .*{re.escape(names[0])}"):
+            locate(str(spec))
+    assert numbers(tmp_path, split="labels") == numbers(tmp_path / "labels.jsonl") == [0]
+
+
+def test_programs_and_notes_beside_rows_do_not_disturb(tmp_path):
+    tree(tmp_path, ["a.jsonl", "train.py", "eval.md", "notes.txt"])
+    assert numbers(tmp_path) == [0]
+    tree(tmp_path / "d", ["train.jsonl", "train.txt"])
+    assert numbers(tmp_path / "d") == [0]
+
+
+@pytest.mark.parametrize("name", ["train_part_0_of_2.jsonl", "part-0_of_2.jsonl", "train 0 of 2.jsonl", "0of2.jsonl"])
+def test_a_shard_by_any_separator_is_missed(tmp_path, name):
+    tree(tmp_path, [name])
+    missing = name.replace("0", "1", 1).removesuffix(".jsonl")
+    with pytest.raises(DataError, match=f"1 of 2 shards are there: {missing} is missing"):
+        locate(str(tmp_path))
+    tree(tmp_path, [name, f"{missing}.jsonl"])
+    assert numbers(tmp_path) == [0, 1]
 
 
 def test_commas_and_standard_input_get_a_clear_answer(tmp_path):
