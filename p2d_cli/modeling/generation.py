@@ -164,15 +164,20 @@ class _StopStrings(StoppingCriteria):
         ]
         tails = [new_ids_BT[row, self._begun_at[row] :][-self._window :].tolist() for row in running]
         # Special tokens are part of the text here, so that a stop string can be one.
-        for row, text in zip(running, self._tokenizer.batch_decode(tails), strict=True):
+        for row, text in zip(running, self._decode(tails), strict=True):
             if any(stop in text for stop in self._stop):
                 self._stopped_at[row] = new_ids_BT.shape[1]
         stopped = [length is not None for length in self._stopped_at]
         return torch.tensor(stopped, device=input_ids.device, dtype=torch.bool)
 
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        # Some versions of transformers take no rows for one row without tokens.
+        texts: list[str] = self._tokenizer.batch_decode(rows) if rows else []
+        return texts
+
     def _look_for_answers(self, new_ids_BT: Tensor) -> None:
         waiting = [row for row, begun_at in enumerate(self._begun_at) if begun_at is None]
-        for row, turn in zip(waiting, self._tokenizer.batch_decode(new_ids_BT[waiting].tolist()), strict=True):
+        for row, turn in zip(waiting, self._decode(new_ids_BT[waiting].tolist()), strict=True):
             if self._frames[row].has_begun(turn):
                 self._begun_at[row] = new_ids_BT.shape[1] - 1
 
