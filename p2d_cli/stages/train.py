@@ -172,14 +172,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
             _save(model, dtype, inputs.model, config, folder, record.full_state)
             _save_prompts(config, template, tokenizer, ends, folder)
             save_training_log(folder, record.log)
-            save_model_card(
-                folder,
-                inputs.model.name_elsewhere,
-                inputs.model.asked_revision,
-                scope=scope,
-                figures=_card_figures(summary),
-                rank=summary.get(ADAPTER_RANK),
-            )
+            _save_card(inputs.model, summary, folder)
             _draw(job, record.log, folder)
     settings = {
         "scope": scope,
@@ -576,6 +569,17 @@ def _save_prompts(
         (folder / CHAT_TEMPLATE_NAME).write_text(template.chat_template or "", encoding="utf-8")
     if config.resolved_scope in {"attention", "full"}:
         add_ends_of_turns(folder, tokenizer.convert_tokens_to_ids(list(ends)))
+
+
+def _save_card(base: ModelFiles, summary: dict[str, Any], folder: Path) -> None:
+    save_model_card(
+        folder,
+        base.name_elsewhere,
+        base.asked_revision,
+        scope=summary["scope"],
+        figures=_card_figures(summary),
+        rank=summary.get(ADAPTER_RANK),
+    )
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:
