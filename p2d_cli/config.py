@@ -27,6 +27,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from p2d_cli.errors import UsageError
@@ -36,6 +37,8 @@ HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "
 DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "coverage", "full"]
 Scope = Literal["heads", "attention", "lora", "full"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+METHODS_WITH_POOL = frozenset({"contrast", "readout"})
+"""Methods that score heads by how they tell the target's rows from the pool's."""
 LONGEST_SHOWN = 200
 """Characters of a wrong value that a message shows."""
 MetricName = Literal["exact_match", "token_f1", "number_match", "rougeL", "accuracy", "perplexity"]
@@ -92,9 +95,21 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-def setting(default: Any, description: str, *, identity: bool = True, panel: str = "Method") -> Any:
-    """Declare one setting: its default, its help text, and whether a change of it changes the result."""
+def setting(default: Any, description: str, *, identity: bool = True, panel: str = "Method", neutral: Any = ...) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: its value where none is given.
+        description: its help text.
+        identity: whether a change of it changes the result.
+        panel: the part of the help that it is shown in.
+        neutral: for a setting that schema 1 did not begin with: the value, in JSON, that does what p2d did without it.
+            An identity leaves the setting out at this value, so that adding it makes no finished work stale. It stays
+            as it is if the default changes.
+    """
     extra: dict[str, JsonValue] = {"identity": identity, "panel": panel}
+    if neutral is not ...:
+        extra["neutral"] = neutral
     return Field(default, description=description, json_schema_extra=extra)
 
 
@@ -133,6 +148,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """For each preset, what it sets in a stage where neither flag, variable nor recipe says otherwise."""
 
 
+def declared(field: FieldInfo) -> dict[str, Any]:
+    """Return what `setting` declared of a field beside its default and its help text."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
 class StageConfig(BaseModel):
     """What every stage has in common."""
 
@@ -159,14 +179,18 @@ class StageConfig(BaseModel):
         return value
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that change the result, without the inputs, which count by their digests."""
-        fields = type(self).model_fields
-        chosen = {
-            name
-            for name, field in fields.items()
-            if name not in INPUT_FIELDS and dict(field.json_schema_extra or {}).get("identity")  # type: ignore[arg-type]
-        }
-        return self.model_dump(mode="json", include=chosen)
+        """Return the settings that change the result, resolved, without those at their neutral value.
+
+        Inputs are not among them: they count by their digests.
+        """
+        extras = {name: declared(field) for name, field in type(self).model_fields.items()}
+        chosen = {name for name, extra in extras.items() if extra.get("identity") and name not in INPUT_FIELDS}
+        values = self.model_dump(mode="json", include=chosen) | self.resolved()
+        return {name: value for name, value in values.items() if value != extras[name].get("neutral", ...)}
+
+    def resolved(self) -> dict[str, Any]:
+        """Return what the settings that are `auto` or not given come to, where that follows from the others."""
+        return {}
 
 
 class RowOptions(StageConfig):
@@ -176,10 +200,14 @@ class RowOptions(StageConfig):
     revision: str | None = setting(None, "Revision of a hub data set.", panel="Rows")
     prompt_column: str | None = setting(None, "Column with the prompt, if not found by itself.", panel="Rows")
     completion_column: str | None = setting(None, "Column with the answer, likewise.", panel="Rows")
-    messages_column: str | None = setting(None, "Column with a conversation, likewise.", panel="Rows")
-    system_column: str | None = setting(None, "Column with a system prompt; by default system.", panel="Rows")
-    choices_column: str | None = setting(None, "Column with answers to choose from; by default choices.", panel="Rows")
-    id_column: str | None = setting(None, "Column with the row's name; by default id.", panel="Rows")
+    messages_column: str | None = setting(None, "Column with a conversation, likewise.", panel="Rows", neutral=None)
+    system_column: str | None = setting(
+        None, "Column with a system prompt; by default system.", panel="Rows", neutral=None
+    )
+    choices_column: str | None = setting(
+        None, "Column with answers to choose from; by default choices.", panel="Rows", neutral=None
+    )
+    id_column: str | None = setting(None, "Column with the row's name; by default id.", panel="Rows", neutral=None)
     skip_bad_rows: bool = setting(
         False, "Leave out rows that cannot be read or shown, counted, instead of stopping.", panel="Rows"
     )
@@ -195,7 +223,7 @@ class RowOptions(StageConfig):
         identity=False,
         panel="Rows",
     )
-    system: str | None = setting(None, "System prompt of the rows that bring none.", panel="Rows")
+    system: str | None = setting(None, "System prompt of the rows that bring none.", panel="Rows", neutral=None)
     token_budget: Positive = setting(
         8192, "Tokens of one forward batch, padding included (not for train).", identity=False, panel="Run"
     )
@@ -258,9 +286,12 @@ class ScoreHeadsConfig(RowOptions):
         "auto",
         "top: the highest scores; spread: the highest with an even share of each layer and one head a KV group; auto: "
         "spread for readout and contrast, top for the others.",
+        neutral="top",
     )
     layers: Annotated[str, AfterValidator(_layer_span)] | None = setting(
-        None, "Select among these layers only, from 0, such as 15-29: the upper ones are cheaper to train."
+        None,
+        "Select among these layers only, from 0, such as 15-29: the upper ones are cheaper to train.",
+        neutral=None,
     )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
     task_model: PathSpec | None = setting(
@@ -282,8 +313,26 @@ class ScoreHeadsConfig(RowOptions):
         5, "contrast: demos an episode, one from the target.", panel="contrast"
     )
     background: Annotated[int, Field(ge=4)] = setting(
-        1000, "readout: pool rows that the target's rows are told from.", panel="readout"
+        1000, "readout: pool rows that the target's rows are told from.", panel="readout", neutral=1000
     )
+
+    @property
+    def resolved_method(self) -> str:
+        """The method given, or the one that follows from the inputs."""
+        if self.method != "auto":
+            return self.method
+        return "readout" if self.pool is not None and self.task_model is None else "pad"
+
+    @property
+    def resolved_selection(self) -> str:
+        """The selection given, or the one that goes with the method."""
+        if self.selection != "auto":
+            return self.selection
+        return "spread" if self.resolved_method in METHODS_WITH_POOL else "top"
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the method and the selection."""
+        return {"method": self.resolved_method, "selection": self.resolved_selection}
 
 
 class MineDataConfig(RowOptions):
@@ -348,20 +397,23 @@ class MineDataConfig(RowOptions):
         "auto",
         "p2d: how heads respond to a row. readout: their outputs are like those on the target's rows; attention: "
         "target queries look at it among demos. auto is readout where target rows are given.",
+        neutral="attention",
     )
     background: Annotated[int, Field(ge=2)] = setting(
-        1000, "Pool rows that the readout tells the target's rows from.", panel="readout"
+        1000, "Pool rows that the readout tells the target's rows from.", panel="readout", neutral=1000
     )
     shortlist: Ratio = setting(
         1.0,
         "Share of the pool, most like the target rows in its words (TF-IDF), that the model reads and chooses from "
         "(for p2d, data-whisperer and embedding).",
+        neutral=1.0,
     )
     floor_quantile: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0,
         "Keep no row that scores below this quantile of the target rows' own scores, each by a readout fitted without "
         "it; --ratio or --count is then the most that is kept. 0 keeps all of it.",
         panel="readout",
+        neutral=0.0,
     )
 
     @property
@@ -380,6 +432,11 @@ class MineDataConfig(RowOptions):
         if self.affinity == "auto":
             return "readout" if self.target is not None else "attention"
         return self.affinity
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the affinity; the neutral one where none is used."""
+        is_used = self.method == "p2d" and self.scores is None
+        return {"affinity": self.resolved_affinity if is_used else "attention"}
 
     @model_validator(mode="after")
     def _readout_has_target(self) -> MineDataConfig:
@@ -419,7 +476,7 @@ class TrainConfig(RowOptions):
     heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
     scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
     loss_on: Literal["all", "last"] = setting(
-        "all", "Learn every answer of a conversation, or the last alone.", panel="Rows"
+        "all", "Learn every answer of a conversation, or the last alone.", panel="Rows", neutral="all"
     )
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
         ("q", "k", "v"), "Projections of the selected heads to train, or LoRA's targets, of q,k,v,o."
@@ -448,10 +505,13 @@ class TrainConfig(RowOptions):
         None, "Held-out rows; the weights with the lowest loss on them are kept.", panel="Input and output"
     )
     eval_steps: Positive | None = setting(
-        None, "Updates between looks at --eval-data; by default once an epoch.", panel="Optimisation"
+        None, "Updates between looks at --eval-data; by default once an epoch.", panel="Optimisation", neutral=None
     )
     patience: Positive | None = setting(
-        None, "Stop after so many looks at --eval-data in a row without a lower loss.", panel="Optimisation"
+        None,
+        "Stop after so many looks at --eval-data in a row without a lower loss.",
+        panel="Optimisation",
+        neutral=None,
     )
     lora_rank: Positive = setting(16, "Rank (for --scope lora).", panel="LoRA")
     lora_alpha: Positive = setting(32, "Alpha (for --scope lora).", panel="LoRA")
@@ -469,6 +529,7 @@ class TrainConfig(RowOptions):
         "none",
         "4bit: keep the frozen base model in 4 bits, for scopes heads and lora (needs bitsandbytes).",
         panel="Run",
+        neutral="none",
     )
     checkpoint_minutes: Annotated[float, Field(ge=0)] = setting(
         10.0,
@@ -506,6 +567,10 @@ class TrainConfig(RowOptions):
         """The scope given, or the one that follows from the inputs."""
         return self.scope or ("heads" if self.heads is not None else "lora")
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the scope."""
+        return {"scope": self.resolved_scope}
+
 
 class EvalConfig(RowOptions):
     """Settings of `p2d eval`."""
@@ -535,6 +600,7 @@ class EvalConfig(RowOptions):
         "Run these tasks of lm-eval, with its prompts, metrics and seeds, instead of --metric on --data; repeat or "
         "separate by commas.",
         panel="lm-eval",
+        neutral=[],
     )
     lm_eval_tasks: PathSpec | None = setting(
         None, "Folder with task files of your own; lm-eval runs the code they name.", panel="lm-eval"
@@ -558,7 +624,7 @@ class EvalConfig(RowOptions):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result; those of the way that is not taken do not."""
-        unused = {"metric", "max_new_tokens", "stop"} if self.lm_eval else {"lm_eval"}
+        unused = {"metric", "max_new_tokens", "stop"} if self.lm_eval else set()
         return {name: value for name, value in super().identity().items() if name not in unused}
 
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -94,25 +94,31 @@ def open_artifact(folder: Path, kind: ArtifactKind | None = None) -> Manifest:
     """
     recover(folder)
     manifest = read_manifest(folder, kind=kind)
-    _verify(folder, manifest)
+    verify_outputs(folder, manifest)
+    check_content(folder, manifest)
     return manifest
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
-    verify_outputs(folder, manifest)
-    check_content(folder, manifest)
+def find_current(
+    folder: Path, kind: ArtifactKind, key: str, *, is_same: Callable[[Manifest], bool] = lambda _: False
+) -> Manifest | None:
+    """Return the manifest at `folder` if it is complete, undamaged and made with `key`.
 
-
-def find_current(folder: Path, kind: ArtifactKind, key: str) -> Manifest | None:
-    """Return the manifest at `folder` if it is complete, undamaged and made with `key`."""
+    Args:
+        folder: the artifact.
+        kind: what it has to be.
+        key: what it has to be made with.
+        is_same: whether a manifest with another key is of the same work all the same, as one of an older p2d may be.
+    """
     recover(folder)
     if not _can_exist(folder) or not is_artifact(folder):
         return None
     try:
         manifest = read_manifest(folder, kind=kind)
-        if manifest.key != key:
+        check_content(folder, manifest)
+        if manifest.key != key and not is_same(manifest):
             return None
-        _verify(folder, manifest)
+        verify_outputs(folder, manifest)
     except ArtifactError:
         return None
     return manifest

@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from p2d_cli.config import StageConfig, flag_name
+from p2d_cli.config import StageConfig, declared, flag_name
 from p2d_cli.errors import UsageError
 
 SHORT_FLAGS = {"out": "-o", "model": "-m"}
@@ -147,7 +147,7 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
         words: Any = list[str] if several else str
         return inspect.Parameter(name, kind, annotation=Annotated[words, argument])
     annotation = (list[str] if name in ROWS else _flag_type(name, field.annotation)) | None
-    panel = dict(field.json_schema_extra or {}).get("panel", "Run")  # type: ignore[arg-type]  # always a dict here
+    panel = declared(field).get("panel", "Run")
     option = typer.Option(
         *_declarations(name, field.annotation),
         help=f"{field.description}{_default_text(field.default)}",

@@ -15,7 +15,7 @@ from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities, lower_is_better
 from p2d_cli.errors import ArtifactError
 from p2d_cli.runtime.seeding import generator
-from p2d_cli.stages.identity import identity_differences
+from p2d_cli.stages.identity import identity_differences, recorded_identity
 
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
@@ -82,7 +82,7 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
         second=second,
         rows=len(tables[0]),
         confidence=confidence,
-        differences=tuple(identity_differences(manifests[0].identity, manifests[1].identity)),
+        differences=tuple(identity_differences(*map(recorded_identity, manifests))),
         metrics=metrics,
         left_out=tuple(name for name in {**named[0], **named[1]} if name not in metrics),
         changed=_changed_rows(common, tables),

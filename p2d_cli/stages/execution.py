@@ -45,7 +45,7 @@ from p2d_cli.runtime.hardware import (
 )
 from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
 from p2d_cli.runtime.timing import PhaseTimer
-from p2d_cli.stages.identity import changes_of, identity_differences
+from p2d_cli.stages.identity import changes_of, identity_differences, recorded_identity
 from p2d_cli.stages.inputs import StageInputs
 
 
@@ -272,12 +272,11 @@ class StageRun(Generic[ConfigT]):
         held: ExitStack,
     ) -> _Decision:
         """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
-        current = None if self.options.force else find_current(self.config.out, self.kind, key)
-        if current is not None and self.options.dry_run:
-            return _Decision(self._result("would-skip", key, current))
-        if current is not None:
+        if (current := self._current(identity, key)) is not None:
+            if self.options.dry_run:
+                return _Decision(self._result("would-skip", current.key, current))
             clear_leftovers(self.config.out, key)
-            return _Decision(self._result("up-to-date", key, current))
+            return _Decision(self._result("up-to-date", current.key, current))
         self._ensure_room(identity)
         self.require_device()
         self.num_embeddings = check()
@@ -285,11 +284,19 @@ class StageRun(Generic[ConfigT]):
             return _Decision(self._result("would-run", key, None, self._plan(plan, key)))
         self._draft = held.enter_context(draft(self.config.out, self.kind, key, resume=not self.options.force))
         # Another process may have put an artifact there while this one waited for its turn.
-        if not self.options.force and (current := find_current(self.config.out, self.kind, key)) is not None:
-            return _Decision(self._result("up-to-date", key, current))
+        if (current := self._current(identity, key)) is not None:
+            return _Decision(self._result("up-to-date", current.key, current))
         self._ensure_room(identity)
         return _Decision(
             folder=self._draft.folder, unfinished=self._draft.unfinished, num_embeddings=self.num_embeddings
+        )
+
+    def _current(self, identity: dict[str, Any], key: str) -> Manifest | None:
+        """Return the manifest of the artifact that is there, if it is what would be made."""
+        if self.options.force:
+            return None
+        return find_current(
+            self.config.out, self.kind, key, is_same=lambda manifest: recorded_identity(manifest) == identity
         )
 
     def _ensure_same_everywhere(self, identity: dict[str, Any]) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
 from p2d_cli.artifacts.manifest import Manifest, ModelIdentity, read_manifest
+from p2d_cli.config import STAGE_CONFIGS, declared
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.sources import hub_commit
 from p2d_cli.errors import ArtifactError
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.pipeline import EXPORT, STAGES
 
 
 def identify_model(files: ModelFiles) -> ModelIdentity:
@@ -60,6 +64,29 @@ def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> lis
     ]
 
 
+def recorded_identity(manifest: Manifest) -> dict[str, Any]:
+    """Return an artifact's identity as this version of p2d writes it, from the settings that were recorded.
+
+    Versions differ in the settings they have and in those that an identity leaves out. A setting that the artifact's
+    version did not have counts as neutral; one that has gone since is kept, so that it differs from any of today.
+    """
+    stage = next(stage for stage in (*STAGES, EXPORT) if stage.writes == manifest.kind)
+    model = STAGE_CONFIGS[stage.name]
+    extras = {name: declared(field) for name, field in model.model_fields.items()}
+    values = {name: extra["neutral"] for name, extra in extras.items() if "neutral" in extra}
+    values |= {name: entry.get("value") for name, entry in manifest.config.items() if name in extras}
+    if values.get("method") == "auto":
+        # The rule may have been another one then, or the method that of scores which were there.
+        values["method"] = manifest.summary.get("method")
+    try:
+        settings = model.model_validate(values).identity()
+    except ValidationError:
+        return manifest.identity
+    recorded = manifest.identity.get("settings", {})
+    gone = {name: value for name, value in recorded.items() if name not in extras}
+    return manifest.identity | {"settings": settings | gone}
+
+
 def digest_rows(source: RowSource) -> str:
     """Digest the files of rows, or name the revision of a hub data set."""
     if source.files:
@@ -73,7 +100,7 @@ def changes_of(out: Path, identity: dict[str, Any]) -> str:
     try:
         manifest = read_manifest(out)
         check_content(out, manifest)
-        differences = identity_differences(identity, manifest.identity)
+        differences = identity_differences(identity, recorded_identity(manifest))
     except ArtifactError:
         return "it is damaged"
     return "it differs in " + ", ".join(differences) if differences else "a file of it is damaged"

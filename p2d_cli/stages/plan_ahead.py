@@ -52,8 +52,8 @@ def _plan(job: StageRun[Any], stage: str, planned: Mapping[str, StageConfig]) ->
     config = job.config
     if stage == "score-heads":  # of two models, one of which is still to be trained
         files = locate_model(config.model)
-        check_scoring(config.method, files, files)
-        return _marked(plan_score_heads(job, config.method, files, None, None))
+        check_scoring(config.resolved_method, files, files)
+        return _marked(plan_score_heads(job, config.resolved_method, files, None, None))
     if stage == "mine-data":
         reader = config.scorer_model or config.model
         files = job.inputs.reader = locate_model(reader)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores, save_head_scores
-from p2d_cli.config import Resolved, ScoreHeadsConfig
+from p2d_cli.config import METHODS_WITH_POOL, Resolved, ScoreHeadsConfig
 from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
@@ -22,7 +22,6 @@ from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
 from p2d_cli.stages.model_checks import check_scoring
 
 PICTURE_NAME = "heads.png"
-NEED_POOL = {"contrast", "readout"}
 
 
 def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None) -> StageResult:
@@ -55,11 +54,11 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
     config = job.config
     if config.scores is not None:
         return _open_scores(job, config.scores)
-    method = _resolve_method(config)
-    needs_target = method in {*NEED_POOL, "taylor"} or (method == "pad" and config.task_model is None)
+    method = config.resolved_method
+    needs_target = method in {*METHODS_WITH_POOL, "taylor"} or (method == "pad" and config.task_model is None)
     if needs_target and config.target is None:
         raise UsageError(f"--method {method} needs --target: rows of the task", hint="give a file, folder or hub id")
-    if method in NEED_POOL and config.pool is None:
+    if method in METHODS_WITH_POOL and config.pool is None:
         raise UsageError(
             f"--method {method} needs --pool: rows to tell the target from",
             hint="give --pool, or use --method pad, which needs the target rows only",
@@ -70,7 +69,7 @@ def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
         model=job.inputs.model(config.model, with_tokenizer=needs_target),
         task_model=job.inputs.model(task_model, name="task_model", with_tokenizer=False) if task_model else None,
         target=job.inputs.rows("target", config.target) if needs_target and config.target else None,
-        pool=job.inputs.rows("pool", config.pool) if method in NEED_POOL and config.pool else None,
+        pool=job.inputs.rows("pool", config.pool) if method in METHODS_WITH_POOL and config.pool else None,
     )
 
 
@@ -86,13 +85,9 @@ def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> ScoringInputs:
             f"--scores {spec} are of uniform, which spreads a number of heads and ranks none",
             hint="give --method uniform with another --ratio instead",
         )
+    # What is recorded is the method that `auto` came to, and the selection that goes with it.
+    job.config = job.config.model_copy(update={"method": scored.method})
     return ScoringInputs(method=scored.method, model=model, scored=scored)
-
-
-def _resolve_method(config: ScoreHeadsConfig) -> str:
-    if config.method != "auto":
-        return config.method
-    return "readout" if config.pool is not None and config.task_model is None else "pad"
 
 
 def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Path) -> Outcome:
@@ -103,7 +98,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
     scores_LH = scored.repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
     _require_finite(scores_LH, inputs.method)
     layers = candidate_layers(config.layers, scored.geometry.num_layers)
-    select = _selection_rule(config, inputs.method, scored.geometry)
+    select = _selection_rule(config, scored.geometry)
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
         selected_LH=among_layers(select(scores_LH[layers.start : layers.stop]), layers, len(scores_LH)),
@@ -127,14 +122,13 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Pat
 
 
 def _selection_rule(
-    config: ScoreHeadsConfig, method: str, shape: HeadGeometry
+    config: ScoreHeadsConfig, shape: HeadGeometry
 ) -> Callable[[NDArray[np.float64]], NDArray[np.bool_]]:
     """Return what makes a selection from the scores of some layers, `[layers, H]`."""
     from p2d_cli.core.head_selection import select_spread, select_top
 
     budget = shape.head_budget(config.ratio)
-    spread = config.selection == "spread" or (config.selection == "auto" and method in NEED_POOL)
-    if spread and method != "uniform":
+    if config.resolved_selection == "spread" and config.method != "uniform":
         return lambda scores: select_spread(scores, budget, shape.num_groups)
     return lambda scores: select_top(scores, budget)
 

@@ -192,6 +192,7 @@ def test_find_current_wants_the_same_key_and_undamaged_files(tmp_path):
     target = tmp_path / "heads"
     manifest = write(target)
     assert find_current(target, "heads", "another") is None
+    assert find_current(target, "heads", "another", is_same=lambda found: found.key == manifest.key) == manifest
     assert find_current(tmp_path / "nothing", "heads", manifest.key) is None
     (target / "scores.txt").write_text("pAyload")
     assert find_current(target, "heads", manifest.key) is None
