@@ -27,11 +27,10 @@ def read_choices(row: RawRow, layout: Layout) -> tuple[str, ...] | None:
     """
     value = None if layout.choices is None else unpack_json(row.fields.get(layout.choices))
     texts = value.get("text") if isinstance(value, Mapping) and isinstance(value.get("label"), list) else value
-    if (found := _texts(texts, Place(row.where, f"column '{layout.choices}'"))) is not None:
-        return found
-    if layout.choices_named and value is not None:
+    found = _texts(texts, Place(row.where, f"column '{layout.choices}'"))
+    if found is None and layout.choices_named and value is not None:
         raise DataError(f"{row.where}: column '{layout.choices}' must be a list of texts; found {value!r:.60}")
-    return None
+    return found
 
 
 def _texts(value: Any, place: Place) -> tuple[str, ...] | None:
@@ -97,14 +96,14 @@ def choice_of_key(row: RawRow, layout: Layout, choices: Sequence[str] | None, va
         DataError: choices without labels, or a label that none of them has.
     """
     offered = unpack_json(row.fields.get(str(layout.choices)))
-    labels = offered.get("label") if isinstance(offered, Mapping) else None
-    if choices is None or not isinstance(labels, list) or len(labels) != len(choices):
+    listed = offered.get("label") if isinstance(offered, Mapping) else None
+    if choices is None or not isinstance(listed, list) or len(listed) != len(choices):
         said = "must be an object with two lists of equal length, text and label"
         raise DataError(f"{row.where}: column '{layout.choices}' {said}; found {offered!r:.60}")
-    key = answer_text(value, place).strip()
-    if [str(label) for label in labels].count(key) != 1:
-        raise place.problem(f"holds '{key}', which is not one of the labels {', '.join(map(str, labels[:8]))}")
-    return choices[[str(label) for label in labels].index(key)]
+    labels, key = [str(label) for label in listed], answer_text(value, place).strip()
+    if labels.count(key) != 1:
+        raise place.problem(f"holds '{key}', which is not one of the labels {', '.join(labels[:8])}")
+    return choices[labels.index(key)]
 
 
 def answer_text(value: Any, place: Place) -> str:
@@ -115,10 +114,8 @@ def answer_text(value: Any, place: Place) -> str:
     Raises:
         DataError: anything else, or a number that is not finite.
     """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, bool | int):
+        return str(value).lower()
     if isinstance(value, float):
         if not math.isfinite(value):
             raise place.problem(f"must be a text or a finite number; found {value}")
