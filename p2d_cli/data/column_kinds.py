@@ -17,84 +17,40 @@ from p2d_cli.data.raw_rows import BadRow, RawRow, unpack_json
 from p2d_cli.errors import DataError
 from p2d_cli.pipeline import JSON_MARK
 
-Decode = Callable[[Any], Any]
 
-
-def interpreted(rows: Iterator[RawRow | BadRow], schema: Any) -> Iterator[RawRow | BadRow]:
-    """Yield a file's rows with JSON decoded, and with the names of labels beside them.
+def interpreter(schema: Any) -> Callable[[RawRow], RawRow]:
+    """Return what decodes the JSON of a file's rows, and puts the names of labels beside them.
 
     Args:
-        rows: as the file holds them.
-        schema: its Arrow schema.
+        schema: the file's Arrow schema.
     """
     features = _features(schema.metadata or {})
     labels = label_names(features)
-    decoders: dict[str, Decode] = {name: decode for name, kind in features.items() if (decode := _decoder(kind))}
-    marked = (column.name for column in schema if JSON_MARK.items() <= (column.metadata or {}).items())
-    decoders |= dict.fromkeys(marked, unpack_json)
-    if not labels and not decoders:
-        yield from rows
-        return
-    for row in rows:
-        if isinstance(row, RawRow):
-            decoded = {name: decode(row.fields[name]) for name, decode in decoders.items() if name in row.fields}
-            yield replace(row, fields=row.fields | decoded, labels=labels)
-        else:
-            yield row
+    kinds = {name: kind for name, kind in features.items() if '"Json"' in json.dumps(kind)}
+    for column in schema:
+        if JSON_MARK.items() <= (column.metadata or {}).items():
+            kinds[column.name] = {"_type": "Json"}
+
+    def interpret(row: RawRow) -> RawRow:
+        decoded = {name: _decoded(row.fields[name], kind) for name, kind in kinds.items() if name in row.fields}
+        return replace(row, fields=row.fields | decoded, labels=labels)
+
+    return interpret if labels or kinds else lambda row: row
 
 
-def with_labels(
-    rows: Iterator[RawRow | BadRow], labels: Mapping[str, tuple[str, ...]], *, is_csv: bool
-) -> Iterator[RawRow | BadRow]:
-    """Yield rows with the names of labels that the data set's card gives.
-
-    A text that is a number stands for the label of this number, unless it is a label itself; a cell of CSV that looks
-    like a number always does, as for `datasets`.
-
-    Args:
-        rows: as their file holds them; what it says of its own columns gives way to the card.
-        labels: names by column.
-        is_csv: all their values are texts.
-    """
-    for row in rows:
-        yield row if isinstance(row, BadRow) else _with_numbers(row, labels, is_csv)
-
-
-def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
-    """Return the labels of a card that not all of its Parquet files give alike.
-
-    What these say themselves is a part of their digest, and of the identity of artifacts.
-    """
-    if not labels or not files:
-        return ()
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        own = [label_names(_features(pq.read_schema(path).metadata or {})) for path in files]
-    except (OSError, pa.ArrowException):  # reading the rows tells what is wrong
-        return labels
-    return tuple((column, names) for column, names in labels if any(each.get(column) != names for each in own))
-
-
-def _with_numbers(row: RawRow, labels: Mapping[str, tuple[str, ...]], is_csv: bool) -> RawRow | BadRow:
-    fields = dict(row.fields)
-    for column, names in labels.items():
-        value = fields.get(column)
-        if not isinstance(value, str) or (value in names and not (is_csv and _is_number(value))):
-            continue
-        if is_csv and not value:
-            fields[column] = None
-        elif _is_number(value):
-            fields[column] = int(value)
-        else:
-            message = f"{row.where}: column '{column}' holds {value!r:.60}, which is none of the card's labels"
-            return BadRow(row.where, DataError(message, hint=f"the labels are {', '.join(names[:8])}"))
-    return replace(row, fields=fields, labels={**row.labels, **labels})
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.strip().removeprefix("-").isdigit()
+def _decoded(value: Any, kind: Any) -> Any:
+    """Decode what is JSON in a value, by the form that `datasets` gives to the features of a column."""
+    fields = kind if isinstance(kind, Mapping) else {}
+    if fields.get("_type") == "Json":
+        return unpack_json(value)
+    items = kind if isinstance(kind, list) else []
+    if fields.get("_type") in {"List", "LargeList", "Sequence"} and "feature" in fields:
+        items = [fields["feature"]]
+    if len(items) == 1:
+        return [_decoded(item, items[0]) for item in value] if isinstance(value, list) else _decoded(value, items[0])
+    if isinstance(value, Mapping):
+        return {name: _decoded(part, fields.get(name)) for name, part in value.items()}
+    return value
 
 
 def label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -120,28 +76,51 @@ def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def _decoder(kind: Any) -> Decode | None:
-    """Return what decodes a value of this kind, None where nothing in it is JSON."""
-    if isinstance(kind, list):
-        return _decoder_of_lists(kind[0]) if len(kind) == 1 else None
-    if not isinstance(kind, Mapping):
-        return None
-    if kind.get("_type") == "Json":
-        return unpack_json
-    if kind.get("_type") in {"List", "LargeList", "Sequence"} and "feature" in kind:
-        return _decoder_of_lists(kind["feature"])
-    fields = {name: decode for name, part in kind.items() if (decode := _decoder(part))}
-    return (lambda value: _decoded_fields(value, fields)) if fields else None
+def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
+    """Return the labels of a card that not all of its Parquet files give alike.
+
+    What these say themselves is a part of their digest, and of the identity of artifacts.
+    """
+    if not labels or not files:
+        return ()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        own = [label_names(_features(pq.read_schema(path).metadata or {})) for path in files]
+    except (OSError, pa.ArrowException):  # reading the rows tells what is wrong
+        return labels
+    return tuple((column, names) for column, names in labels if any(each.get(column) != names for each in own))
 
 
-def _decoder_of_lists(kind: Any) -> Decode | None:
-    decode = _decoder(kind)
-    if decode is None:
-        return None
-    return lambda value: [decode(item) for item in value] if isinstance(value, list) else decode(value)
+def with_labels(
+    rows: Iterator[RawRow | BadRow], labels: Mapping[str, tuple[str, ...]], *, is_csv: bool
+) -> Iterator[RawRow | BadRow]:
+    """Yield rows with the names of labels that the data set's card gives.
+
+    A text that is a number stands for the label of this number, unless it is a label itself; a cell of CSV that looks
+    like a number always does, as for `datasets`.
+
+    Args:
+        rows: as their file holds them; what it says of its own columns gives way to the card.
+        labels: names by column.
+        is_csv: all their values are texts.
+    """
+    for row in rows:
+        yield row if isinstance(row, BadRow) else _with_numbers(row, labels, is_csv)
 
 
-def _decoded_fields(value: Any, fields: Mapping[str, Decode]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {name: fields[name](part) if name in fields else part for name, part in value.items()}
+def _with_numbers(row: RawRow, labels: Mapping[str, tuple[str, ...]], is_csv: bool) -> RawRow | BadRow:
+    fields = dict(row.fields)
+    for column, names in labels.items():
+        value = fields.get(column)
+        if not isinstance(value, str):
+            continue
+        is_number = value.isascii() and value.strip().removeprefix("-").isdigit()
+        if value in names and not (is_csv and is_number):
+            continue
+        if not is_number and not (is_csv and not value):
+            message = f"{row.where}: column '{column}' holds {value!r:.60}, which is none of the card's labels"
+            return BadRow(row.where, DataError(message, hint=f"the labels are {', '.join(names[:8])}"))
+        fields[column] = int(value) if is_number else None
+    return replace(row, fields=fields, labels={**row.labels, **labels})

@@ -35,7 +35,7 @@ from p2d_cli.data.folders import (
     saved_files,
     split_all_files,
 )
-from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
+from p2d_cli.data.foreign import HEAD_BYTES, refuse_foreign
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import read_files
 from p2d_cli.data.splits import Splits, joins_splits, several_stems, shard_problem
@@ -154,11 +154,9 @@ def _require_format(path: Path) -> RowFormat:
         return row_format
     try:
         with path.open("rb") as stream:
-            found = foreign_kind(stream.read(HEAD_BYTES), path, None)
+            refuse_foreign(stream.read(HEAD_BYTES), path, None)
     except OSError as problem:
         raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
-    if found is not None:
-        raise DataError(f"{path} is {found.what}", hint=found.hint)
     raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
 
 
