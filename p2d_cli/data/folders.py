@@ -10,10 +10,18 @@ from glob import has_magic
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from p2d_cli.data.dataset_card import CardConfig, Labels, read_card, read_labels
+from p2d_cli.data.dataset_card import Labels, read_card
 from p2d_cli.data.raw_rows import format_of
 from p2d_cli.data.row_files import json_kind
-from p2d_cli.data.splits import DEFAULT_SPLIT, Splits, matching_pattern, names_a_split, split_by_name, stem_of
+from p2d_cli.data.splits import (
+    DEFAULT_SPLIT,
+    Splits,
+    grouped,
+    matching_pattern,
+    names_a_split,
+    split_by_name,
+    stem_of,
+)
 from p2d_cli.errors import DataError
 
 STATE_NAME = "state.json"
@@ -69,71 +77,51 @@ def find_splits(folder: Path, config: str | None = None) -> FoundSplits | None:
         DataError: the card is wrong or has no such configuration, or a folder that `datasets` saved is.
     """
     card = read_card(folder, config)
-    labels = read_labels(folder, card.name if card else config)
-    root = folder / (card.data_dir if card else config or "")
-    walked = _walked(root)
-    files = [path for path in walked if may_hold_rows(path)]
-    if card is not None and card.patterns is not None:
-        return FoundSplits(root, _by_card(card, files), labels=labels, by_card=True)
-    found = split_files(root, files, [path for path in walked if not may_hold_rows(path)])
-    return replace(found, labels=labels) if files else None
+    root = folder / card.data_dir
+    paths = sorted(PurePosixPath(path.relative_to(root)) for path in _walk(root))
+    if card.patterns is None:
+        found = split_files(root, paths)
+        return replace(found, labels=card.labels) if found.stems else None
+    files = [path for path in paths if may_hold_rows(path)]
+    splits: Splits = {}
+    for split, patterns in card.patterns.items():
+        # What the card names, there or not: of the splits that it lists, some may never have been fetched.
+        named: dict[PurePosixPath, None] = {}
+        for pattern in patterns:
+            matched = matching_pattern(pattern, files)
+            named |= dict.fromkeys(matched if matched or has_magic(pattern) else [PurePosixPath(pattern)])
+        splits[split] = list(named)
+    return FoundSplits(root, splits, labels=card.labels, by_card=True)
 
 
-def split_files(root: Path, files: Sequence[PurePosixPath], unread: Sequence[PurePosixPath] = ()) -> FoundSplits:
-    """Return the splits of these files by their names; of other files, those that lie beside them.
+def split_files(root: Path, paths: Sequence[PurePosixPath], *, all_asked: bool = False) -> FoundSplits:
+    """Return the splits of files by their names.
 
     Args:
         root: the folder to which the files are relative.
-        files: with rows.
-        unread: files of other formats that lie there too.
+        paths: files with rows, and of other formats.
+        all_asked: whether each of them was asked for: what belongs to no split is then a choice of its own, by its
+            path. Otherwise only what lies beside the files of a split is.
     """
+    files = [path for path in paths if may_hold_rows(path)]
     splits = split_by_name(files)
     chosen = {path for group in splits.values() for path in group}
     if chosen == set(files) and len(splits) == 1:
-        [(name, group)] = splits.items()
-        splits = {name: _of_topmost_formats(group)}
+        # Files of another format in deeper folders are left out, such as the JSON of a program beside Parquet.
+        top = min(len(path.parts) for path in files)
+        formats = {format_of(path) for path in files if len(path.parts) == top} | {None}
+        splits = {name: [path for path in group if format_of(path) in formats] for name, group in splits.items()}
     folders = {PurePosixPath(), *(path.parent for path in chosen)}
-    others = [path for path in files if path not in chosen and path.parent in folders]
-    taken = {*others, *(path for group in splits.values() for path in group)}
-    left_out = tuple(path for path in files if path not in taken)
+    beside = [path for path in files if path not in chosen and path.parent in folders]
+    taken = {*beside, *(path for group in splits.values() for path in group)}
+    left_out = [path for path in files if path not in taken]
+    others = grouped(beside)
+    if all_asked:
+        others |= grouped(left_out, lambda path: (path.parent / stem_of(path)).as_posix())
+        left_out = []
     is_named = set(splits) != {DEFAULT_SPLIT} or any(map(names_a_split, files))
-    named = () if is_named else tuple(path for path in unread if names_a_split(path))
-    return FoundSplits(root, splits, _by_stem(others), _by_stem(files), left_out, named)
-
-
-def split_all_files(root: Path, files: Sequence[PurePosixPath], unread: Sequence[PurePosixPath] = ()) -> FoundSplits:
-    """Return the splits of files that were all asked for: what belongs to none is a choice of its own, by its path."""
-    found = split_files(root, files, unread)
-    groups: Splits = {}
-    for path in found.left_out:
-        groups.setdefault((path.parent / stem_of(path)).as_posix(), []).append(path)
-    return replace(found, others=found.others | groups, left_out=())
-
-
-def _by_stem(files: Sequence[PurePosixPath]) -> Splits:
-    groups: Splits = {}
-    for path in files:
-        groups.setdefault(stem_of(path), []).append(path)
-    return groups
-
-
-def _of_topmost_formats(files: list[PurePosixPath]) -> list[PurePosixPath]:
-    """Leave out files of another format in deeper folders, such as the JSON of a program beside rows in Parquet."""
-    top = min(len(path.parts) for path in files)
-    formats = {format_of(Path(path)) for path in files if len(path.parts) == top} | {None}
-    return [path for path in files if format_of(Path(path)) in formats]
-
-
-def _by_card(card: CardConfig, files: Sequence[PurePosixPath]) -> Splits:
-    """Return what the card names, there or not: of the splits that it lists, some may never have been fetched."""
-    splits: Splits = {}
-    for split, patterns in (card.patterns or {}).items():
-        found: dict[PurePosixPath, None] = {}
-        for pattern in patterns:
-            matched = matching_pattern(pattern, files)
-            found |= dict.fromkeys(matched if matched or has_magic(pattern) else [PurePosixPath(pattern)])
-        splits[split] = list(found)
-    return splits
+    unread = () if is_named else tuple(path for path in paths if not may_hold_rows(path) and names_a_split(path))
+    return FoundSplits(root, splits, others, grouped(files), tuple(left_out), unread)
 
 
 # --- looking for files
@@ -141,8 +129,8 @@ def _by_card(card: CardConfig, files: Sequence[PurePosixPath]) -> Splits:
 
 def may_hold_rows(path: PurePath) -> bool:
     """Say whether a file holds rows by its name, packed ones included, so that those are not left out in silence."""
-    is_packed = path.suffix.lower() in _PACKED and format_of(Path(path.stem)) is not None
-    return (format_of(Path(path)) is not None or is_packed) and path.name not in NOT_ROWS
+    is_packed = path.suffix.lower() in _PACKED and format_of(PurePath(path.stem)) is not None
+    return (format_of(path) is not None or is_packed) and path.name not in NOT_ROWS
 
 
 def may_hold_unread_rows(path: PurePath) -> bool:
@@ -155,24 +143,15 @@ def is_hidden(path: PurePath) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
-def row_files(root: Path) -> list[PurePosixPath]:
-    """Return the files with rows of a folder and the folders in it, relative to it, sorted.
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it that hold rows, or might.
 
     Of a folder that `datasets` saved, those that it names; of an artifact of p2d, none: what p2d wrote are no rows
     unless they are asked for.
     """
-    return [path for path in _walked(root) if may_hold_rows(path)]
-
-
-def _walked(root: Path) -> list[PurePosixPath]:
-    return sorted(PurePosixPath(path.relative_to(root)) for path in _walk(root))
-
-
-def _walk(root: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for place, folders, names in os.walk(root, followlinks=True):
-        folder = Path(place)
-        real = os.path.realpath(place)
+        folder, real = Path(place), os.path.realpath(place)
         if real in seen or (folder != root and is_own_artifact(folder)):
             folders.clear()
             continue
@@ -180,13 +159,10 @@ def _walk(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not is_hidden(PurePath(name))]
         if STATE_NAME in names and is_saved(folder):
             yield from saved_files(folder)
-        else:
-            own = (folder / name for name in names if not is_hidden(PurePath(name)))
-            yield from (path for path in own if _is_walked(path) and (path.is_file() or is_dangling(path)))
-
-
-def _is_walked(path: Path) -> bool:
-    return may_hold_rows(path) or may_hold_unread_rows(path)
+            continue
+        for path in (folder / name for name in names if not is_hidden(PurePath(name))):
+            if (may_hold_rows(path) or may_hold_unread_rows(path)) and (path.is_file() or is_dangling(path)):
+                yield path
 
 
 def is_dangling(path: Path) -> bool:

@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from p2d_cli.data.column_kinds import label_names, labels_beyond
-from p2d_cli.data.dataset_card import Labels
 from p2d_cli.data.folders import (
     DICT_NAME,
     STATE_NAME,
@@ -33,7 +32,7 @@ from p2d_cli.data.folders import (
     plain_names,
     read_json_object,
     saved_files,
-    split_all_files,
+    split_files,
 )
 from p2d_cli.data.foreign import HEAD_BYTES, refuse_foreign
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
@@ -47,6 +46,7 @@ _HUB_ID = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEED_A_FILE = "rows are read more than once: write them to a file, such as rows.jsonl"
+_NO_LISTS = "a comma is part of a name: put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
 _MOST_LISTED = 12
 _KNOWN_SUFFIXES = "known are " + ", ".join(FORMATS) + ", and .gz of the text formats"
 
@@ -69,7 +69,9 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
         return local
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "/", "~")) or format_of(path) is not None:
-        raise DataError(f"no such file or folder: {spec}", hint=_what_instead(spec, path))
+        parts = [part.strip() for part in spec.split(",")]
+        are_there = len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts if part)
+        raise DataError(f"no such file or folder: {spec}", hint=_NO_LISTS if are_there else near_names(path))
     if revision is not None and hub_id["revision"] not in (None, revision):
         raise UsageError(f"{spec} asks for revision {hub_id['revision']}, but --revision is {revision}")
     return RowSource(
@@ -122,26 +124,19 @@ def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
     if spec == "-":
         raise DataError("rows cannot be read from standard input", hint=_NEED_A_FILE)
     if path.is_dir():
-        return _locate_folder(spec, path, split)
+        return _locate_saved(spec, path, split) or _locate_files(spec, path, split, None)
     if path.exists():
         if not path.is_file():
             raise DataError(f"{spec} is no file but a pipe or a device", hint=_NEED_A_FILE)
         return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
     if has_magic(spec):
         return _locate_glob(spec, split)
-    folder, colon, config = spec.rpartition(":")
-    if colon and folder and config and (place := Path(folder).expanduser()).is_dir():
+    folder, _, config = spec.rpartition(":")
+    if folder and config and (place := Path(folder).expanduser()).is_dir():
         if is_own_artifact(place):
             raise DataError(f"{folder} is an artifact of p2d, which has no configurations", hint=f"give {folder}")
         return _locate_files(spec, place, split, config)
     return None
-
-
-def _what_instead(spec: str, path: Path) -> str:
-    parts = [part.strip() for part in spec.split(",")]
-    if len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts if part):
-        return "a comma is part of a name: put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
-    return near_names(path)
 
 
 def _require_format(path: Path) -> RowFormat:
@@ -160,15 +155,23 @@ def _require_format(path: Path) -> RowFormat:
     raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
 
 
-def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
+def _locate_saved(spec: str, folder: Path, split: str | None) -> RowSource | None:
+    """Return what `save_to_disk` wrote into a folder, a data set or a dictionary of several; None if it did not."""
     if (folder / DICT_NAME).is_file():
         names = plain_names(read_json_object(folder / DICT_NAME).get("splits", []), folder)
-        chosen = _choose_split(spec, names, split)
-        return _saved_dataset(spec, folder / chosen, chosen)
-    if is_saved(folder):
-        _refuse_other_split(spec, folder, split)
-        return _saved_dataset(spec, folder, split)
-    return _locate_files(spec, folder, split, None)
+        split = _choose_split(spec, names, split)
+        folder = folder / split
+    elif not is_saved(folder):
+        return None
+    else:
+        # In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
+        saved = read_json_object(folder / STATE_NAME).get("_split")
+        if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
+            raise DataError(f"{spec} has no split '{split}'; found: {saved}")
+    files = saved_files(folder)
+    if not files:
+        raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
+    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
 
 
 def _locate_files(spec: str, folder: Path, split: str | None, config: str | None) -> RowSource:
@@ -217,9 +220,8 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
         _require_format(paths[0])
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
     root = Path(os.path.commonpath([path.parent for path in rows]))
-    files = [PurePosixPath(path.relative_to(root)) for path in rows]
-    unread = [PurePosixPath(os.path.relpath(path, root)) for path in paths if may_hold_unread_rows(path)]
-    found = split_all_files(root, files, unread)
+    asked = [*rows, *(path for path in paths if may_hold_unread_rows(path))]
+    found = split_files(root, [PurePosixPath(os.path.relpath(path, root)) for path in asked], all_asked=True)
     chosen, group = _choose_files(spec, found, split)
     _refuse_dangling(root, group)
     return replace(_one_format(spec, [root / path for path in group], split), notes=_notes(spec, found, chosen, group))
@@ -295,39 +297,20 @@ def _choose_split(spec: str, splits: Sequence[str], split: str | None) -> str:
     return split
 
 
-def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
-    """Describe a folder that `Dataset.save_to_disk` wrote; its state names the files in order."""
-    files = saved_files(folder)
-    if not files:
-        raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
-    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
-
-
-def _refuse_other_split(spec: str, folder: Path, split: str | None) -> None:
-    """Refuse a data set that was saved alone and says which split it is, if another one is asked for.
-
-    In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
-    """
-    saved = read_json_object(folder / STATE_NAME).get("_split")
-    if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
-        raise DataError(f"{spec} has no split '{split}'; found: {saved}")
-
-
 # --- the hub
 
 
 def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)):
-        yield from _read_cached(source, *cached)
+    if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)) is not None:
+        for number, row in enumerate(read_files(cached)):
+            yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{cached.split}#{number}")
         return
     if constants.HF_HUB_OFFLINE and source.revision is not None:
         raise _unavailable(source, f"its revision {source.revision} is not in the local cache", offline=True)
     import datasets
 
-    # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
-    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     if not offline:
         _probe_hub(source)
@@ -340,7 +323,7 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         if offline:
             raise _unavailable(source, str(problem), offline=True) from None
         raise DataError(f"cannot read data set {source.spec}: {problem}") from None
-    except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
+    except (OSError, RuntimeError, _client_error(), datasets.exceptions.DatasetsError) as problem:
         raise _unavailable(source, str(problem), offline=offline) from None
     features = getattr(rows, "features", None)
     labels = label_names(features.to_dict()) if features else {}
@@ -348,15 +331,8 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
 
-def _read_cached(source: RowSource, split: str, files: list[Path], labels: Labels) -> Iterator[RawRow | BadRow]:
-    """Read the files of a snapshot in the local cache, with the rows named as if they came from the hub."""
-    snapshot = replace(_one_format(source.spec, files, split), labels=labels)
-    for number, row in enumerate(read_files(snapshot)):
-        yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{split}#{number}")
-
-
-def _cached_files(source: RowSource) -> tuple[str, list[Path], Labels] | None:
-    """Return the split, its files and labels in the local cache, as `hf download` leaves them, of just this revision.
+def _cached_files(source: RowSource) -> RowSource | None:
+    """Return what the local cache holds, as `hf download` leaves it, of just this revision.
 
     `datasets` finds offline what it prepared itself before, but of whatever revision that was.
 
@@ -364,11 +340,9 @@ def _cached_files(source: RowSource) -> tuple[str, list[Path], Labels] | None:
         DataError: a split that is missing or not chosen.
         UnavailableError: a split that is there in part.
     """
-    from huggingface_hub import constants
-
     if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
         return None
-    folder = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "snapshots" / commit
+    folder = _cache_folder(source) / "snapshots" / commit
     found = find_splits(folder, source.config_name) if folder.is_dir() else None
     if found is None:
         return None
@@ -376,11 +350,13 @@ def _cached_files(source: RowSource) -> tuple[str, list[Path], Labels] | None:
     split, files = _choose_files(source.spec, replace(found, others={}), source.split)
     if problem := _missing_part(found.root, files):
         raise _unavailable(source, f"of its split {split}, {problem}", offline=True)
-    return split, [found.root / path for path in files], found.labels
+    return replace(_one_format(source.spec, [found.root / path for path in files], split), labels=found.labels)
 
 
-def _cache_name(source: RowSource) -> str:
-    return f"datasets--{str(source.repo).replace('/', '--')}"
+def _cache_folder(source: RowSource) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{str(source.repo).replace('/', '--')}"
 
 
 def _load_hub(source: RowSource) -> tuple[Any, str]:
@@ -404,20 +380,26 @@ def hub_commit(source: RowSource) -> str | None:
 
     Asked of the hub within seconds; offline, the commit that the local cache knows, or None.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     revision = source.revision or "main"
     if _COMMIT.fullmatch(revision):
         return revision
-    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     if not constants.HF_HUB_OFFLINE:
         try:
             _probe_hub(source)
             return HfApi().dataset_info(str(source.repo), revision=revision, timeout=PROBE_SECONDS).sha
-        except (UnavailableError, OSError, client_error):
+        except (UnavailableError, OSError, _client_error()):
             pass  # then the cache may know it
-    reference = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "refs" / revision
+    reference = _cache_folder(source) / "refs" / revision
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def _client_error() -> type[Exception]:
+    """Return the base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now."""
+    from huggingface_hub import errors
+
+    return getattr(errors, "HTTPError", OSError)
 
 
 def _probe_hub(source: RowSource) -> None:

@@ -11,6 +11,7 @@ All paths are relative to the folder that was asked for.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath, PurePosixPath
@@ -21,25 +22,23 @@ Splits = dict[str, list[PurePosixPath]]
 
 DEFAULT_SPLIT = "train"
 """What `datasets` calls the only split of files whose names hold none."""
-_KEYWORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
-_SEPARATOR = "[-._ 0-9]"
-_IN_FILE_NAME = {
-    split: re.compile(rf"(.*{_SEPARATOR})?({words}){_SEPARATOR}.*", re.IGNORECASE | re.DOTALL)
-    for split, words in _KEYWORDS.items()
-}
-_IN_FOLDER_NAME = {
-    split: re.compile(rf"(.*{_SEPARATOR})?({words})({_SEPARATOR}.*)?", re.IGNORECASE | re.DOTALL)
-    for split, words in _KEYWORDS.items()
-}
+
+
+def _patterns(form: str) -> dict[str, re.Pattern[str]]:
+    """Return what finds the name of each split."""
+    words = {
+        "train": "train|training",
+        "validation": "validation|valid|dev|val",
+        "test": "test|testing|eval|evaluation",
+    }
+    form = form.replace("BORDER", "[-._ 0-9]")
+    return {split: re.compile(form.replace("WORD", each), re.IGNORECASE) for split, each in words.items()}
+
+
+_IN_FILE_NAME = _patterns("(?:^|BORDER)(?:WORD)BORDER")
+_IN_FOLDER_NAME = _patterns(r"(?:^|BORDER)(?:WORD)(?:BORDER|\Z)")
 # `testset` or `gsm8ktest`: at a border of a word on one side.
-_IN_WORD = {
-    split: re.compile(rf"(?:^|{_SEPARATOR})(?:{words})|(?:{words})(?:{_SEPARATOR}|$)", re.IGNORECASE)
-    for split, words in _KEYWORDS.items()
-}
+_IN_WORD = _patterns("(?:^|BORDER)(?:WORD)|(?:WORD)(?:BORDER|$)")
 _SHARDED = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}.*\..*", re.DOTALL)
 """A file of the folder `data`, as `push_to_hub` writes it."""
 _SHARD = re.compile(
@@ -55,64 +54,54 @@ def split_by_name(files: Sequence[PurePosixPath]) -> Splits:
     As in `datasets`, the first of these that finds anything decides: `data/NAME-00000-of-00001*`, the names of
     folders, the names of files. Otherwise all files are one split, `train`.
     """
-    if sharded := _sharded(files):
-        return sharded
-    by_folder = _matching(files, lambda path: path.parts[:-1], _IN_FOLDER_NAME)
+    sharded = [
+        (match[1], path) for path in files if path.parts[:-1] == ("data",) and (match := _SHARDED.fullmatch(path.name))
+    ]
+    if sharded:
+        return {split: [path for name, path in sharded if name == split] for split, _ in sharded}
+    by_folder = _by_folder_name(files)
     if by_folder and not any(len(_by_file_name(group)) > 1 for group in by_folder.values()):
         return by_folder
     if by_file := _by_file_name(files):
         return by_file
-    by_word = {
-        split: found
-        for split, word in _IN_WORD.items()
-        if (found := [path for path in files if any(word.search(stem_of(PurePath(part))) for part in path.parts)])
-    }
+    by_word = _matching(files, _IN_WORD, lambda path: tuple(stem_of(PurePath(part)) for part in path.parts))
     if DEFAULT_SPLIT in by_word and len(by_word) > 1:
         return by_word
     return {DEFAULT_SPLIT: list(files)} if files else {}
 
 
-def _sharded(files: Iterable[PurePosixPath]) -> Splits:
-    splits: Splits = {}
-    for path in files:
-        if path.parts[:-1] == ("data",) and (match := _SHARDED.fullmatch(path.name)):
-            splits.setdefault(match[1], []).append(path)
-    return splits
-
-
 def _by_file_name(files: Sequence[PurePosixPath]) -> Splits:
-    return _matching(files, lambda path: path.parts[-1:], _IN_FILE_NAME)
+    return _matching(files, _IN_FILE_NAME, lambda path: path.parts[-1:])
+
+
+def _by_folder_name(files: Sequence[PurePosixPath]) -> Splits:
+    return _matching(files, _IN_FOLDER_NAME, lambda path: path.parts[:-1])
 
 
 def _matching(
     files: Sequence[PurePosixPath],
-    parts: Callable[[PurePosixPath], tuple[str, ...]],
     patterns: dict[str, re.Pattern[str]],
+    parts: Callable[[PurePosixPath], tuple[str, ...]],
 ) -> Splits:
-    found = {
-        split: [path for path in files if any(pattern.fullmatch(part) for part in parts(path))]
-        for split, pattern in patterns.items()
-    }
+    found = {split: [path for path in files if any(map(each.search, parts(path)))] for split, each in patterns.items()}
     return {split: group for split, group in found.items() if group}
 
 
 def names_a_split(path: PurePosixPath) -> bool:
     """Say whether the name of a file, or of a folder on its way, is that of a split."""
-    return bool(_by_file_name([path]) or _matching([path], lambda path: path.parts[:-1], _IN_FOLDER_NAME))
+    return bool(_by_file_name([path]) or _by_folder_name([path]))
 
 
 def joins_splits(files: Sequence[PurePosixPath]) -> bool:
     """Say whether files that a card puts into one split are of several by their names, or by those of their folders."""
-    by_file = _by_file_name(files)
-    by_folder = _matching(files, lambda path: path.parts[:-1], _IN_FOLDER_NAME)
-    return len(by_file) > 1 or (not by_file and len(by_folder) > 1)
+    return len(_by_file_name(files) or _by_folder_name(files)) > 1
 
 
 def several_stems(split: str, files: Sequence[PurePosixPath]) -> list[str]:
     """Return the different names of files that one split owes to their names, as `train` and `train_small`."""
     pattern = _IN_FILE_NAME.get(split)
     stems = sorted({stem_of(path) for path in files})
-    by_name = pattern is not None and all(pattern.fullmatch(path.name) for path in files)
+    by_name = pattern is not None and all(pattern.search(path.name) for path in files)
     return stems if by_name and len(stems) > 1 else []
 
 
@@ -122,6 +111,14 @@ def stem_of(path: PurePath) -> str:
     while PurePath(name).suffix.lower() in (*FORMATS, ".gz"):
         name = PurePath(name).stem
     return _SHARD_ENDING.sub("", name)
+
+
+def grouped(files: Iterable[PurePosixPath], name_of: Callable[[PurePosixPath], str] = stem_of) -> Splits:
+    """Return files by a name that they share, such as their stem."""
+    groups: Splits = {}
+    for path in files:
+        groups.setdefault(name_of(path), []).append(path)
+    return groups
 
 
 def matching_pattern(pattern: str, files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
@@ -139,7 +136,10 @@ def _matches(wanted: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 
 def shard_problem(files: Iterable[PurePosixPath]) -> str | None:
-    """Say which shard is missing of files named as shards, or there twice; None where all are there once."""
+    """Say which shard is missing of files named as shards, or there twice; None where all are there once.
+
+    Numbers start at 0, or at 1 where they end with the total.
+    """
     sets: dict[tuple[PurePosixPath, str, str], dict[str, list[int]]] = {}
     for path in files:
         if match := _SHARD.fullmatch(path.name):
@@ -150,17 +150,10 @@ def shard_problem(files: Iterable[PurePosixPath]) -> str | None:
         if len(by_total) > 1:
             return f"{name}*: shards of {' and of '.join(sorted(by_total))} lie side by side"
         [(total, numbers)] = by_total.items()
-        if problem := _number_problem(numbers, int(total)):
-            number, what = problem
-            missing = f"{name}{number:0{len(total)}}{of}{total}"
-            return f"{len(set(numbers))} of {int(total)} shards are there: {missing} {what}"
-    return None
-
-
-def _number_problem(numbers: Sequence[int], total: int) -> tuple[int, str] | None:
-    """Return the first number that is not there once; numbers start at 0, or at 1 where they end with the total."""
-    start = 1 if total in numbers and 0 not in numbers else 0
-    for number in range(start, start + total):
-        if (count := numbers.count(number)) != 1:
-            return number, "is there twice" if count else "is missing"
+        times, count = Counter(numbers), int(total)
+        start = 1 if times[count] and not times[0] else 0
+        wrong = next((number for number in range(start, start + count) if times[number] != 1), None)
+        if wrong is not None:
+            what = "is there twice" if times[wrong] else "is missing"
+            return f"{len(times)} of {count} shards are there: {name}{wrong:0{len(total)}}{of}{total} {what}"
     return None
