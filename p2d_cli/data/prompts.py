@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from p2d_cli.core.turns import TurnFrame, frame_of, known_blocks, split_turn
@@ -99,10 +101,6 @@ class PromptTemplate:
         default_factory=dict, init=False, repr=False, compare=False
     )
     _frames: dict[str, TurnFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _tokens: list[tuple[tuple[str, ...], frozenset[str]]] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )
-    """The tokenizer's own words, once they were looked up: all that it keeps whole, and the special ones."""
     _shown: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Kinds of conversations whose parts this template is known to show."""
 
@@ -110,6 +108,8 @@ class PromptTemplate:
     def digest(self) -> str:
         """SHA-256 of all that decides how rows are rendered."""
         return hashlib.sha256(f"{self.name}\n{self.chat_template or ''}".encode()).hexdigest()
+
+    # --- text
 
     def render_prompt(self, tokenizer: Any, record: Record) -> str:
         """Return the text that the model is to continue with the completion.
@@ -142,30 +142,6 @@ class PromptTemplate:
             )
         return prompt, completion
 
-    def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
-        """Return what the template writes around the answer of this row."""
-        messages = self.conversation(tokenizer, record)
-        frame = self._frame(tokenizer, messages, record.tools)
-        if "tool_calls" not in record.answer_parts:
-            return frame
-        _, turn = self._answered(tokenizer, messages, record.answer, record.tools)
-        # Calls of tools may end with a token of their own.
-        closing = [token for token in self._added(tokenizer) if token.strip() and (turn or "").endswith(token)]
-        return replace(frame, ends=tuple(dict.fromkeys([*frame.ends, *closing])))
-
-    def ends(self, tokenizer: Any, records: Iterable[Record] = ()) -> tuple[str, ...]:
-        """Return the tokens with which answers end: that of a plain answer, if there is one, then those of calls."""
-        calls = [record for record in records if "tool_calls" in record.answer_parts]
-        found = [self.simple_frame(tokenizer), *(self.frame(tokenizer, record) for record in calls)]
-        return tuple(dict.fromkeys(end for frame in found for end in frame.ends))
-
-    def simple_frame(self, tokenizer: Any) -> TurnFrame:
-        """Return what the template writes around the answer to a single question."""
-        asked = Message("user", "?")
-        frame = self._frame(tokenizer, [asked], ())
-        # Some templates refuse a conversation without a system message.
-        return frame if frame.ends else self._frame(tokenizer, [Message("system", "?"), asked], ())
-
     def reference(self, tokenizer: Any, record: Record) -> str:
         """Return the text that a right answer is compared with, without the row's reasoning.
 
@@ -182,6 +158,63 @@ class PromptTemplate:
             text = text.replace(token, "")
         return text.strip()
 
+    def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
+        """Return the context as this template takes it.
+
+        A chat template that knows no system role gets the system message at the start of the first turn.
+        """
+        messages = list(record.messages)
+        return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
+
+    def takes_system(self, tokenizer: Any) -> bool:
+        """Whether a system message can be shown in its own place."""
+        return self.name == "plain" or self._skeleton(tokenizer, ("system", "user")) is not None
+
+    def place(self, tokenizer: Any, messages: Sequence[Message]) -> PlacedText:
+        """Render a conversation up to where the model answers, and find every message's content in it.
+
+        The text is checked, character by character, against the template's own parts between the contents, which a
+        conversation of marks shows once for each sequence of roles. Contents that the template trims are found trimmed.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or changes contents in other ways.
+        """
+        if self.name == "plain":
+            return _plain_text(messages)
+        skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
+        text = self._render(tokenizer, messages, answer=True)
+        spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
+        if not spans:
+            said = f"{self.origin} drops or changes messages, so that they cannot be told apart in its text"
+            raise DataError(said, hint=PLAIN_HINT)
+        return PlacedText(text, spans)
+
+    # --- what stands around answers
+
+    def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
+        """Return what the template writes around the answer of this row."""
+        messages = self.conversation(tokenizer, record)
+        frame = self._frame(tokenizer, messages, record.tools)
+        if "tool_calls" not in record.answer_parts:
+            return frame
+        _, turn = self._answered(tokenizer, messages, record.answer, record.tools)
+        # Calls of tools may end with a token of their own.
+        closing = [token for token in _added_tokens(tokenizer)[0] if token.strip() and (turn or "").endswith(token)]
+        return replace(frame, ends=tuple(dict.fromkeys([*frame.ends, *closing])))
+
+    def simple_frame(self, tokenizer: Any) -> TurnFrame:
+        """Return what the template writes around the answer to a single question."""
+        asked = Message("user", "?")
+        frame = self._frame(tokenizer, [asked], ())
+        # Some templates refuse a conversation without a system message.
+        return frame if frame.ends else self._frame(tokenizer, [Message("system", "?"), asked], ())
+
+    def ends(self, tokenizer: Any, records: Iterable[Record] = ()) -> tuple[str, ...]:
+        """Return the tokens with which answers end: that of a plain answer, if there is one, then those of calls."""
+        calls = [record for record in records if "tool_calls" in record.answer_parts]
+        found = [self.simple_frame(tokenizer), *(self.frame(tokenizer, record) for record in calls)]
+        return tuple(dict.fromkeys(end for frame in found for end in frame.ends))
+
     def earlier_turns(self, tokenizer: Any, record: Record) -> tuple[Span, ...] | None:
         """Return where the assistant's earlier turns stand in the prompt, each with its end-of-turn token.
 
@@ -194,9 +227,11 @@ class PromptTemplate:
             DataError: the chat template refuses the conversation, or its beginning.
         """
         messages = self.conversation(tokenizer, record)
-        first = next((index for index, message in enumerate(messages) if message.role == "user"), len(messages))
-        turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
-        turns = [index for index in turns if messages[index].is_learnt]
+        asked, turns = False, []
+        for index, message in enumerate(messages):
+            asked = asked or message.role == "user"
+            if asked and message.role == "assistant" and message.is_learnt:
+                turns.append(index)
         whole, spans = self._open(tokenizer, messages, record.tools) if turns else "", []
         for index in turns:
             prompt, completion = self._answered(tokenizer, messages[:index], messages[index], record.tools)
@@ -204,6 +239,8 @@ class PromptTemplate:
                 return None
             spans.append((len(prompt), len(prompt) + len(completion)))
         return tuple(spans)
+
+    # --- tokens
 
     def encode_prompt(self, tokenizer: Any, record: Record, max_length: int | None = None) -> list[int]:
         """Return the prompt's token ids.
@@ -215,9 +252,7 @@ class PromptTemplate:
             DataError: the chat template refuses the conversation.
         """
         ids = self.tokenize(tokenizer, self.render_prompt(tokenizer, record))[0]
-        if max_length is None:
-            return ids
-        start, stop = self._gap(tokenizer, record, len(ids), max_length)
+        start, stop = (0, 0) if max_length is None else self._gap(tokenizer, record, len(ids), max_length)
         return ids[:start] + ids[stop:]
 
     def encode_example(
@@ -267,64 +302,40 @@ class PromptTemplate:
     ) -> tuple[list[int], int]:
         """Return the completion's tokens, and how many of them stand before its answer, which begins at the border."""
         ids, offsets = self.tokenize(tokenizer, prompt + completion)
-        is_beyond = border > 0
+        start = len(prompt)
         if ids[: len(prompt_ids)] == list(prompt_ids):
-            ids, offsets, border = ids[len(prompt_ids) :], offsets[len(prompt_ids) :], len(prompt) + border
+            ids, offsets = ids[len(prompt_ids) :], offsets[len(prompt_ids) :]
         else:  # a token reaches over the border; at inference the prompt ends there all the same
-            encoded = _call(tokenizer, completion, add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        return ids, sum(stop <= border for _, stop in offsets) if is_beyond else 0
+            ids, offsets, _ = _call(tokenizer, completion, add_special_tokens=False)
+            start = 0
+        return ids, sum(stop <= start + border for _, stop in offsets) if border else 0
 
     def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
-        plain = self.name == "plain"
-        encoded = _call(
-            tokenizer,
-            text,
-            add_special_tokens=plain,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=plain,
-        )
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        added = encoded["special_tokens_mask"] if plain else []
+        ids, spans, is_special = _call(tokenizer, text, add_special_tokens=self.name == "plain")
         stop = len(ids)
-        while added and stop and added[stop - 1]:
+        while self.name == "plain" and stop and is_special[stop - 1]:
             stop -= 1
         return ids[:stop], spans[:stop]
 
-    def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
-        """Return the context as this template takes it.
+    def _gap(self, tokenizer: Any, record: Record, length: int, room: int) -> Span:
+        """Return which tokens of a prompt of this length go: those behind the template's head, as many as needed.
 
-        A chat template that knows no system role gets the system message at the start of the first turn.
+        They are the first ones where the head would fill half the room.
         """
-        messages = list(record.messages)
-        return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
+        if length <= room:
+            return 0, 0
+        messages, kept = self.conversation(tokenizer, record), 0
+        whole = self._open(tokenizer, messages, record.tools)
+        first = next((index for index, message in enumerate(messages) if message.role != "system"), None)
+        if first is not None:
+            messages[first] = replace(messages[first], content=_mark(0))
+            head, mark, _ = self._open(tokenizer, messages, record.tools).partition(_mark(0))
+            kept = sum(stop <= len(head) for _, stop in self.tokenize(tokenizer, whole)[1]) if mark else 0
+            kept = kept if 2 * kept <= room else 0
+        return kept, kept + length - room
 
-    def takes_system(self, tokenizer: Any) -> bool:
-        """Whether a system message can be shown in its own place."""
-        return self.name == "plain" or self._skeleton(tokenizer, ("system", "user")) is not None
-
-    def place(self, tokenizer: Any, messages: Sequence[Message]) -> PlacedText:
-        """Render a conversation up to where the model answers, and find every message's content in it.
-
-        The chat template is rendered once; the text is then checked, character by character, against the
-        template's own parts between the contents. These are taken once for each sequence of roles, from a
-        conversation of marks. Contents that the template trims are found trimmed.
-
-        Raises:
-            DataError: the chat template refuses the conversation, or changes contents in other ways.
-        """
-        if self.name == "plain":
-            return _plain_text(messages)
-        skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
-        text = self._render(tokenizer, messages, answer=True)
-        spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
-        if not spans:
-            raise DataError(
-                f"{self.origin} drops or changes messages, so that they cannot be told apart in its text",
-                hint=PLAIN_HINT,
-            )
-        return PlacedText(text, spans)
+    # --- rendering
 
     def _open(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = ()) -> str:
         """Return a conversation up to where the model answers."""
@@ -333,7 +344,7 @@ class PromptTemplate:
         return self._render(tokenizer, messages, tools, answer=True)
 
     def _answered(
-        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools = ()
+        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools
     ) -> tuple[str, str | None]:
         """Return the conversation's text up to its answer, and the answer's with its end-of-turn token.
 
@@ -362,49 +373,26 @@ class PromptTemplate:
 
         The end tells what a word in the conversation may switch, such as whether to think.
         """
-        if self.name == "plain":
-            kind = "plain"
+        added, specials = _added_tokens(tokenizer)
+        kind, turn, is_plain = "plain", "", self.name == "plain"
+        if is_plain:
+            prompt = ""
         else:
             try:
                 prompt = self._open(tokenizer, messages, tools) if prompt is None else prompt
             except DataError:
-                return TurnFrame(specials=self._specials(tokenizer))
+                return TurnFrame(specials=specials)
             _, found, ending = prompt.rpartition(messages[-1].content.strip() or "\0")
             kind = f"{_kind(messages, tools)}{ending}" if found else ""
         if kind in self._frames:
             return self._frames[kind]
-        frame = self._take_apart(tokenizer, messages, tools, prompt or "")
+        with suppress(DataError):
+            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
+        blocks = known_blocks(self.chat_template or "")
+        frame = frame_of(turn, _mark(0), prompt=prompt, added=added, specials=specials, blocks=blocks)
         if kind:
             self._frames[kind] = frame
         return frame
-
-    def _take_apart(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, prompt: str) -> TurnFrame:
-        try:
-            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
-        except DataError:
-            turn = ""
-        return frame_of(
-            turn,
-            _mark(0),
-            prompt="" if self.name == "plain" else prompt,
-            added=self._added(tokenizer),
-            specials=self._specials(tokenizer),
-            blocks=known_blocks(self.chat_template or ""),
-        )
-
-    def _added(self, tokenizer: Any) -> tuple[str, ...]:
-        """Return the texts of the tokens that the tokenizer keeps whole, special or not."""
-        return self._words(tokenizer)[0]
-
-    def _specials(self, tokenizer: Any) -> frozenset[str]:
-        """Return the texts of its special tokens."""
-        return self._words(tokenizer)[1]
-
-    def _words(self, tokenizer: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-        if not self._tokens:
-            added = tokenizer.added_tokens_decoder.values()
-            self._tokens.append((tuple(map(str, added)), frozenset(str(token) for token in added if token.special)))
-        return self._tokens[0]
 
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         """Render; calls of tools have their arguments as an object, or as JSON text for templates that want it so."""
@@ -412,12 +400,9 @@ class PromptTemplate:
             return self._apply(tokenizer, messages, tools, answer=answer)
         except DataError:
             written = [_with_written_arguments(message) for message in messages]
-            if written == list(messages):
-                raise
-            try:
-                return self._apply(tokenizer, written, tools, answer=answer)
-            except DataError:
-                pass
+            if written != list(messages):
+                with suppress(DataError):
+                    return self._apply(tokenizer, written, tools, answer=answer)
             raise
 
     def _apply(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, *, answer: bool) -> str:
@@ -461,39 +446,11 @@ class PromptTemplate:
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
         if roles not in self._skeletons:
-            marked = [Message(role, _mark(index)) for index, role in enumerate(roles)]
-            try:
-                text = self._render(tokenizer, marked, answer=True)
-            except DataError:
-                self._skeletons[roles] = None
-            else:
-                self._skeletons[roles] = _Skeleton.of(text, len(roles))
+            marked, skeleton = [Message(role, _mark(index)) for index, role in enumerate(roles)], None
+            with suppress(DataError):
+                skeleton = _Skeleton.of(self._render(tokenizer, marked, answer=True), len(roles))
+            self._skeletons[roles] = skeleton
         return self._skeletons[roles]
-
-    def _gap(self, tokenizer: Any, record: Record, length: int, room: int) -> Span:
-        """Return which tokens of a prompt of this length go: those behind the template's head, as many as needed.
-
-        They are the first ones where the head would fill half the room.
-        """
-        if length <= room:
-            return 0, 0
-        head = self._head_length(tokenizer, record)
-        if 2 * head > room:
-            head = 0
-        return head, head + length - room
-
-    def _head_length(self, tokenizer: Any, record: Record) -> int:
-        """Return how many tokens stand before the first turn's content."""
-        messages = self.conversation(tokenizer, record)
-        first = next((index for index, message in enumerate(messages) if message.role != "system"), None)
-        if first is None:
-            return 0
-        messages[first] = replace(messages[first], content=_mark(0))
-        head, mark, _ = self._open(tokenizer, messages, record.tools).partition(_mark(0))
-        if not mark:
-            return 0
-        _, spans = self.tokenize(tokenizer, self._open(tokenizer, self.conversation(tokenizer, record), record.tools))
-        return sum(end <= len(head) for _, end in spans)
 
 
 def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:
@@ -565,15 +522,11 @@ def _mark(index: int) -> str:
 
 def _forms(content: str) -> Iterator[str]:
     """Yield the forms in which chat templates are known to show a content: trimmed, or without its reasoning."""
-    yield content
-    yield content.strip()
-    yield content.lstrip()
-    yield content.rstrip()
-    yield content.strip("\n")
-    yield content.lstrip("\n")
+    yield from (content, content.strip(), content.lstrip(), content.rstrip())
+    yield from (content.strip("\n"), content.lstrip("\n"))
     if "</think>" in content:
-        yield content.split("</think>")[-1].lstrip("\n")
-        yield content.split("</think>")[-1].strip()
+        answer = content.split("</think>")[-1]
+        yield from (answer.lstrip("\n"), answer.strip())
 
 
 def _plain_text(messages: Sequence[Message], end_of_turn: str = "") -> PlacedText:
@@ -627,17 +580,14 @@ def _hides(record: Record, completion: str, frame: TurnFrame) -> bool:
 
 def _with_written_arguments(message: Message) -> Message:
     """Return a message whose calls of tools have their arguments as JSON text."""
-    calls = message.parts.get("tool_calls")
-    if not calls:
-        return message
     written = []
-    for call in calls:
+    for call in message.parts.get("tool_calls") or ():
         function = call.get("function")
         if isinstance(function, Mapping) and not isinstance(function.get("arguments"), str):
             text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
             call = {**call, "function": {**function, "arguments": text}}
         written.append(call)
-    return replace(message, parts={**message.parts, "tool_calls": written})
+    return replace(message, parts={**message.parts, "tool_calls": written}) if written else message
 
 
 def _tool_probes(
@@ -666,6 +616,22 @@ def _marked_function(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**entry, "name": _mark(0)}
 
 
-def _call(tokenizer: Any, text: str, **options: Any) -> Any:
-    # verbose=False: p2d sees to the length itself, and needs no advice about it.
-    return tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the texts of the tokens that a tokenizer keeps whole, and of the special ones among them."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(map(str, added)), frozenset(str(token) for token in added if token.special)
+
+
+def _call(tokenizer: Any, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[Span], list[int]]:
+    """Return token ids, each token's characters, and which are special (1)."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # p2d sees to the length itself, and needs no advice about it
+    )
+    return encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
