@@ -100,34 +100,28 @@ class Pool:
                 break
             yield replace(record, id=record.where) if self.named_by_place else record
         if count != self.num_rows:
-            raise DataError(
-                f"the pool changed while it was being read: expected {self.num_rows} rows, found "
-                + ("more" if count > self.num_rows else str(count)),
-                hint="run the command again once the files stay as they are",
-            )
+            found = "more" if count > self.num_rows else str(count)
+            message = f"the pool changed while it was being read: expected {self.num_rows} rows, found {found}"
+            raise DataError(message, hint="run the command again once the files stay as they are")
 
     @property
     def size(self) -> int:
         """Number of rows to choose from, M."""
-        return self.num_rows - len(self._excluded)
+        return self.num_rows - len(self.twins) - len(self.unlisted)
 
     @cached_property
     def is_excluded_N(self) -> NDArray[np.bool_]:
         """Which rows are not to be chosen."""
         is_excluded_N = np.zeros(self.num_rows, dtype=np.bool_)
-        is_excluded_N[self._excluded] = True
+        is_excluded_N[self.twins] = True
+        is_excluded_N[self.unlisted] = True
         return is_excluded_N
-
-    @cached_property
-    def _excluded(self) -> NDArray[np.int64]:
-        return np.sort(np.concatenate([self.twins, self.unlisted]))
 
     def only(self, chosen: ArrayLike) -> Pool:
         """Return the same pool with some of the rows to choose from, by their positions among these."""
-        is_unlisted_N = ~self.is_excluded_N
-        is_unlisted_N[self.places(chosen)] = False
-        unlisted = np.concatenate([self.unlisted, np.flatnonzero(is_unlisted_N)])
-        return replace(self, unlisted=np.sort(unlisted))
+        is_left_N = ~self.is_excluded_N
+        is_left_N[self.places(chosen)] = False
+        return replace(self, unlisted=np.union1d(self.unlisted, np.flatnonzero(is_left_N)))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the rows to choose from in chunks of nearly equal size."""
@@ -142,10 +136,7 @@ class Pool:
 
     def places(self, chosen: ArrayLike) -> NDArray[np.int64]:
         """Return where in the pool some of the rows to choose from stand, by their positions among these."""
-        positions = np.asarray(chosen, dtype=np.int64)
-        # So many excluded rows stand before a row as have at most as many others before them.
-        excluded = self._excluded
-        return positions + np.searchsorted(excluded - np.arange(len(excluded)), positions, side="right")
+        return np.flatnonzero(~self.is_excluded_N)[np.asarray(chosen, dtype=np.int64)]
 
     def take(self, places: ArrayLike) -> list[Record]:
         """Return the rows at these places of the pool, in the order asked for; reading ends with the last of them."""
