@@ -1,17 +1,25 @@
-"""What a row says, once it is known which columns hold what: turns, the answer among them, tools, and choices."""
+"""What a row says, once it is known which columns hold what: turns, the answer among them, tools, and choices.
+
+An answer may be one of the row's choices: by its text, its number, its label or its letter.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from p2d_cli.data.messages import Message, Place, read_message, read_tools, require_text
 from p2d_cli.data.raw_rows import RawRow, holds, is_unicode, unpack_json
-from p2d_cli.data.row_choices import OPTIONS, answer_text, choice_number, choice_of_key, read_choices, read_options
 from p2d_cli.data.row_shapes import PREFERENCE_HINT, Layout, refuse_other_kinds, require_columns, unread_columns
 from p2d_cli.errors import DataError
+
+_LARGEST_WHOLE = 2.0**53
+_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")
+_LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,10 @@ class _Reading:
         self._read: list[str] = []
         """Columns beside those of the layout."""
         self._unread: list[str] = []
-        self._choices = read_choices(row, layout)
-        if self._choices is None and (options := read_options(row, layout)) is not None:
+        self._choices = self._own_choices()
+        if self._choices is None and (options := self._options()) is not None:
             self._choices = options
-            self._read.append(OPTIONS)
+            self._read.append("options")
 
     def record(self, system: str | None) -> Record:
         """Return what the row says, with this system message if it brings none."""
@@ -172,24 +180,7 @@ class _Reading:
             return self._messages(turns, column)
         if value is None and not self._need_completion:
             return []
-        return [Message("assistant", self._answer(column, value))]
-
-    def _answer(self, column: str, value: Any) -> str:
-        """Return the text of an answer, of the choice, or of the label that a value stands for."""
-        row, layout, choices = self._row, self._layout, self._choices
-        place = Place(row.where, f"column '{column}'")
-        if layout.is_keyed:
-            return choice_of_key(row, layout, choices, value, place)
-        if choices is not None and (number := choice_number(row, layout, choices, value, place)) is not None:
-            return choices[number]
-        names = row.labels.get(column)
-        if names is None or not isinstance(value, int):
-            return answer_text(value, place)
-        if not 0 <= value < len(names):
-            known = ", ".join(names[:8])
-            raise place.problem(f"holds {value}, which is none of the labels {known}: the row has no label")
-        self._fields = row.fields | {column: names[value]}
-        return names[value]
+        return [Message("assistant", self._answer(column, value, Place(self._row.where, f"column '{column}'")))]
 
     def _history(self) -> list[Message]:
         """Return the earlier turns of a row with a prompt: pairs of question and answer, or messages.
@@ -213,7 +204,90 @@ class _Reading:
             messages += [Message("user", asked), Message("assistant", answered)]
         return messages
 
-    # --- the answer
+    # --- choices, and the answer that is one of them
+
+    def _own_choices(self) -> tuple[str, ...] | None:
+        """Return the texts of a list, or of the list `text` of an object that has labels beside it."""
+        column = self._layout.choices
+        value = None if column is None else unpack_json(self._row.fields.get(column))
+        texts = value.get("text") if isinstance(value, Mapping) and isinstance(value.get("label"), list) else value
+        found = _texts(texts, Place(self._row.where, f"column '{column}'"))
+        if found is None and self._layout.choices_named and value is not None:
+            raise self._problem(f"column '{column}' must be a list of texts; found {value!r:.60}")
+        return found
+
+    def _options(self) -> tuple[str, ...] | None:
+        """Return choices that are called options, as in MMLU-Pro, if it is clear which one is the answer."""
+        fields = self._row.fields
+        if self._layout.choices_named or not self._is_asked or not fields.get("options"):
+            return None
+        options = _texts(unpack_json(fields["options"]), Place(self._row.where, "column 'options'"))
+        answer, stated = fields.get("answer"), fields.get("answer_index")
+        if options is None or not isinstance(answer, str):
+            return None
+        number = options.index(answer) if answer in options else self._number_of_letter(options, answer)
+        is_clear = stated is None or str(stated).strip() in {str(number), f"{number}.0"}
+        return options if number is not None and is_clear else None
+
+    @property
+    def _is_asked(self) -> bool:
+        return (self._layout.prompt, self._layout.completion) == ("question", "answer")
+
+    def _answer(self, column: str, value: Any, place: Place) -> str:
+        """Return the text of an answer, or of the choice or the label that a value stands for."""
+        choices, names = self._choices, self._row.labels.get(column)
+        if self._layout.is_keyed:
+            return self._choice_of_key(value, place)
+        if choices is not None and (number := self._number_of_choice(choices, value, place)) is not None:
+            return choices[number]
+        if names is None or not isinstance(value, int):
+            return _answer_text(value, place)
+        if not 0 <= value < len(names):
+            known = ", ".join(names[:8])
+            raise place.problem(f"holds {value}, which is none of the labels {known}: the row has no label")
+        self._fields = self._row.fields | {column: names[value]}
+        return names[value]
+
+    def _number_of_choice(self, choices: Sequence[str], value: Any, place: Place) -> int | None:
+        """Return the number, from 0, of the choice that an answer stands for; None where it is the answer's own text.
+
+        Numbers become floats where their column meets a null, and texts in CSV. A text that is one of the choices is
+        meant as it stands; other texts may be a number, or in rows of question and answer a letter.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        text = _answer_text(value, place).strip()
+        found = _NUMBER.fullmatch(text)
+        if (isinstance(value, str) or found is None) and text in {choice.strip() for choice in choices}:
+            return None
+        if (letter := self._number_of_letter(choices, text)) is not None:
+            return letter
+        if isinstance(value, str) and found is None:
+            return None
+        number = -1 if found is None else int(found[1])
+        if not 0 <= number < len(choices):
+            raise place.problem(f"holds {value}, which is the number of none of the {len(choices)} choices, from 0")
+        return number
+
+    def _number_of_letter(self, choices: Sequence[str], text: str) -> int | None:
+        """Return the number of the choice with a letter; where the question lists them, the letter is the answer."""
+        number = _LETTERS.find(text.strip()) if len(text.strip()) == 1 and self._is_asked else -1
+        question = str(self._row.fields.get("question"))
+        return number if 0 <= number < len(choices) and not all(choice in question for choice in choices) else None
+
+    def _choice_of_key(self, value: Any, place: Place) -> str:
+        """Return the text of the choice that a label names."""
+        offered = unpack_json(self._row.fields.get(str(self._layout.choices)))
+        listed = offered.get("label") if isinstance(offered, Mapping) else None
+        if self._choices is None or not isinstance(listed, list) or len(listed) != len(self._choices):
+            said = "must be an object with two lists of equal length, text and label"
+            raise self._problem(f"column '{self._layout.choices}' {said}; found {offered!r:.60}")
+        labels, key = [str(label) for label in listed], _answer_text(value, place).strip()
+        if labels.count(key) != 1:
+            raise place.problem(f"holds '{key}', which is not one of the labels {', '.join(labels[:8])}")
+        return self._choices[labels.index(key)]
+
+    # --- context and answer
 
     def _split(self, turns: Sequence[Message]) -> tuple[Sequence[Message], Message]:
         """Return the context and the answer: the last turn of the assistant that is learnt. What follows it goes."""
@@ -313,6 +387,26 @@ def _unpack_turns(value: Any) -> Any:
         for turn in found
     )
     return found if are_whole else value
+
+
+def _texts(value: Any, place: Place) -> tuple[str, ...] | None:
+    if isinstance(value, list) and value and all(isinstance(choice, str) for choice in value):
+        return tuple(require_text(text, place) for text in value)
+    return None
+
+
+def _answer_text(value: Any, place: Place) -> str:
+    """Return an answer that may be a number or a boolean as text; whole numbers have no decimal point.
+
+    A column of whole numbers becomes one of floats where it meets a null, or Parquet, and is to say the same.
+    """
+    if isinstance(value, bool | int):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise place.problem(f"must be a text or a finite number; found {value}")
+        return str(int(value)) if value.is_integer() and abs(value) <= _LARGEST_WHOLE else repr(value)
+    return require_text(value, place)
 
 
 def _is_empty(answer: Message) -> bool:
