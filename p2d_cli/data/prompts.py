@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,10 @@ _TEMPLATE_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionErro
 """What the expressions of a template may raise, such as `1 / 0`."""
 PLAIN_HINT = "use --template plain"
 _Tools = Sequence[Mapping[str, Any]]
+_Skeleton = tuple[list[str], list[int]]
+"""A chat template's own texts around the contents of a conversation, and the message behind each but the last; some
+templates move the system message."""
+_MARKS = re.compile("\ue000([0-9]+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,7 @@ class PromptTemplate:
     # --- text
 
     def render_prompt(self, tokenizer: Any, record: Record) -> str:
-        """Return the text that the model is to continue with the completion.
-
-        Raises:
-            DataError: the chat template refuses the conversation, or does not show its tools.
-        """
+        """Return the text that the model is to continue with the completion; raises as `render_example`."""
         self._require_shown(tokenizer, record)
         return self._open(tokenizer, self.conversation(tokenizer, record), record.tools)
 
@@ -145,10 +146,7 @@ class PromptTemplate:
     def reference(self, tokenizer: Any, record: Record) -> str:
         """Return the text that a right answer is compared with, without the row's reasoning.
 
-        A call of a tool has the form in which the template writes it.
-
-        Raises:
-            DataError: as `render_example`.
+        A call of a tool has the form in which the template writes it. Raises as `render_example`.
         """
         frame = self.frame(tokenizer, record)
         if "tool_calls" not in record.answer_parts:
@@ -183,7 +181,7 @@ class PromptTemplate:
             return _plain_text(messages)
         skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
         text = self._render(tokenizer, messages, answer=True)
-        spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
+        spans = skeleton and _find_spans(skeleton, text, [message.content for message in messages])
         if not spans:
             said = f"{self.origin} drops or changes messages, so that they cannot be told apart in its text"
             raise DataError(said, hint=PLAIN_HINT)
@@ -222,9 +220,7 @@ class PromptTemplate:
         begin, for each turn, with what the model had been shown and was to write there: the template drops an
         earlier turn's reasoning, moves the system message, or closes earlier turns in another way. A turn before
         the first user's answers nothing, and is left out, as is one that is not to be learnt.
-
-        Raises:
-            DataError: the chat template refuses the conversation, or its beginning.
+        Raises as `render_example`.
         """
         messages = self.conversation(tokenizer, record)
         asked, turns = False, []
@@ -247,9 +243,7 @@ class PromptTemplate:
 
         Chat text holds its special tokens already; plain text gets the tokenizer's BOS, if it has that habit,
         and never an EOS at its end. A prompt that is too long loses the start of its content, not the template's head.
-
-        Raises:
-            DataError: the chat template refuses the conversation.
+        Raises as `render_example`.
         """
         ids = self.tokenize(tokenizer, self.render_prompt(tokenizer, record))[0]
         start, stop = (0, 0) if max_length is None else self._gap(tokenizer, record, len(ids), max_length)
@@ -271,7 +265,7 @@ class PromptTemplate:
                 is whole after cutting.
 
         Raises:
-            DataError: the chat template refuses the conversation or cannot be split.
+            DataError: as `render_example`.
             UsageError: `max_length` is below 2.
         """
         if max_length < 2:
@@ -424,11 +418,7 @@ class PromptTemplate:
         return text
 
     def _require_shown(self, tokenizer: Any, record: Record) -> None:
-        """Refuse a row with tools whose tools, calls or results the template leaves out.
-
-        Raises:
-            DataError: naming the row and what is not shown.
-        """
+        """Refuse a row with tools whose tools, calls or results the template leaves out."""
         messages = (*self.conversation(tokenizer, record), record.answer)
         if not (record.tools or any(message.role == "tool" or "tool_calls" in message.parts for message in messages)):
             return
@@ -445,31 +435,34 @@ class PromptTemplate:
         self._shown.add(kind)
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
+        """Take a conversation of marks apart; `None` unless the template shows each of them exactly once."""
         if roles not in self._skeletons:
-            marked, skeleton = [Message(role, _mark(index)) for index, role in enumerate(roles)], None
+            skeleton = None
             with suppress(DataError):
-                skeleton = _Skeleton.of(self._render(tokenizer, marked, answer=True), len(roles))
+                marked = [Message(role, _mark(index)) for index, role in enumerate(roles)]
+                parts = _MARKS.split(self._render(tokenizer, marked, answer=True))
+                order = [int(index) for index in parts[1::2]]
+                skeleton = (parts[::2], order) if sorted(order) == list(range(len(roles))) else None
             self._skeletons[roles] = skeleton
         return self._skeletons[roles]
 
 
 def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:
     """Say what of these rows is not learnt, each kind of loss in one line."""
-    cut = sum(example.truncated > 0 for example in examples)
-    empty = sum(len(example.input_ids) == example.answer_start for example in examples)
-    lost = sum(example.lost for example in examples)
-    rewritten = sum(example.rewritten for example in examples)
-    hidden = sum(example.hides for example in examples)
-    notes = {
-        f"{cut} of {len(examples)} rows were longer than {max_length} tokens and were cut": cut,
-        f"{empty} rows lost their whole completion to truncation and were left out": empty,
-        f"{lost} earlier answers were cut and are not learnt": lost,
-        f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
-        "answers otherwise than the model writes them": rewritten,
-        f"{hidden} of {len(examples)} rows have reasoning, or text beside calls, that the template does not show: "
-        "not learnt": hidden,
+    of_all = f"of {len(examples)} rows"
+    losses: dict[str, Sequence[int]] = {
+        f"{of_all} were longer than {max_length} tokens and were cut": [each.truncated > 0 for each in examples],
+        "rows lost their whole completion to truncation and were left out": [
+            len(each.input_ids) == each.answer_start for each in examples
+        ],
+        "earlier answers were cut and are not learnt": [each.lost for each in examples],
+        f"{of_all} are learnt by their last answer alone: the chat template shows earlier answers otherwise than the "
+        "model writes them": [each.rewritten for each in examples],
+        f"{of_all} have reasoning, or text beside calls, that the template does not show: not learnt": [
+            each.hides for each in examples
+        ],
     }
-    return tuple(note for note, count in notes.items() if count)
+    return tuple(f"{sum(counts)} {loss}" for loss, counts in losses.items() if any(counts))
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -479,40 +472,18 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     return [replace(first, content=system + first.content), *rest]
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """A chat template's own text around the contents of a conversation."""
-
-    literals: tuple[str, ...]
-    """One more than there are messages."""
-    order: tuple[int, ...]
-    """The message that stands behind each literal but the last; some templates move the system message."""
-
-    @classmethod
-    def of(cls, text: str, count: int) -> _Skeleton | None:
-        """Take a rendered conversation of marks apart; `None` unless each mark stands in it exactly once."""
-        if any(text.count(_mark(index)) != 1 for index in range(count)):
+def _find_spans(skeleton: _Skeleton, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
+    """Return each content's characters if a text is exactly this skeleton filled with the contents."""
+    (head, *literals), order = skeleton
+    spans: list[Span] = [(0, 0)] * len(contents)
+    cursor = len(head)
+    for index, literal in zip(order, literals, strict=True):
+        shown = next((form for form in _forms(contents[index]) if text.startswith(form + literal, cursor)), None)
+        if shown is None:
             return None
-        order = sorted(range(count), key=lambda index: text.index(_mark(index)))
-        literals = []
-        for index in order:
-            literal, text = text.split(_mark(index))
-            literals.append(literal)
-        return cls((*literals, text), tuple(order))
-
-    def find_spans(self, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
-        """Return each content's characters if `text` is exactly this skeleton filled with the contents."""
-        spans: list[Span] = [(0, 0)] * len(contents)
-        if not text.startswith(self.literals[0]):
-            return None
-        cursor = len(self.literals[0])
-        for index, literal in zip(self.order, self.literals[1:], strict=True):
-            shown = next((form for form in _forms(contents[index]) if text.startswith(form + literal, cursor)), None)
-            if shown is None:
-                return None
-            spans[index] = (cursor, cursor + len(shown))
-            cursor += len(shown) + len(literal)
-        return tuple(spans) if cursor == len(text) else None
+        spans[index] = (cursor, cursor + len(shown))
+        cursor += len(shown) + len(literal)
+    return tuple(spans) if text.startswith(head) and cursor == len(text) else None
 
 
 def _mark(index: int) -> str:
@@ -580,14 +551,11 @@ def _hides(record: Record, completion: str, frame: TurnFrame) -> bool:
 
 def _with_written_arguments(message: Message) -> Message:
     """Return a message whose calls of tools have their arguments as JSON text."""
-    written = []
+    calls = []
     for call in message.parts.get("tool_calls") or ():
-        function = call.get("function")
-        if isinstance(function, Mapping) and not isinstance(function.get("arguments"), str):
-            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
-            call = {**call, "function": {**function, "arguments": text}}
-        written.append(call)
-    return replace(message, parts={**message.parts, "tool_calls": written}) if written else message
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return replace(message, parts={**message.parts, "tool_calls": calls}) if calls else message
 
 
 def _tool_probes(
@@ -610,10 +578,7 @@ def _tool_probes(
 
 def _marked_function(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a tool's schema or call under a mark as its name."""
-    function = entry.get("function")
-    if isinstance(function, Mapping):
-        return {**entry, "function": {**function, "name": _mark(0)}}
-    return {**entry, "name": _mark(0)}
+    return {**entry, "function": {**entry["function"], "name": _mark(0)}}
 
 
 @lru_cache(maxsize=8)
