@@ -19,11 +19,7 @@ from p2d_cli.pipeline import JSON_MARK
 
 
 def interpreter(schema: Any) -> Callable[[RawRow], RawRow]:
-    """Return what decodes the JSON of a file's rows, and puts the names of labels beside them.
-
-    Args:
-        schema: the file's Arrow schema.
-    """
+    """Return what decodes the JSON in the rows of a file of this Arrow schema, and adds the names of labels."""
     features = _features(schema.metadata or {})
     labels = label_names(features)
     kinds = {name: kind for name, kind in features.items() if '"Json"' in json.dumps(kind)}
@@ -54,11 +50,7 @@ def _decoded(value: Any, kind: Any) -> Any:
 
 
 def label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the names of each column of labels.
-
-    Args:
-        features: of a data set, as `datasets` writes them as JSON.
-    """
+    """Return the names of each column of labels, by the features of a data set as `datasets` writes them as JSON."""
     found = {}
     for column, kind in features.items():
         names = kind.get("names") if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" else None

@@ -191,11 +191,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a folder that `Dataset.save_to_disk` wrote, in the order in which its state names them.
-
-    Raises:
-        DataError: the state is not such a one, or a file is missing.
-    """
+    """Return the files of a folder that `Dataset.save_to_disk` wrote, in the order in which its state names them."""
     listed = read_json_object(folder / STATE_NAME).get("_data_files", [])
     entries = [entry.get("filename") if isinstance(entry, dict) else entry for entry in listed]
     files = tuple(folder / name for name in plain_names(entries, folder))
@@ -214,11 +210,7 @@ def plain_names(listed: Any, folder: Path) -> list[str]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        DataError: it cannot be read, or holds something else.
-    """
+    """Read a JSON file that holds an object; refuse one that holds something else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as problem:

@@ -84,11 +84,7 @@ class Place(NamedTuple):
 
 
 def require_text(value: Any, place: Place) -> str:
-    """Return a text.
-
-    Raises:
-        DataError: it is something else, or no Unicode.
-    """
+    """Return a text; refuse anything else, and what is no Unicode."""
     if not isinstance(value, str):
         kind = "dict" if isinstance(value, dict) else type(value).__name__
         raise place.problem(f"must be a text; found {'null' if value is None else f'{kind} {value!r:.40}'}")
@@ -172,11 +168,7 @@ def _content(value: Any, role: str, calls: bool, place: Place) -> tuple[str, str
 
 
 def _is_learnt(turn: Mapping[str, Any], place: Place) -> bool:
-    """Say whether a turn of the assistant counts in the loss.
-
-    Raises:
-        DataError: it is to count in part.
-    """
+    """Say whether a turn of the assistant counts in the loss; one that is to count in part is refused."""
     for key in _PARTIAL_KEYS:
         if holds(turn.get(key)):
             raise place.at(key).problem("marks parts of a turn; p2d learns a turn as a whole, or not")
@@ -225,11 +217,7 @@ def _is_given(value: Any) -> bool:
 
 
 def _read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
-    """Return tool calls as chat templates take them: of type function, with the arguments as an object.
-
-    Raises:
-        DataError: a text that is no JSON, a call without a name, or with arguments that are no JSON object.
-    """
+    """Return tool calls as chat templates take them: of type function, with the arguments as an object."""
     found = unpack_json(value)
     if isinstance(found, str):
         raise place.problem(f"is not valid JSON: {found!r:.60}", "calls are JSON objects with name and arguments")

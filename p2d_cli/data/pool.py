@@ -87,11 +87,7 @@ class Pool:
     """Positions of other rows that are not to be chosen, ascending."""
 
     def read(self, *, with_fields: bool = False) -> Iterator[Record]:
-        """Yield all rows in order, under unique ids.
-
-        Raises:
-            DataError: there are more or fewer rows than there were at first.
-        """
+        """Yield all rows in order, under unique ids; more or fewer than there were at first are an error."""
         held = None if with_fields else self.held
         rows = iter(held) if held is not None else self.scan(skip=_ignore, with_fields=with_fields)
         count = 0

@@ -56,20 +56,10 @@ def read_records(
     need_completion: bool = True,
     open_check: OpenCheck | None = None,
 ) -> RecordSet:
-    """Read the rows of a source as records, under unique ids.
+    """Read the rows of a source as records, under unique ids, at most `limit` of them.
 
-    Args:
-        source: where the rows lie.
-        columns: columns named by the user.
-        system: the system message of rows that bring none.
-        limit: stop after so many records.
-        skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
-        need_completion: whether a row without an answer is a bad row.
-        open_check: see `scan_records`.
-
-    Raises:
-        DataError: as `scan_records`.
-        UnavailableError: likewise.
+    `skip_bad_rows` leaves out rows that cannot be read or used, and lists them, instead of stopping. The other
+    arguments, and the errors, are those of `scan_records`.
     """
     skipped: list[str] = []
     rows = scan_records(

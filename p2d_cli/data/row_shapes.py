@@ -181,11 +181,7 @@ def _only_known(row: RawRow, names: Iterable[Iterable[str]], role: str, *, neede
 
 
 def require_columns(row: RawRow, names: Iterable[str]) -> None:
-    """Refuse a row that lacks a column.
-
-    Raises:
-        DataError: naming it.
-    """
+    """Refuse a row that lacks a column."""
     for name in names:
         if name not in row.fields:
             raise DataError(f"{row.where}: no column '{name}'; found {_list_columns(row)}", hint=_FLAGS)
@@ -197,11 +193,7 @@ def _list_columns(row: RawRow) -> str:
 
 
 def refuse_other_kinds(row: RawRow, layout: Layout) -> None:
-    """Refuse a row that shows more than text, or whose answer is marked as one that is not wanted.
-
-    Raises:
-        DataError: naming the column.
-    """
+    """Refuse a row that shows more than text, or whose answer is marked as one that is not wanted."""
     for name, value in row.fields.items():
         is_file = isinstance(value, dict) and value.keys() == {"bytes", "path"}  # as `datasets` has it
         if (is_file or name in _MEDIA_COLUMNS) and name not in layout.read and holds(value):

@@ -86,13 +86,7 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
 
 
 def read_rows(source: RowSource) -> Iterator[RawRow]:
-    """Yield the rows of a source in order.
-
-    Raises:
-        DataError: the first row that cannot be read, by file and line, or a source without rows.
-        UnavailableError: a hub data set that is neither cached nor reachable.
-        StorageError: a file that the system does not let p2d read.
-    """
+    """Yield the rows of a source in order, as `scan_rows` does; the first one that cannot be read is an error."""
     for row in scan_rows(source):
         if isinstance(row, BadRow):
             raise row.problem
@@ -140,11 +134,7 @@ def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
 
 
 def _require_format(path: Path) -> RowFormat:
-    """Return the format that a file's name stands for.
-
-    Raises:
-        DataError: none; its first bytes may tell what it is.
-    """
+    """Return the format that a file's name stands for; if it stands for none, its first bytes may tell what it is."""
     if (row_format := format_of(path)) is not None:
         return row_format
     try:
@@ -262,11 +252,7 @@ def _refuse_dangling(root: Path, files: Sequence[PurePosixPath]) -> None:
 
 
 def _missing_part(root: Path, files: Sequence[PurePosixPath]) -> str | None:
-    """Say what is missing of a split; None if all of it is there.
-
-    Raises:
-        DataError: a file is a link to what is not there.
-    """
+    """Say what is missing of a split; None if all of it is there. A link to what is not there is an error."""
     if not files:
         return "no file of the split is there"
     _refuse_dangling(root, files)
@@ -335,10 +321,6 @@ def _cached_files(source: RowSource) -> RowSource | None:
     """Return what the local cache holds, as `hf download` leaves it, of just this revision.
 
     `datasets` finds offline what it prepared itself before, but of whatever revision that was.
-
-    Raises:
-        DataError: a split that is missing or not chosen.
-        UnavailableError: a split that is there in part.
     """
     if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
         return None
