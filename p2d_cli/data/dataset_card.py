@@ -121,10 +121,8 @@ def _files(path: Path, name: str, entry: dict[str, Any]) -> tuple[str, Patterns 
 
 def _patterns(path: Path, given: Any) -> Patterns:
     """Return the patterns of each split from any of the forms in which a card may give them."""
-    if isinstance(given, str):
-        return {DEFAULT_SPLIT: (given,)}
-    if isinstance(given, list) and given and all(isinstance(pattern, str) for pattern in given):
-        return {DEFAULT_SPLIT: tuple(given)}
+    if isinstance(given, str) or (given and isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        given = {"split": DEFAULT_SPLIT, "path": given}
     patterns: Patterns = {}
     for entry in given if isinstance(given, list) else [given]:
         if not isinstance(entry, dict) or set(entry) != {"split", "path"} or str(entry["split"]) in patterns:

@@ -164,7 +164,7 @@ class UnreadParts:
         """Count a row's."""
         if record.unread:
             self.rows += 1
-            self.parts.update(set(record.unread))
+            self.parts.update(dict.fromkeys(record.unread, 1))
             self.first = self.first or record.where
 
     def notes(self) -> tuple[str, ...]:

@@ -303,8 +303,6 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
     try:
         with _silenced():
             rows, split = _load_hub(source)
-    except (DataError, UnavailableError):
-        raise
     except ValueError as problem:
         if offline:
             raise _unavailable(source, str(problem), offline=True) from None
