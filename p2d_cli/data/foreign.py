@@ -92,16 +92,16 @@ def _kind_of_zip(path: Path) -> _Kind:
 
 
 def _text_kind(head: bytes) -> _Kind | None:
-    encoding = None
+    encoding = ""
     even, odd = head[0:8:2], head[1:8:2]
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        what = encoding = "UTF-32"
+        encoding = "UTF-32"
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        what = encoding = "UTF-16"
+        encoding = "UTF-16"
     elif len(head) >= 4 and any(even) != any(odd):  # without a mark; every other byte of ASCII is zero
-        what, encoding = "UTF-16", "UTF-16LE" if any(even) else "UTF-16BE"
-    if encoding is not None:
-        return f"{what} text", f"save it as UTF-8, as with: iconv -f {encoding} -t UTF-8 FILE"
+        encoding = "UTF-16LE" if any(even) else "UTF-16BE"
+    if encoding:
+        return f"{encoding[:6]} text", f"save it as UTF-8, as with: iconv -f {encoding} -t UTF-8 FILE"
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "an HTML page", "download the file itself, not the page that shows it"
     return None

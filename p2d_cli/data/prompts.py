@@ -368,9 +368,8 @@ class PromptTemplate:
         The end tells what a word in the conversation may switch, such as whether to think.
         """
         added, specials = _added_tokens(tokenizer)
-        kind, turn, is_plain = "plain", "", self.name == "plain"
-        if is_plain:
-            prompt = ""
+        if self.name == "plain":
+            kind, prompt = "plain", ""
         else:
             try:
                 prompt = self._open(tokenizer, messages, tools) if prompt is None else prompt
@@ -380,10 +379,11 @@ class PromptTemplate:
             kind = f"{_kind(messages, tools)}{ending}" if found else ""
         if kind in self._frames:
             return self._frames[kind]
+        turn = None
         with suppress(DataError):
-            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
+            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt)
         blocks = known_blocks(self.chat_template or "")
-        frame = frame_of(turn, _mark(0), prompt=prompt, added=added, specials=specials, blocks=blocks)
+        frame = frame_of(turn or "", _mark(0), prompt=prompt, added=added, specials=specials, blocks=blocks)
         if kind:
             self._frames[kind] = frame
         return frame
