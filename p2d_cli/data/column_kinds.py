@@ -7,7 +7,7 @@ It stands in a Parquet or Arrow file, or in the data set's card.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,24 +85,17 @@ def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
     return tuple((column, names) for column, names in labels if any(each.get(column) != names for each in own))
 
 
-def with_labels(
-    rows: Iterator[RawRow | BadRow], labels: Mapping[str, tuple[str, ...]], *, is_csv: bool
-) -> Iterator[RawRow | BadRow]:
-    """Yield rows with the names of labels that the data set's card gives.
+def with_labels(row: RawRow, labels: Mapping[str, tuple[str, ...]], *, is_csv: bool) -> RawRow | BadRow:
+    """Return a row with the names of labels that the data set's card gives.
 
     A text that is a number stands for the label of this number, unless it is a label itself; a cell of CSV that looks
     like a number always does, as for `datasets`.
 
     Args:
-        rows: as their file holds them; what it says of its own columns gives way to the card.
+        row: as its file holds it; what that says of its own columns gives way to the card.
         labels: names by column.
-        is_csv: all their values are texts.
+        is_csv: whether all values are texts.
     """
-    for row in rows:
-        yield row if isinstance(row, BadRow) else _with_numbers(row, labels, is_csv)
-
-
-def _with_numbers(row: RawRow, labels: Mapping[str, tuple[str, ...]], is_csv: bool) -> RawRow | BadRow:
     fields = dict(row.fields)
     for column, names in labels.items():
         value = fields.get(column)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.data.splits import DEFAULT_SPLIT
 from p2d_cli.errors import DataError, first_line
 
+DEFAULT_SPLIT = "train"
+"""What `datasets` calls the only split of files whose names hold none."""
 _CHANGES_ROWS = (
     *("column_names", "columns", "comment", "converters", "decimal", "delimiter", "doublequote", "dtype", "encoding"),
     *("encoding_errors", "escapechar", "false_values", "field", "filters", "header", "index_col", "keep_default_na"),

@@ -8,27 +8,15 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from p2d_cli.core.turns import TurnFrame
-from p2d_cli.data.messages import Message
+from p2d_cli.data.messages import Message as Message
 from p2d_cli.data.raw_rows import BadRow, RowSource
-from p2d_cli.data.row_content import Record, read_record
-from p2d_cli.data.row_shapes import AmbiguousColumnsError, ColumnMap, Layout, find_layout
+from p2d_cli.data.row_content import Record as Record
+from p2d_cli.data.row_content import read_record
+from p2d_cli.data.row_shapes import AmbiguousColumnsError, Layout, find_layout
+from p2d_cli.data.row_shapes import ColumnMap as ColumnMap
 from p2d_cli.data.sources import scan_rows
 from p2d_cli.errors import DataError
 
-__all__ = [
-    "Check",
-    "ColumnMap",
-    "Message",
-    "OpenCheck",
-    "Record",
-    "RecordSet",
-    "SkippedRows",
-    "UnreadParts",
-    "read_records",
-    "repeated_ids_note",
-    "require_number",
-    "scan_records",
-]
 _SKIPPED_SHOWN = 5
 _PARTS_SHOWN = 8
 Check = Callable[[Record], None]

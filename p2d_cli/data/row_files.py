@@ -56,13 +56,12 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }[source.format]
+    labels, is_csv = dict(source.labels), source.format in {"csv", "tsv"}
     for path, name in zip(source.files, source.names, strict=True):
         try:
             _refuse_foreign(path)
-            rows = read(path, name)
-            if source.labels:
-                rows = with_labels(rows, dict(source.labels), is_csv=source.format in {"csv", "tsv"})
-            yield from rows
+            for row in read(path, name):
+                yield with_labels(row, labels, is_csv=is_csv) if labels and isinstance(row, RawRow) else row
         except (EOFError, zlib.error) as problem:
             raise DataError(f"{path}: damaged or cut-off gzip file: {problem}") from None
         except OSError as problem:

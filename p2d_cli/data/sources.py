@@ -17,27 +17,11 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from p2d_cli.data import folders
 from p2d_cli.data.column_kinds import label_names, labels_beyond
-from p2d_cli.data.folders import (
-    DICT_NAME,
-    STATE_NAME,
-    FoundSplits,
-    find_splits,
-    is_dangling,
-    is_hidden,
-    is_own_artifact,
-    is_saved,
-    may_hold_rows,
-    may_hold_unread_rows,
-    plain_names,
-    read_json_object,
-    saved_files,
-    split_files,
-)
 from p2d_cli.data.foreign import HEAD_BYTES, refuse_foreign
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import read_files
-from p2d_cli.data.splits import Splits, joins_splits, several_stems, shard_problem
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
@@ -127,7 +111,7 @@ def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
         return _locate_glob(spec, split)
     folder, _, config = spec.rpartition(":")
     if folder and config and (place := Path(folder).expanduser()).is_dir():
-        if is_own_artifact(place):
+        if folders.is_own_artifact(place):
             raise DataError(f"{folder} is an artifact of p2d, which has no configurations", hint=f"give {folder}")
         return _locate_files(spec, place, split, config)
     return None
@@ -147,25 +131,25 @@ def _require_format(path: Path) -> RowFormat:
 
 def _locate_saved(spec: str, folder: Path, split: str | None) -> RowSource | None:
     """Return what `save_to_disk` wrote into a folder, a data set or a dictionary of several; None if it did not."""
-    if (folder / DICT_NAME).is_file():
-        names = plain_names(read_json_object(folder / DICT_NAME).get("splits", []), folder)
+    if (folder / folders.DICT_NAME).is_file():
+        names = folders.plain_names(folders.read_json_object(folder / folders.DICT_NAME).get("splits", []), folder)
         split = _choose_split(spec, names, split)
         folder = folder / split
-    elif not is_saved(folder):
+    elif not folders.is_saved(folder):
         return None
     else:
         # In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
-        saved = read_json_object(folder / STATE_NAME).get("_split")
+        saved = folders.read_json_object(folder / folders.STATE_NAME).get("_split")
         if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
             raise DataError(f"{spec} has no split '{split}'; found: {saved}")
-    files = saved_files(folder)
+    files = folders.saved_files(folder)
     if not files:
         raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
     return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
 
 
 def _locate_files(spec: str, folder: Path, split: str | None, config: str | None) -> RowSource:
-    found = find_splits(folder, config)
+    found = folders.find_splits(folder, config)
     if found is None:
         raise DataError(f"no files with rows in {spec}", hint=_KNOWN_SUFFIXES)
     chosen, files = _choose_files(spec, found, split)
@@ -177,13 +161,13 @@ def _locate_files(spec: str, folder: Path, split: str | None, config: str | None
     return replace(source, notes=_notes(spec, found, chosen, files), labels=labels)
 
 
-def _notes(spec: str, found: FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:
+def _notes(spec: str, found: folders.FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:
     """Say what `datasets` does without a word: files that it joins to one split, or leaves out."""
     notes = []
-    if found.by_card and joins_splits(files):
+    if found.by_card and folders.joins_splits(files):
         notes.append(f"{spec}: its card joins files of several splits in {split}: {_listed(files)}")
     # Of files with different names one may be a part of the other.
-    elif stems := several_stems(split, files):
+    elif stems := folders.several_stems(split, files):
         notes.append(f"{spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file")
     if count := len(found.left_out):
         which = f"{count} {'files' if count > 1 else 'file'} with rows in other folders"
@@ -200,24 +184,24 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
     """Read a pattern as a folder that holds just the files it stands for."""
     # Path.glob takes no pattern from the root, nor one that leads upwards.
     matched = sorted({Path(name) for name in glob(str(Path(spec).expanduser()), recursive=True)})  # noqa: PTH207
-    paths = [path for path in matched if path.is_file() or is_dangling(path)]
+    paths = [path for path in matched if path.is_file() or folders.is_dangling(path)]
     if not paths:
         what = "only folders match" if matched else "no file matches"
         raise DataError(f"{what} {spec}", hint="as in a shell, * stands for any name, and ** for any folders")
-    asks_hidden = is_hidden(PurePosixPath(spec))
-    rows = [path for path in paths if may_hold_rows(path) and (asks_hidden or not is_hidden(path))]
+    asks_hidden = folders.is_hidden(PurePosixPath(spec))
+    rows = [path for path in paths if folders.may_hold_rows(path) and (asks_hidden or not folders.is_hidden(path))]
     if not rows:
         _require_format(paths[0])
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
     root = Path(os.path.commonpath([path.parent for path in rows]))
-    asked = [*rows, *(path for path in paths if may_hold_unread_rows(path))]
-    found = split_files(root, [PurePosixPath(os.path.relpath(path, root)) for path in asked], all_asked=True)
+    asked = [*rows, *(path for path in paths if folders.may_hold_unread_rows(path))]
+    found = folders.split_files(root, [PurePosixPath(os.path.relpath(path, root)) for path in asked], all_asked=True)
     chosen, group = _choose_files(spec, found, split)
     _refuse_dangling(root, group)
     return replace(_one_format(spec, [root / path for path in group], split), notes=_notes(spec, found, chosen, group))
 
 
-def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
+def _choose_files(spec: str, found: folders.FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
     """Return the name and the files of a split: the one asked for, or the only one."""
     # A file beside a split may have its name, as train.jsonl beside the folder train.
     others = {files[0].as_posix() if name in found.splits else name: files for name, files in found.others.items()}
@@ -234,7 +218,7 @@ def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str
     return chosen, groups[chosen]
 
 
-def _refuse_two_splits(spec: str, splits: Splits, split: str | None) -> None:
+def _refuse_two_splits(spec: str, splits: folders.Splits, split: str | None) -> None:
     """Refuse a file whose name, or that of its folder, is of two splits, if it would be read."""
     counts = Counter(path for files in splits.values() for path in files)
     asked = counts if split is None else splits.get(split, [])
@@ -246,7 +230,7 @@ def _refuse_two_splits(spec: str, splits: Splits, split: str | None) -> None:
 
 def _refuse_dangling(root: Path, files: Sequence[PurePosixPath]) -> None:
     for path in files:
-        if is_dangling(root / path):
+        if folders.is_dangling(root / path):
             target = (root / path).readlink()
             raise DataError(f"{root / path} is a link to {target}, which is not there", hint="fetch or remove it")
 
@@ -257,7 +241,7 @@ def _missing_part(root: Path, files: Sequence[PurePosixPath]) -> str | None:
         return "no file of the split is there"
     _refuse_dangling(root, files)
     absent = [path.as_posix() for path in files if not (root / path).is_file()]
-    return f"{absent[0]} is missing" if absent else shard_problem(files)
+    return f"{absent[0]} is missing" if absent else folders.shard_problem(files)
 
 
 def _one_format(spec: str, files: Sequence[Path], split: str | None) -> RowSource:
@@ -323,7 +307,7 @@ def _cached_files(source: RowSource) -> RowSource | None:
     if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
         return None
     folder = _cache_folder(source) / "snapshots" / commit
-    found = find_splits(folder, source.config_name) if folder.is_dir() else None
+    found = folders.find_splits(folder, source.config_name) if folder.is_dir() else None
     if found is None:
         return None
     # On the hub, what belongs to no split is documentation.
