@@ -30,7 +30,7 @@ Splits = dict[str, list[PurePosixPath]]
 STATE_NAME = "state.json"
 """Beside the Arrow files of `Dataset.save_to_disk`."""
 DICT_NAME = "dataset_dict.json"
-NOT_ROWS = frozenset(
+_NOT_ROWS = frozenset(
     {
         *("dataset_info.json", "dataset_infos.json", DICT_NAME, STATE_NAME, "config.json"),  # of `datasets` and the hub
         *("croissant.json", "dataset-metadata.json", "datapackage.json"),  # of other catalogues
@@ -91,7 +91,7 @@ def find_splits(folder: Path, config: str | None = None) -> FoundSplits | None:
         # What the card names, there or not: of the splits that it lists, some may never have been fetched.
         named: dict[PurePosixPath, None] = {}
         for pattern in patterns:
-            matched = matching_pattern(pattern, files)
+            matched = [path for path in files if _matches(PurePosixPath(pattern).parts, path.parts)]
             named |= dict.fromkeys(matched if matched or has_magic(pattern) else [PurePosixPath(pattern)])
         splits[split] = list(named)
     return FoundSplits(root, splits, labels=card.labels, by_card=True)
@@ -107,7 +107,7 @@ def split_files(root: Path, paths: Sequence[PurePosixPath], *, all_asked: bool =
             path. Otherwise only what lies beside the files of a split is.
     """
     files = [path for path in paths if may_hold_rows(path)]
-    splits = split_by_name(files)
+    splits = _split_by_name(files)
     chosen = {path for group in splits.values() for path in group}
     if chosen == set(files) and len(splits) == 1:
         # Files of another format in deeper folders are left out, such as the JSON of a program beside Parquet.
@@ -118,13 +118,13 @@ def split_files(root: Path, paths: Sequence[PurePosixPath], *, all_asked: bool =
     beside = [path for path in files if path not in chosen and path.parent in folders]
     taken = {*beside, *(path for group in splits.values() for path in group)}
     left_out = [path for path in files if path not in taken]
-    others = grouped(beside)
+    others = _grouped(beside)
     if all_asked:
-        others |= grouped(left_out, lambda path: (path.parent / stem_of(path)).as_posix())
+        others |= _grouped(left_out, lambda path: (path.parent / _stem_of(path)).as_posix())
         left_out = []
-    is_named = set(splits) != {DEFAULT_SPLIT} or any(map(names_a_split, files))
-    unread = () if is_named else tuple(path for path in paths if not may_hold_rows(path) and names_a_split(path))
-    return FoundSplits(root, splits, others, grouped(files), tuple(left_out), unread)
+    is_named = set(splits) != {DEFAULT_SPLIT} or any(map(_names_a_split, files))
+    unread = () if is_named else tuple(path for path in paths if not may_hold_rows(path) and _names_a_split(path))
+    return FoundSplits(root, splits, others, _grouped(files), tuple(left_out), unread)
 
 
 # --- splits by name
@@ -154,7 +154,7 @@ _SHARD = re.compile(
 _SHARD_ENDING = re.compile(r"([-_.][0-9]+|[-_. ][0-9]+[-_. ]?of[-_. ]?[0-9]+(-\w+)?)$", re.IGNORECASE)
 
 
-def split_by_name(files: Sequence[PurePosixPath]) -> Splits:
+def _split_by_name(files: Sequence[PurePosixPath]) -> Splits:
     """Return the files of each split; a file that belongs to none is left out, unless all files are like it.
 
     As in `datasets`, the first of these that finds anything decides: `data/NAME-00000-of-00001*`, the names of
@@ -170,7 +170,7 @@ def split_by_name(files: Sequence[PurePosixPath]) -> Splits:
         return by_folder
     if by_file := _by_file_name(files):
         return by_file
-    by_word = _matching(files, _IN_WORD, lambda path: tuple(stem_of(PurePath(part)) for part in path.parts))
+    by_word = _matching(files, _IN_WORD, lambda path: tuple(_stem_of(PurePath(part)) for part in path.parts))
     if DEFAULT_SPLIT in by_word and len(by_word) > 1:
         return by_word
     return {DEFAULT_SPLIT: list(files)} if files else {}
@@ -193,7 +193,7 @@ def _matching(
     return {split: group for split, group in found.items() if group}
 
 
-def names_a_split(path: PurePosixPath) -> bool:
+def _names_a_split(path: PurePosixPath) -> bool:
     """Say whether the name of a file, or of a folder on its way, is that of a split."""
     return bool(_by_file_name([path]) or _by_folder_name([path]))
 
@@ -206,12 +206,12 @@ def joins_splits(files: Sequence[PurePosixPath]) -> bool:
 def several_stems(split: str, files: Sequence[PurePosixPath]) -> list[str]:
     """Return the different names of files that one split owes to their names, as `train` and `train_small`."""
     pattern = _IN_FILE_NAME.get(split)
-    stems = sorted({stem_of(path) for path in files})
+    stems = sorted({_stem_of(path) for path in files})
     by_name = pattern is not None and all(pattern.search(path.name) for path in files)
     return stems if by_name and len(stems) > 1 else []
 
 
-def stem_of(path: PurePath) -> str:
+def _stem_of(path: PurePath) -> str:
     """Return a file's name without the endings of its format and the number of a shard."""
     name = path.name
     while PurePath(name).suffix.lower() in (*FORMATS, ".gz"):
@@ -219,7 +219,7 @@ def stem_of(path: PurePath) -> str:
     return _SHARD_ENDING.sub("", name)
 
 
-def grouped(files: Iterable[PurePosixPath], name_of: Callable[[PurePosixPath], str] = stem_of) -> Splits:
+def _grouped(files: Iterable[PurePosixPath], name_of: Callable[[PurePosixPath], str] = _stem_of) -> Splits:
     """Return files by a name that they share, such as their stem."""
     groups: Splits = {}
     for path in files:
@@ -227,13 +227,8 @@ def grouped(files: Iterable[PurePosixPath], name_of: Callable[[PurePosixPath], s
     return groups
 
 
-def matching_pattern(pattern: str, files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
-    """Return the files whose path a pattern of a dataset card stands for: `*`, `?`, `[...]`, and `**` for folders."""
-    wanted = PurePosixPath(pattern).parts
-    return [path for path in files if _matches(wanted, path.parts)]
-
-
 def _matches(wanted: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    """Say whether a pattern of a card stands for a path: `*`, `?`, `[...]`, and `**` for folders."""
     if not wanted or not parts:
         return not wanted and not parts
     if wanted[0] == "**":
@@ -271,7 +266,7 @@ def shard_problem(files: Iterable[PurePosixPath]) -> str | None:
 def may_hold_rows(path: PurePath) -> bool:
     """Say whether a file holds rows by its name, packed ones included, so that those are not left out in silence."""
     is_packed = path.suffix.lower() in _PACKED and format_of(PurePath(path.stem)) is not None
-    return (format_of(path) is not None or is_packed) and path.name not in NOT_ROWS
+    return (format_of(path) is not None or is_packed) and path.name not in _NOT_ROWS
 
 
 def may_hold_unread_rows(path: PurePath) -> bool:
