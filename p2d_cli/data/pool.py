@@ -1,8 +1,8 @@
 """A pool of rows that need not fit into memory: read again for each use, a chunk at a time.
 
 One pass counts the rows and finds what concerns all of them: ids that repeat, and rows that are target rows as well.
-During that pass 8 bytes a row are held (a digest of its id), afterwards one, but where places are looked up. A pool of a
-single chunk is kept, and not read again.
+During that pass 8 bytes a row are held (a digest of its id), afterwards one, but where places are looked up. A pool of
+a single chunk is kept, and not read again.
 
 Axes: N rows of the pool.
 """
