@@ -390,32 +390,27 @@ class PromptTemplate:
 
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         """Render; calls of tools have their arguments as an object, or as JSON text for templates that want it so."""
-        try:
-            return self._apply(tokenizer, messages, tools, answer=answer)
-        except DataError:
-            written = [_with_written_arguments(message) for message in messages]
-            if written != list(messages):
-                with suppress(DataError):
-                    return self._apply(tokenizer, written, tools, answer=answer)
-            raise
-
-    def _apply(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, *, answer: bool) -> str:
         import jinja2
 
         source = self.chat_template or ""
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content, **message.parts} for message in messages],
-                tools=list(tools) or None,
-                chat_template=_FIXED_DAY + source if "strftime_now" in source else source,
-                tokenize=False,
-                add_generation_prompt=answer,
-                date_string=_TEMPLATE_DATE,
-            )
-        except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=PLAIN_HINT) from None
-        return text
+        written = [_with_written_arguments(message) for message in messages]
+        refusal: Exception | None = None
+        for form in (messages,) if written == list(messages) else (messages, written):
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    [{"role": message.role, "content": message.content, **message.parts} for message in form],
+                    tools=list(tools) or None,
+                    chat_template=_FIXED_DAY + source if "strftime_now" in source else source,
+                    tokenize=False,
+                    add_generation_prompt=answer,
+                    date_string=_TEMPLATE_DATE,
+                )
+            except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
+                refusal = refusal or problem
+            else:
+                return text
+        roles = ", ".join(message.role for message in messages)
+        raise DataError(f"{self.origin} refuses a conversation of {roles}: {refusal}", hint=PLAIN_HINT)
 
     def _require_shown(self, tokenizer: Any, record: Record) -> None:
         """Refuse a row with tools whose tools, calls or results the template leaves out."""
