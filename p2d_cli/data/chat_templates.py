@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,25 +38,21 @@ def resolve_template(
         DataError: the file cannot be read, or is not a template.
         UsageError: `chat` or an argument is asked for, and there is no chat template, or none with that variable.
     """
-    template = _chosen(tokenizer, requested, chat_file)
+    if requested == "plain" or (requested == "auto" and chat_file is None and not tokenizer.chat_template):
+        template = PromptTemplate("plain")
+    elif chat_file is not None:
+        template = PromptTemplate("chat", read_chat_template(chat_file), origin=f"the chat template {chat_file.name}")
+    elif tokenizer.chat_template:
+        template = PromptTemplate("chat", str(tokenizer.get_chat_template()))
+    else:
+        hint = f"{PLAIN_HINT}, or give --chat-template FILE"
+        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=hint)
     if not arguments:
         return template
     if template.chat_template is None:
         message = "--chat-template-kwargs: rows are shown as plain text, without a chat template"
         raise UsageError(message, hint="leave it out, or give --chat-template FILE")
-    source = with_arguments(template.chat_template, arguments)
-    return PromptTemplate("chat", source, origin=template.origin)
-
-
-def _chosen(tokenizer: Any, requested: str, chat_file: Path | None) -> PromptTemplate:
-    if requested != "plain" and chat_file is not None:
-        return PromptTemplate("chat", read_chat_template(chat_file), origin=f"the chat template {chat_file.name}")
-    if requested == "plain" or (requested == "auto" and not tokenizer.chat_template):
-        return PromptTemplate("plain")
-    if not tokenizer.chat_template:
-        hint = f"{PLAIN_HINT}, or give --chat-template FILE"
-        raise UsageError("--template chat: this model's tokenizer has no chat template", hint=hint)
-    return PromptTemplate("chat", str(tokenizer.get_chat_template()))
+    return replace(template, chat_template=with_arguments(template.chat_template, arguments))
 
 
 def with_arguments(source: str, arguments: Mapping[str, Any]) -> str:
@@ -99,11 +96,8 @@ def _literal(value: Any) -> str:
 
 def find_chat_template(folder: Path) -> Path | None:
     """Return the file of a folder that holds its chat template, if there is one."""
-    return next((folder / name for name in _PLACES if (folder / name).is_file() and _holds_one(folder / name)), None)
-
-
-def _holds_one(path: Path) -> bool:
-    return path.suffix != ".json" or _template_of_json(path) is not None
+    paths = (folder / name for name in _PLACES if (folder / name).is_file())
+    return next((path for path in paths if path.suffix != ".json" or _template_of_json(path) is not None), None)
 
 
 def _template_of_json(path: Path) -> str | None:
@@ -149,8 +143,15 @@ def read_chat_template(path: Path) -> str:
 def _environment() -> Any:
     """Return an environment that parses what transformers parses."""
     import jinja2
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
 
-    from p2d_cli.data.generation_tag import GenerationTag
+    class GenerationTag(Extension):
+        """`{% generation %}...{% endgeneration %}`, which shows what it holds: transformers masks answers by it."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])

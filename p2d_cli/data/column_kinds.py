@@ -7,7 +7,7 @@ It stands in a Parquet or Arrow file, or in the data set's card.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,55 @@ from p2d_cli.data.raw_rows import BadRow, RawRow, unpack_json
 from p2d_cli.errors import DataError
 from p2d_cli.pipeline import JSON_MARK
 
-Decode = Callable[[Any], Any]
 
-
-def interpreted(rows: Iterator[RawRow | BadRow], schema: Any) -> Iterator[RawRow | BadRow]:
-    """Yield a file's rows with JSON decoded, and with the names of labels beside them.
-
-    Args:
-        rows: as the file holds them.
-        schema: its Arrow schema.
-    """
+def interpreter(schema: Any) -> Callable[[RawRow], RawRow]:
+    """Return what decodes the JSON in the rows of a file of this Arrow schema, and adds the names of labels."""
     features = _features(schema.metadata or {})
     labels = label_names(features)
-    decoders: dict[str, Decode] = {name: decode for name, kind in features.items() if (decode := _decoder(kind))}
-    marked = (column.name for column in schema if JSON_MARK.items() <= (column.metadata or {}).items())
-    decoders |= dict.fromkeys(marked, unpack_json)
-    if not labels and not decoders:
-        yield from rows
-        return
-    for row in rows:
-        if isinstance(row, RawRow):
-            decoded = {name: decode(row.fields[name]) for name, decode in decoders.items() if name in row.fields}
-            yield replace(row, fields=row.fields | decoded, labels=labels)
-        else:
-            yield row
+    kinds = {name: kind for name, kind in features.items() if '"Json"' in json.dumps(kind)}
+    for column in schema:
+        if JSON_MARK.items() <= (column.metadata or {}).items():
+            kinds[column.name] = {"_type": "Json"}
+
+    def interpret(row: RawRow) -> RawRow:
+        decoded = {name: _decoded(row.fields[name], kind) for name, kind in kinds.items() if name in row.fields}
+        return replace(row, fields=row.fields | decoded, labels=labels)
+
+    return interpret if labels or kinds else lambda row: row
 
 
-def with_labels(
-    rows: Iterator[RawRow | BadRow], labels: Mapping[str, tuple[str, ...]], *, is_csv: bool
-) -> Iterator[RawRow | BadRow]:
-    """Yield rows with the names of labels that the data set's card gives.
+def _decoded(value: Any, kind: Any) -> Any:
+    """Decode what is JSON in a value, by the form that `datasets` gives to the features of a column."""
+    fields = kind if isinstance(kind, Mapping) else {}
+    if fields.get("_type") == "Json":
+        return unpack_json(value)
+    items = kind if isinstance(kind, list) else []
+    if fields.get("_type") in {"List", "LargeList", "Sequence"} and "feature" in fields:
+        items = [fields["feature"]]
+    if len(items) == 1:
+        return [_decoded(item, items[0]) for item in value] if isinstance(value, list) else _decoded(value, items[0])
+    if isinstance(value, Mapping):
+        return {name: _decoded(part, fields.get(name)) for name, part in value.items()}
+    return value
 
-    A text that is a number stands for the label of this number, unless it is a label itself; a cell of CSV that looks
-    like a number always does, as for `datasets`.
 
-    Args:
-        rows: as their file holds them; what it says of its own columns gives way to the card.
-        labels: names by column.
-        is_csv: all their values are texts.
-    """
-    for row in rows:
-        yield row if isinstance(row, BadRow) else _with_numbers(row, labels, is_csv)
+def label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the names of each column of labels, by the features of a data set as `datasets` writes them as JSON."""
+    found = {}
+    for column, kind in features.items():
+        names = kind.get("names") if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            found[column] = tuple(names)
+    return found
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+    """Return the features of `datasets` in a schema's metadata; none where there are none, or other things."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
@@ -77,71 +85,27 @@ def labels_beyond(files: Sequence[Path], labels: Labels) -> Labels:
     return tuple((column, names) for column, names in labels if any(each.get(column) != names for each in own))
 
 
-def _with_numbers(row: RawRow, labels: Mapping[str, tuple[str, ...]], is_csv: bool) -> RawRow | BadRow:
+def with_labels(row: RawRow, labels: Mapping[str, tuple[str, ...]], *, is_csv: bool) -> RawRow | BadRow:
+    """Return a row with the names of labels that the data set's card gives.
+
+    A text that is a number stands for the label of this number, unless it is a label itself; a cell of CSV that looks
+    like a number always does, as for `datasets`.
+
+    Args:
+        row: as its file holds it; what that says of its own columns gives way to the card.
+        labels: names by column.
+        is_csv: whether all values are texts.
+    """
     fields = dict(row.fields)
     for column, names in labels.items():
         value = fields.get(column)
-        if not isinstance(value, str) or (value in names and not (is_csv and _is_number(value))):
+        if not isinstance(value, str):
             continue
-        if is_csv and not value:
-            fields[column] = None
-        elif _is_number(value):
-            fields[column] = int(value)
-        else:
+        is_number = value.isascii() and value.strip().removeprefix("-").isdigit()
+        if value in names and not (is_csv and is_number):
+            continue
+        if not is_number and not (is_csv and not value):
             message = f"{row.where}: column '{column}' holds {value!r:.60}, which is none of the card's labels"
             return BadRow(row.where, DataError(message, hint=f"the labels are {', '.join(names[:8])}"))
+        fields[column] = int(value) if is_number else None
     return replace(row, fields=fields, labels={**row.labels, **labels})
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.strip().removeprefix("-").isdigit()
-
-
-def label_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the names of each column of labels.
-
-    Args:
-        features: of a data set, as `datasets` writes them as JSON.
-    """
-    found = {}
-    for column, kind in features.items():
-        names = kind.get("names") if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" else None
-        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            found[column] = tuple(names)
-    return found
-
-
-def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
-    """Return the features of `datasets` in a schema's metadata; none where there are none, or other things."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _decoder(kind: Any) -> Decode | None:
-    """Return what decodes a value of this kind, None where nothing in it is JSON."""
-    if isinstance(kind, list):
-        return _decoder_of_lists(kind[0]) if len(kind) == 1 else None
-    if not isinstance(kind, Mapping):
-        return None
-    if kind.get("_type") == "Json":
-        return unpack_json
-    if kind.get("_type") in {"List", "LargeList", "Sequence"} and "feature" in kind:
-        return _decoder_of_lists(kind["feature"])
-    fields = {name: decode for name, part in kind.items() if (decode := _decoder(part))}
-    return (lambda value: _decoded_fields(value, fields)) if fields else None
-
-
-def _decoder_of_lists(kind: Any) -> Decode | None:
-    decode = _decoder(kind)
-    if decode is None:
-        return None
-    return lambda value: [decode(item) for item in value] if isinstance(value, list) else decode(value)
-
-
-def _decoded_fields(value: Any, fields: Mapping[str, Decode]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {name: fields[name](part) if name in fields else part for name, part in value.items()}

@@ -10,8 +10,9 @@ Legend: N pool rows, Q target rows, S demos of an episode, T tokens.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from p2d_cli.errors import DataError
 Groups = NDArray[np.int64]
 """A number for each row; rows that say the same share it."""
 
+_Turns = tuple[Message, ...]
 _SEPARATOR = "\n\n"
 _SWAPS = 2000
 _CUTS = 8
@@ -106,11 +108,10 @@ def plan_mining(
     _require_rows("the pool", num_pool, demos, "demos")
     _require_rows("the target", num_targets, queries, "queries")
     deck = _Deck(target_groups, rng, "target")
-    guard = _DuplicateGuard(pool_groups.tolist(), target_groups.tolist(), queries)
     plan = []
     for draw in range(draws):
         hands = _deal(list(range(num_pool)), demos, rng)
-        guard.separate(hands, rng)
+        _separate(hands, pool_groups.tolist(), Counter(target_groups.tolist()), num_targets - queries, rng)
         for hand in hands:
             asked = deck.take(queries, avoid={int(pool_groups[row]) for row in hand})
             plan.append(Episode(demos=tuple(hand), queries=tuple(asked), target_demo=None, draw=draw))
@@ -152,28 +153,19 @@ def plan_contrast(
     pool_groups: Groups,
     target_groups: Groups,
 ) -> list[Episode]:
-    """Plan episodes in which one target demo stands among pool demos, and another target row asks.
+    """Plan so many episodes in which one target demo stands among pool demos, and another target row asks.
 
     The target demo's slot is random; no two of target demo, query and pool demos (but for two pool demos) are
-    duplicates. Targets and pool rows are used evenly.
-
-    Args:
-        num_targets: Q.
-        num_pool: N.
-        demos: demos an episode, the target demo included, S.
-        episodes: how many to plan.
-        rng: source of all chance.
-        pool_groups: `[N]`, see `duplicate_groups`.
-        target_groups: `[Q]`.
+    duplicates. Targets and pool rows are used evenly. Arguments as in `plan_mining`; `demos` counts the target demo.
 
     Raises:
         DataError: too few pool rows, or fewer than two different target rows.
     """
     _require_rows("the pool", num_pool, demos - 1, "demos beside the target's")
-    if len(np.unique(target_groups)) < 2:
+    if (different := len(np.unique(target_groups))) < 2:
         raise DataError(
             f"expected at least two different target rows, one to show and one to ask; found {num_targets} rows, "
-            f"{len(np.unique(target_groups))} different",
+            f"{different} different",
             hint="give more target rows",
         )
     shown, asked = _Deck(target_groups, rng, "target"), _Deck(target_groups, rng, "target")
@@ -191,10 +183,8 @@ def plan_contrast(
 
 def _require_rows(what: str, found: int, needed: int, role: str) -> None:
     if found < needed:
-        raise DataError(
-            f"{what} has {found} rows; an episode needs {needed} {role}",
-            hint=f"give more rows, or ask for fewer {role}",
-        )
+        message = f"{what} has {found} rows; an episode needs {needed} {role}"
+        raise DataError(message, hint=f"give more rows, or ask for fewer {role}")
 
 
 def _deal(rows: Sequence[int], size: int, rng: np.random.Generator) -> list[list[int]]:
@@ -205,6 +195,44 @@ def _deal(rows: Sequence[int], size: int, rng: np.random.Generator) -> list[list
     dealt = order[: len(order) - len(hands[-1])]
     hands[-1] += [dealt[index] for index in rng.permutation(len(dealt))[:missing]]
     return hands
+
+
+def _separate(
+    hands: list[list[int]], groups: Sequence[int], copies: Counter[int], spare: int, rng: np.random.Generator
+) -> None:
+    """Swap demos between hands, in place, until each hand leaves enough targets that none of its demos duplicates.
+
+    Args:
+        hands: rows of the pool.
+        groups: of all rows of the pool.
+        copies: how many targets there are of each group.
+        spare: how many targets an episode can do without.
+        rng: source of all chance.
+    """
+
+    def blocked(hand: Sequence[int]) -> int:
+        return sum(copies[group] for group in {groups[row] for row in hand})
+
+    for position, hand in enumerate(hands):
+        attempts = 0
+        while blocked(hand) > spare:
+            attempts += 1
+            if attempts > _SWAPS or len(hands) == 1:
+                raise DataError(
+                    "too many pool rows duplicate target rows: an episode with them has no query left",
+                    hint="take the target rows out of the pool, give more target rows, or lower --demos",
+                )
+            index = int(rng.integers(len(hands) - 1))
+            other = hands[index + (index >= position)]
+            here, there = int(rng.integers(len(hand))), int(rng.integers(len(other)))
+            given, got = hand[here], other[there]
+            # Only a duplicate of a target is worth a swap, and no row may repeat, nor either hand get worse.
+            if copies[groups[given]] == 0 or got in hand or given in other:
+                continue
+            new_hand = [*hand[:here], got, *hand[here + 1 :]]
+            new_other = [*other[:there], given, *other[there + 1 :]]
+            if blocked(new_hand) <= blocked(hand) and blocked(new_other) <= max(spare, blocked(other)):
+                hand[here], other[there] = got, given
 
 
 def _two_folds(groups: Groups, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -228,9 +256,7 @@ class _Deck:
         self._groups = groups
         self._rng = rng
         self._what = what
-        self._passed: deque[int] = deque()
-        self._round: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._next = 0
+        self._rows: deque[int] = deque()
 
     def take(self, count: int, *, avoid: set[int]) -> list[int]:
         """Return `count` different rows of none of these groups; rows passed over come first the next time."""
@@ -238,7 +264,7 @@ class _Deck:
         passed: list[int] = []
         fresh = 0
         while len(taken) < count:
-            if not self._passed and self._next == len(self._round):
+            if not self._rows:
                 fresh += 1
                 if fresh > 2:
                     raise DataError(
@@ -246,55 +272,11 @@ class _Deck:
                         f"expected {count}, found {len(taken)}",
                         hint=f"give more different {self._what} rows",
                     )
-                self._round, self._next = self._rng.permutation(len(self._groups)), 0
-            row = self._draw()
+                self._rows.extend(self._rng.permutation(len(self._groups)).tolist())
+            row = self._rows.popleft()
             (passed if int(self._groups[row]) in avoid or row in taken else taken).append(row)
-        self._passed.extendleft(reversed(passed))
+        self._rows.extendleft(reversed(passed))
         return taken
-
-    def _draw(self) -> int:
-        if self._passed:
-            return self._passed.popleft()
-        self._next += 1
-        return int(self._round[self._next - 1])
-
-
-class _DuplicateGuard:
-    """Sees to it that each hand of demos leaves enough targets that none of its demos duplicates."""
-
-    def __init__(self, pool_groups: list[int], target_groups: list[int], queries: int) -> None:
-        self._groups = pool_groups
-        self._copies = Counter(target_groups)
-        self._spare = len(target_groups) - queries
-
-    def separate(self, hands: list[list[int]], rng: np.random.Generator) -> None:
-        """Swap demos between hands, in place, until each hand has queries left."""
-        for position, hand in enumerate(hands):
-            attempts = 0
-            while self._blocked(hand) > self._spare:
-                attempts += 1
-                if attempts > _SWAPS or len(hands) == 1:
-                    raise DataError(
-                        "too many pool rows duplicate target rows: an episode with them has no query left",
-                        hint="take the target rows out of the pool, give more target rows, or lower --demos",
-                    )
-                other = int(rng.integers(len(hands) - 1))
-                self._try_swap(hand, hands[other + (other >= position)], rng)
-
-    def _blocked(self, hand: Iterable[int]) -> int:
-        return sum(self._copies[group] for group in {self._groups[row] for row in hand})
-
-    def _try_swap(self, hand: list[int], other: list[int], rng: np.random.Generator) -> None:
-        """Exchange two random demos if the first duplicates a target, neither hand gets worse, and no row repeats."""
-        here, there = int(rng.integers(len(hand))), int(rng.integers(len(other)))
-        given, got = hand[here], other[there]
-        if self._copies[self._groups[given]] == 0 or got in hand or given in other:
-            return
-        new_hand = [*hand[:here], got, *hand[here + 1 :]]
-        new_other = [*other[:there], given, *other[there + 1 :]]
-        limit = max(self._spare, self._blocked(other))
-        if self._blocked(new_hand) <= self._blocked(hand) and self._blocked(new_other) <= limit:
-            hand[here], other[there] = got, given
 
 
 # --- tokens
@@ -336,69 +318,40 @@ def encode_episode(
     if not tokenizer.is_fast:
         raise DataError("few-shot episodes need a fast tokenizer, one that tells each token's characters")
     for record in (*demos, *queries):
-        _require_text_alone(record)
-    conversation = _Conversation.of(template, tokenizer, [*demos, *queries])
-    located = conversation.locate(template, tokenizer)
+        turns = (*record.messages, record.answer)
+        if record.tools or any("tool_calls" in turn.parts or turn.role == "tool" for turn in turns):
+            raise DataError(
+                f"{record.where}: few-shot episodes cannot show tools and their calls",
+                hint="let heads read rows one at a time: --affinity readout, and score-heads --method readout",
+            )
+    system, rows = _conversation(template, tokenizer, [*demos, *queries])
     cut: set[int] = set()
     for _ in range(_CUTS):
+        located = _locate(template, tokenizer, system, rows)
         if len(located.input_ids) <= max_length:
             return _mask(located, len(demos), len(cut))
-        shorter = _shorten_demos(conversation, located, len(demos), max_length, queries[0].where)
-        cut |= {row for row, new in enumerate(shorter.rows) if new != conversation.rows[row]}
-        conversation, located = shorter, shorter.locate(template, tokenizer)
-    raise DataError(
-        f"the demos for {queries[0].where} cannot be cut to --max-length {max_length}",
-        hint="raise --max-length or lower --demos",
-    )
+        shorter = _shorten_demos(rows, located, len(demos), max_length, queries[0].where)
+        cut |= {row for row, new in enumerate(shorter) if new != rows[row]}
+        rows = shorter
+    message = f"the demos for {queries[0].where} cannot be cut to --max-length {max_length}"
+    raise DataError(message, hint="raise --max-length or lower --demos")
 
 
-def _require_text_alone(record: Record) -> None:
-    turns = (*record.messages, record.answer)
-    if record.tools or any("tool_calls" in turn.parts or turn.role == "tool" for turn in turns):
-        raise DataError(
-            f"{record.where}: few-shot episodes cannot show tools and their calls",
-            hint="let heads read rows one at a time: --affinity readout, and score-heads --method readout",
-        )
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """The turns of an episode, row by row; each row ends with its completion."""
-
-    system: Message | None
-    rows: tuple[tuple[Message, ...], ...]
-
-    @classmethod
-    def of(cls, template: PromptTemplate, tokenizer: Any, records: Sequence[Record]) -> _Conversation:
-        shared = {record.system for record in records}
-        apart = len(shared) == 1 and shared != {None} and template.takes_system(tokenizer)
-        rows = []
-        for record in records:
-            turns = template.conversation(tokenizer, record)
-            system = [turn for turn in turns if turn.role == "system"]
-            if apart:
-                turns = [turn for turn in turns if turn.role != "system"]
-            elif system:
-                turns = fold_system(turns)
-            rows.append((*turns, record.answer))
-        return cls(Message("system", shared.pop() or "") if apart else None, tuple(rows))
-
-    def locate(self, template: PromptTemplate, tokenizer: Any) -> _Located:
-        """Render and tokenize; the last answer is written as it is behind what the template writes before answers."""
-        turns = [turn for row in self.rows for turn in row]
-        head = [] if self.system is None else [self.system]
-        placed = template.place(tokenizer, [*head, *turns[:-1]])
-        blank = "" if template.name == "chat" or _adds_bos(tokenizer) else _SEPARATOR
-        answer = turns[-1].content
-        text = blank + placed.text + template.simple_frame(tokenizer).lead + answer
-        spans = [(start + len(blank), stop + len(blank)) for start, stop in placed.spans[len(head) :]]
-        spans.append((len(text) - len(answer), len(text)))
-        input_ids, offsets = template.tokenize(tokenizer, text)
-        by_row, position = [], 0
-        for row in self.rows:
-            by_row.append(tuple(spans[position : position + len(row)]))
-            position += len(row)
-        return _Located(text, tuple(input_ids), np.array(offsets, dtype=np.int64).reshape(-1, 2), tuple(by_row))
+def _conversation(
+    template: PromptTemplate, tokenizer: Any, records: Sequence[Record]
+) -> tuple[list[Message], list[_Turns]]:
+    """Return the system message that all rows share, if they do, and the turns of each row, its completion last."""
+    shared = {record.system for record in records}
+    apart = len(shared) == 1 and shared != {None} and template.takes_system(tokenizer)
+    rows = []
+    for record in records:
+        turns = template.conversation(tokenizer, record)
+        if apart:
+            turns = [turn for turn in turns if turn.role != "system"]
+        elif any(turn.role == "system" for turn in turns):
+            turns = fold_system(turns)
+        rows.append((*turns, record.answer))
+    return [Message("system", shared.pop() or "")] if apart else [], rows
 
 
 @dataclass(frozen=True)
@@ -416,9 +369,28 @@ class _Located:
         inside_T: NDArray[np.bool_] = (starts_T < span[1]) & (stops_T > span[0])
         return inside_T
 
+    def tokens_of(self, row: int) -> NDArray[np.bool_]:
+        """Return `[T]`, true for tokens from the first of a row's contents to the last."""
+        return self.tokens_in((self.spans[row][0][0], self.spans[row][-1][1]))
 
-def _adds_bos(tokenizer: Any) -> bool:
-    return bool(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0])
+
+def _locate(template: PromptTemplate, tokenizer: Any, system: list[Message], rows: Sequence[_Turns]) -> _Located:
+    """Render and tokenize; the last answer is written as it is behind what the template writes before answers."""
+    turns = [turn for row in rows for turn in row]
+    placed = template.place(tokenizer, [*system, *turns[:-1]])
+    adds_bos = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0]
+    blank = "" if template.name == "chat" or adds_bos else _SEPARATOR
+    answer = turns[-1].content
+    text = blank + placed.text + template.simple_frame(tokenizer).lead + answer
+    spans = iter(
+        [
+            *((start + len(blank), stop + len(blank)) for start, stop in placed.spans[len(system) :]),
+            (len(text) - len(answer), len(text)),
+        ]
+    )
+    input_ids, offsets = template.tokenize(tokenizer, text)
+    by_row = tuple(tuple(islice(spans, len(row))) for row in rows)
+    return _Located(text, tuple(input_ids), np.array(offsets, dtype=np.int64).reshape(-1, 2), by_row)
 
 
 def _mask(located: _Located, num_demos: int, truncated: int) -> EncodedEpisode:
@@ -426,7 +398,7 @@ def _mask(located: _Located, num_demos: int, truncated: int) -> EncodedEpisode:
     query_T = np.zeros(len(located.input_ids), dtype=np.bool_)
     answer_T = query_T.copy()
     for row, spans in enumerate(located.spans):
-        mine_T = located.tokens_in((spans[0][0], spans[-1][1])) & (segments_T == -1) & ~query_T
+        mine_T = located.tokens_of(row) & (segments_T == -1) & ~query_T
         if row < num_demos:
             segments_T[mine_T] = row
         else:
@@ -445,24 +417,23 @@ def _mask(located: _Located, num_demos: int, truncated: int) -> EncodedEpisode:
 
 
 def _shorten_demos(
-    conversation: _Conversation, located: _Located, num_demos: int, max_length: int, where: str
-) -> _Conversation:
+    rows: Sequence[_Turns], located: _Located, num_demos: int, max_length: int, where: str
+) -> list[_Turns]:
     """Cut the longest demos to one common number of tokens, such that the episode should fit."""
-    lengths = [int(located.tokens_in((spans[0][0], spans[-1][1])).sum()) for spans in located.spans[:num_demos]]
+    lengths = [int(located.tokens_of(row).sum()) for row in range(num_demos)]
     fixed = len(located.input_ids) - sum(lengths)
     cap = _equal_share(lengths, max_length - fixed)
-    rows = list(conversation.rows)
+    shorter = list(rows)
     for row, length in enumerate(lengths):
         if length <= cap:
             continue
-        shorter = _cut_row(rows[row], located, located.spans[row], length - cap)
-        if shorter is None:
+        if (cut := _cut_row(rows[row], located, located.spans[row], length - cap)) is None:
             raise DataError(
                 f"the query {where} takes {fixed} of {max_length} tokens, which leaves no room for {num_demos} demos",
                 hint="raise --max-length, or lower --demos or --queries",
             )
-        rows[row] = shorter
-    return replace(conversation, rows=tuple(rows))
+        shorter[row] = cut
+    return shorter
 
 
 def _equal_share(lengths: Sequence[int], room: int) -> int:
@@ -475,9 +446,7 @@ def _equal_share(lengths: Sequence[int], room: int) -> int:
     return max(lengths, default=0)
 
 
-def _cut_row(
-    turns: Sequence[Message], located: _Located, spans: Sequence[Span], surplus: int
-) -> tuple[Message, ...] | None:
+def _cut_row(turns: _Turns, located: _Located, spans: Sequence[Span], surplus: int) -> _Turns | None:
     """Cut so many tokens: from the end of the last prompt turn, then of those before it, then of the completion.
 
     Every turn keeps a token; `None` where that leaves too many.

@@ -74,9 +74,9 @@ class Place(NamedTuple):
     what: str
     """The value's place in the row, such as `messages[0]`."""
 
-    def at(self, key: str) -> Place:
-        """Return the place of a key's value."""
-        return Place(self.where, f"{self.what}.{key}")
+    def at(self, key: str | int) -> Place:
+        """Return the place of a key's value, or of a list's item."""
+        return Place(self.where, f"{self.what}[{key}]" if isinstance(key, int) else f"{self.what}.{key}")
 
     def problem(self, said: str, hint: str | None = None) -> DataError:
         """Return an error that begins with the place."""
@@ -84,21 +84,17 @@ class Place(NamedTuple):
 
 
 def require_text(value: Any, place: Place) -> str:
-    """Return a text.
-
-    Raises:
-        DataError: it is something else, or no Unicode.
-    """
+    """Return a text; refuse anything else, and what is no Unicode."""
     if not isinstance(value, str):
-        raise place.problem(f"must be a text; found {'null' if value is None else _shown(value)}")
+        kind = "dict" if isinstance(value, dict) else type(value).__name__
+        raise place.problem(f"must be a text; found {'null' if value is None else f'{kind} {value!r:.40}'}")
     if not is_unicode(value):
         raise place.problem("holds half of a surrogate pair, which is no Unicode text")
     return value
 
 
-def _shown(value: Any) -> str:
-    kind = "dict" if isinstance(value, dict) else type(value).__name__
-    return f"{kind} {value!r:.40}"
+def _write_json(value: Any, place: Place) -> str:
+    return require_text(json.dumps(value, ensure_ascii=False, default=str), place)
 
 
 def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:
@@ -110,22 +106,26 @@ def read_message(turn: Any, place: Place) -> tuple[Message, list[str]]:
     if (plain := _plain_message(turn)) is not None:
         return plain, []
     speaker, said = _keys_of(turn, place)
-    _refuse_media(turn, place)
+    for key in _MEDIA_KEYS:
+        if holds(turn.get(key)):
+            raise place.problem(f"carries {key}, which p2d does not show", _MEDIA_HINT)
     own = require_text(turn[speaker], place.at(speaker))
-    name = own.strip().lower()
-    if name in _CALLING_ROLES:
-        calls = read_calls(_json_of(turn[said], place.at(said)), place.at(said))
+    if own.strip().lower() in _CALLING_ROLES:
+        calls = _read_calls(turn.get(said), place.at(said))
         message = Message("assistant", "", {"tool_calls": calls}, _is_learnt(turn, place))
         return message, _unread_keys(turn, message)
-    role = _ROLES.get(name, own)
-    calls = _calls(turn, role, place)
+    role = _ROLES.get(own.strip().lower(), own)
+    calls = _calls_beside(turn, role, place)
     content, thoughts = _content(turn.get(said), role, bool(calls), place.at(said))
-    parts = {"tool_calls": calls, "reasoning_content": _reasoning(turn, thoughts, place) if role == "assistant" else ""}
-    parts |= {key: turn.get(key) for key in ("name", "tool_call_id")}
-    kept = {key: value for key, value in parts.items() if value and isinstance(value, str | list)}
+    parts: dict[str, Any] = {"tool_calls": calls}
+    if role == "assistant":
+        given = next((key for key in _REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]), None)
+        parts["reasoning_content"] = thoughts if given is None else require_text(turn[given], place.at(given))
     for key in ("name", "tool_call_id"):
-        require_text(kept.get(key, ""), place.at(key))
-    message = Message(role, content, kept, role != "assistant" or _is_learnt(turn, place))
+        if turn.get(key) and isinstance(turn[key], str | list):
+            parts[key] = require_text(turn[key], place.at(key))
+    parts = {key: value for key, value in parts.items() if value}
+    message = Message(role, content, parts, role != "assistant" or _is_learnt(turn, place))
     return message, _unread_keys(turn, message)
 
 
@@ -144,16 +144,10 @@ def _keys_of(turn: Any, place: Place) -> tuple[str, str]:
     if isinstance(turn, Mapping):
         calls = any(_is_given(turn.get(key)) for key in _CALL_KEYS)
         fitting = [keys for keys in _KEYS if keys[0] in turn and (keys[1] in turn or calls)]
-        # Where all turns share their keys, as in Parquet, those of the other form are null.
-        for keys in sorted(fitting, key=lambda keys: turn[keys[0]] is None):
-            return keys
+        if fitting:
+            # Where all turns share their keys, as in Parquet, those of the other form are null.
+            return min(fitting, key=lambda keys: turn[keys[0]] is None)
     raise place.problem(f"must have role and content, or from and value; found {turn!r:.60}")
-
-
-def _refuse_media(turn: Mapping[str, Any], place: Place) -> None:
-    for key in _MEDIA_KEYS:
-        if holds(turn.get(key)):
-            raise place.problem(f"carries {key}, which p2d does not show", _MEDIA_HINT)
 
 
 def _content(value: Any, role: str, calls: bool, place: Place) -> tuple[str, str]:
@@ -161,32 +155,20 @@ def _content(value: Any, role: str, calls: bool, place: Place) -> tuple[str, str
     if value is None and calls:
         return "", ""
     if isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value):
-        parts = [_content_part(part, Place(place.where, f"{place.what}[{index}]")) for index, part in enumerate(value)]
-        texts = {wanted: "".join(text for kind, text in parts if kind == wanted) for wanted in ("text", "thinking")}
+        texts = {"text": "", "thinking": ""}
+        for index, part in enumerate(value):
+            kind, own = part["type"], place.at(index)
+            if kind not in ("text", "thinking"):
+                raise own.problem(f"is a part of type {kind!r}; p2d shows parts of type text alone", _MEDIA_HINT)
+            texts[kind] += require_text(part.get(kind), own.at(kind))
         return texts["text"], texts["thinking"]
     if role == "tool" and isinstance(value, Mapping | list):
-        return require_text(json.dumps(without_nulls(value), ensure_ascii=False, default=str), place), ""
+        return _write_json(without_nulls(value), place), ""
     return require_text(value, place), ""
 
 
-def _content_part(part: Mapping[str, Any], place: Place) -> tuple[str, str]:
-    kind = part["type"]
-    if kind not in ("text", "thinking"):
-        raise place.problem(f"is a part of type {kind!r}; p2d shows parts of type text alone", _MEDIA_HINT)
-    return kind, require_text(part.get(kind), place.at(kind))
-
-
-def _reasoning(turn: Mapping[str, Any], thoughts: str, place: Place) -> str:
-    given = [key for key in _REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]]
-    return require_text(turn[given[0]], place.at(given[0])) if given else thoughts
-
-
 def _is_learnt(turn: Mapping[str, Any], place: Place) -> bool:
-    """Say whether a turn of the assistant counts in the loss.
-
-    Raises:
-        DataError: it is to count in part.
-    """
+    """Say whether a turn of the assistant counts in the loss; one that is to count in part is refused."""
     for key in _PARTIAL_KEYS:
         if holds(turn.get(key)):
             raise place.at(key).problem("marks parts of a turn; p2d learns a turn as a whole, or not")
@@ -202,13 +184,13 @@ def _is_learnt(turn: Mapping[str, Any], place: Place) -> bool:
 
 def _unread_keys(turn: Mapping[str, Any], message: Message) -> list[str]:
     """Name the keys that may mean something, and are neither shown nor heeded."""
-    known = set(_KNOWN_KEYS)
+    known = set(_KNOWN_KEYS | _HARMLESS_KEYS)
     if message.role == "assistant":
         known |= {key for key in _REASONING_KEYS if turn.get(key) == message.parts.get("reasoning_content")}
         known |= {"loss"} if isinstance(turn.get("loss"), bool) else set()
     if message.role == "tool":
         known.add("tool_call_id")
-    names = [f"message key {key}" for key in turn if key not in known | _HARMLESS_KEYS and holds(turn[key])]
+    names = [f"message key {key}" for key in turn if key not in known and holds(turn[key])]
     if message.role != "assistant":
         asked = [key for key in ("weight", "train", "loss") if turn.get(key) in (1, True)]
         names += [f"message key {key} of other turns than the assistant's" for key in asked]
@@ -218,14 +200,14 @@ def _unread_keys(turn: Mapping[str, Any], message: Message) -> list[str]:
 # --- tools
 
 
-def _calls(turn: Mapping[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
+def _calls_beside(turn: Mapping[str, Any], role: str, place: Place) -> list[dict[str, Any]]:
+    """Return the calls that a turn carries beside its content."""
     for key in _CALL_KEYS:
         value = turn.get(key)
-        if not _is_given(value) or not unpack_json(value):
-            continue
-        if role != "assistant":
-            raise place.problem(f"carries {key}, and is a turn of {role}; calls are the assistant's")
-        return read_calls(_json_of(value, place.at(key)), place.at(key))
+        if _is_given(value) and unpack_json(value):
+            if role != "assistant":
+                raise place.problem(f"carries {key}, and is a turn of {role}; calls are the assistant's")
+            return _read_calls(value, place.at(key))
     return []
 
 
@@ -234,50 +216,31 @@ def _is_given(value: Any) -> bool:
     return bool(value) and (isinstance(value, list | str) or holds(value))
 
 
-def _json_of(value: Any, place: Place) -> Any:
-    """Return what a text holds that is JSON; anything else as it is."""
+def _read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
+    """Return tool calls as chat templates take them: of type function, with the arguments as an object."""
     found = unpack_json(value)
     if isinstance(found, str):
         raise place.problem(f"is not valid JSON: {found!r:.60}", "calls are JSON objects with name and arguments")
-    return found
-
-
-def read_calls(value: Any, place: Place) -> list[dict[str, Any]]:
-    """Return tool calls as chat templates take them: of type function, with the arguments as an object.
-
-    Raises:
-        DataError: a call without a name, or with arguments that are no JSON object.
-    """
-    calls = value if isinstance(value, list) else [value]
+    calls = found if isinstance(found, list) else [found]
     if not calls:
         raise place.problem("holds no call")
-    return [_call(call, Place(place.where, f"{place.what}[{index}]")) for index, call in enumerate(calls)]
+    return [_read_call(call, place.at(index)) for index, call in enumerate(calls)]
 
 
-def _call(call: Any, place: Place) -> dict[str, Any]:
+def _read_call(call: Any, place: Place) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) and call.get("function") is not None else call
     if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str) or not name:
         raise place.problem(f"must be a call of a function, with name and arguments; found {call!r:.60}")
     if call.get("type") not in (None, "function"):
         raise place.problem(f"is a call of type {call['type']!r}; p2d shows those of type function alone")
-    arguments = _arguments(function.get("arguments", function.get("parameters")), place.at("arguments"))
-    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    found = own | {"type": "function", "function": {"name": name, "arguments": arguments}}
-    _require_unicode(found, place)
-    return found
-
-
-def _require_unicode(value: Any, place: Place) -> None:
-    require_text(json.dumps(value, ensure_ascii=False, default=str), place)
-
-
-def _arguments(value: Any, place: Place) -> dict[str, Any]:
-    """Return a call's arguments; templates write an object as JSON, and would quote a text once more."""
-    if value is None or value == "":
-        return {}
-    found = unpack_json(value) if isinstance(value, str) else without_nulls(value)
-    if not isinstance(found, dict):
-        raise place.problem(f"must be a JSON object, or one as text; found {value!r:.60}")
+    given = function.get("arguments", function.get("parameters"))
+    # Templates write an object as JSON, and would quote a text once more.
+    arguments = {} if given is None or given == "" else unpack_json(without_nulls(given))
+    if not isinstance(arguments, dict):
+        raise place.at("arguments").problem(f"must be a JSON object, or one as text; found {given!r:.60}")
+    found = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    found |= {"type": "function", "function": {"name": name, "arguments": arguments}}
+    _write_json(found, place)
     return found
 
 
@@ -289,9 +252,7 @@ def read_tools(value: Any, place: Place) -> tuple[Mapping[str, Any], ...] | None
     Raises:
         DataError: something that looks like schemas, and is none.
     """
-    if not _is_given(value):
-        return ()
-    found = unpack_json(value)
+    found = unpack_json(value) if _is_given(value) else None
     if not found or (isinstance(found, str) and not found.strip()):
         return ()
     if isinstance(found, str):
@@ -301,13 +262,12 @@ def read_tools(value: Any, place: Place) -> tuple[Mapping[str, Any], ...] | None
     listed = [unpack_json(tool) for tool in (found if isinstance(found, list) else [found])]
     if not any(isinstance(tool, Mapping) for tool in listed):
         return None
-    return tuple(_tool(tool, Place(place.where, f"{place.what}[{index}]")) for index, tool in enumerate(listed))
+    return tuple(_read_tool(without_nulls(tool), place.at(index)) for index, tool in enumerate(listed))
 
 
-def _tool(tool: Any, place: Place) -> Mapping[str, Any]:
-    tool = without_nulls(tool)
+def _read_tool(tool: Any, place: Place) -> Mapping[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise place.problem(f"must be the JSON schema of a function, with a name; found {tool!r:.60}")
-    _require_unicode(tool, place)
+    _write_json(tool, place)
     return tool if "function" in tool else {"type": "function", "function": function}

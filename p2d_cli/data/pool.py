@@ -1,8 +1,8 @@
 """A pool of rows that need not fit into memory: read again for each use, a chunk at a time.
 
 One pass counts the rows and finds what concerns all of them: ids that repeat, and rows that are target rows as well.
-During that pass 8 bytes a row are held (a digest of its id), afterwards one. A pool of a single chunk is kept, and
-not read again.
+During that pass 8 bytes a row are held (a digest of its id), afterwards one, but where places are looked up. A pool of
+a single chunk is kept, and not read again.
 
 Axes: N rows of the pool.
 """
@@ -87,11 +87,7 @@ class Pool:
     """Positions of other rows that are not to be chosen, ascending."""
 
     def read(self, *, with_fields: bool = False) -> Iterator[Record]:
-        """Yield all rows in order, under unique ids.
-
-        Raises:
-            DataError: there are more or fewer rows than there were at first.
-        """
+        """Yield all rows in order, under unique ids; more or fewer than there were at first are an error."""
         held = None if with_fields else self.held
         rows = iter(held) if held is not None else self.scan(skip=_ignore, with_fields=with_fields)
         count = 0
@@ -100,34 +96,28 @@ class Pool:
                 break
             yield replace(record, id=record.where) if self.named_by_place else record
         if count != self.num_rows:
-            raise DataError(
-                f"the pool changed while it was being read: expected {self.num_rows} rows, found "
-                + ("more" if count > self.num_rows else str(count)),
-                hint="run the command again once the files stay as they are",
-            )
+            found = "more" if count > self.num_rows else str(count)
+            message = f"the pool changed while it was being read: expected {self.num_rows} rows, found {found}"
+            raise DataError(message, hint="run the command again once the files stay as they are")
 
     @property
     def size(self) -> int:
         """Number of rows to choose from, M."""
-        return self.num_rows - len(self._excluded)
+        return self.num_rows - len(self.twins) - len(self.unlisted)
 
     @cached_property
     def is_excluded_N(self) -> NDArray[np.bool_]:
         """Which rows are not to be chosen."""
         is_excluded_N = np.zeros(self.num_rows, dtype=np.bool_)
-        is_excluded_N[self._excluded] = True
+        is_excluded_N[self.twins] = True
+        is_excluded_N[self.unlisted] = True
         return is_excluded_N
-
-    @cached_property
-    def _excluded(self) -> NDArray[np.int64]:
-        return np.sort(np.concatenate([self.twins, self.unlisted]))
 
     def only(self, chosen: ArrayLike) -> Pool:
         """Return the same pool with some of the rows to choose from, by their positions among these."""
-        is_unlisted_N = ~self.is_excluded_N
-        is_unlisted_N[self.places(chosen)] = False
-        unlisted = np.concatenate([self.unlisted, np.flatnonzero(is_unlisted_N)])
-        return replace(self, unlisted=np.sort(unlisted))
+        is_left_N = ~self.is_excluded_N
+        is_left_N[self.places(chosen)] = False
+        return replace(self, unlisted=np.union1d(self.unlisted, np.flatnonzero(is_left_N)))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the rows to choose from in chunks of nearly equal size."""
@@ -142,10 +132,7 @@ class Pool:
 
     def places(self, chosen: ArrayLike) -> NDArray[np.int64]:
         """Return where in the pool some of the rows to choose from stand, by their positions among these."""
-        positions = np.asarray(chosen, dtype=np.int64)
-        # So many excluded rows stand before a row as have at most as many others before them.
-        excluded = self._excluded
-        return positions + np.searchsorted(excluded - np.arange(len(excluded)), positions, side="right")
+        return np.flatnonzero(~self.is_excluded_N)[np.asarray(chosen, dtype=np.int64)]
 
     def take(self, places: ArrayLike) -> list[Record]:
         """Return the rows at these places of the pool, in the order asked for; reading ends with the last of them."""

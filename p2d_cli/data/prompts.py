@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from p2d_cli.core.turns import TurnFrame, frame_of, known_blocks, split_turn
@@ -34,6 +37,10 @@ _TEMPLATE_DEFECTS = (ArithmeticError, AttributeError, LookupError, RecursionErro
 """What the expressions of a template may raise, such as `1 / 0`."""
 PLAIN_HINT = "use --template plain"
 _Tools = Sequence[Mapping[str, Any]]
+_Skeleton = tuple[list[str], list[int]]
+"""A chat template's own texts around the contents of a conversation, and the message behind each but the last; some
+templates move the system message."""
+_MARKS = re.compile("\ue000([0-9]+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,6 @@ class PromptTemplate:
         default_factory=dict, init=False, repr=False, compare=False
     )
     _frames: dict[str, TurnFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _tokens: list[tuple[tuple[str, ...], frozenset[str]]] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )
-    """The tokenizer's own words, once they were looked up: all that it keeps whole, and the special ones."""
     _shown: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Kinds of conversations whose parts this template is known to show."""
 
@@ -111,12 +114,10 @@ class PromptTemplate:
         """SHA-256 of all that decides how rows are rendered."""
         return hashlib.sha256(f"{self.name}\n{self.chat_template or ''}".encode()).hexdigest()
 
-    def render_prompt(self, tokenizer: Any, record: Record) -> str:
-        """Return the text that the model is to continue with the completion.
+    # --- text
 
-        Raises:
-            DataError: the chat template refuses the conversation, or does not show its tools.
-        """
+    def render_prompt(self, tokenizer: Any, record: Record) -> str:
+        """Return the text that the model is to continue with the completion; raises as `render_example`."""
         self._require_shown(tokenizer, record)
         return self._open(tokenizer, self.conversation(tokenizer, record), record.tools)
 
@@ -142,37 +143,10 @@ class PromptTemplate:
             )
         return prompt, completion
 
-    def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
-        """Return what the template writes around the answer of this row."""
-        messages = self.conversation(tokenizer, record)
-        frame = self._frame(tokenizer, messages, record.tools)
-        if "tool_calls" not in record.answer_parts:
-            return frame
-        _, turn = self._answered(tokenizer, messages, record.answer, record.tools)
-        # Calls of tools may end with a token of their own.
-        closing = [token for token in self._added(tokenizer) if token.strip() and (turn or "").endswith(token)]
-        return replace(frame, ends=tuple(dict.fromkeys([*frame.ends, *closing])))
-
-    def ends(self, tokenizer: Any, records: Iterable[Record] = ()) -> tuple[str, ...]:
-        """Return the tokens with which answers end: that of a plain answer, if there is one, then those of calls."""
-        calls = [record for record in records if "tool_calls" in record.answer_parts]
-        found = [self.simple_frame(tokenizer), *(self.frame(tokenizer, record) for record in calls)]
-        return tuple(dict.fromkeys(end for frame in found for end in frame.ends))
-
-    def simple_frame(self, tokenizer: Any) -> TurnFrame:
-        """Return what the template writes around the answer to a single question."""
-        asked = Message("user", "?")
-        frame = self._frame(tokenizer, [asked], ())
-        # Some templates refuse a conversation without a system message.
-        return frame if frame.ends else self._frame(tokenizer, [Message("system", "?"), asked], ())
-
     def reference(self, tokenizer: Any, record: Record) -> str:
         """Return the text that a right answer is compared with, without the row's reasoning.
 
-        A call of a tool has the form in which the template writes it.
-
-        Raises:
-            DataError: as `render_example`.
+        A call of a tool has the form in which the template writes it. Raises as `render_example`.
         """
         frame = self.frame(tokenizer, record)
         if "tool_calls" not in record.answer_parts:
@@ -182,6 +156,63 @@ class PromptTemplate:
             text = text.replace(token, "")
         return text.strip()
 
+    def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
+        """Return the context as this template takes it.
+
+        A chat template that knows no system role gets the system message at the start of the first turn.
+        """
+        messages = list(record.messages)
+        return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
+
+    def takes_system(self, tokenizer: Any) -> bool:
+        """Whether a system message can be shown in its own place."""
+        return self.name == "plain" or self._skeleton(tokenizer, ("system", "user")) is not None
+
+    def place(self, tokenizer: Any, messages: Sequence[Message]) -> PlacedText:
+        """Render a conversation up to where the model answers, and find every message's content in it.
+
+        The text is checked, character by character, against the template's own parts between the contents, which a
+        conversation of marks shows once for each sequence of roles. Contents that the template trims are found trimmed.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or changes contents in other ways.
+        """
+        if self.name == "plain":
+            return _plain_text(messages)
+        skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
+        text = self._render(tokenizer, messages, answer=True)
+        spans = skeleton and _find_spans(skeleton, text, [message.content for message in messages])
+        if not spans:
+            said = f"{self.origin} drops or changes messages, so that they cannot be told apart in its text"
+            raise DataError(said, hint=PLAIN_HINT)
+        return PlacedText(text, spans)
+
+    # --- what stands around answers
+
+    def frame(self, tokenizer: Any, record: Record) -> TurnFrame:
+        """Return what the template writes around the answer of this row."""
+        messages = self.conversation(tokenizer, record)
+        frame = self._frame(tokenizer, messages, record.tools)
+        if "tool_calls" not in record.answer_parts:
+            return frame
+        _, turn = self._answered(tokenizer, messages, record.answer, record.tools)
+        # Calls of tools may end with a token of their own.
+        closing = [token for token in _added_tokens(tokenizer)[0] if token.strip() and (turn or "").endswith(token)]
+        return replace(frame, ends=tuple(dict.fromkeys([*frame.ends, *closing])))
+
+    def simple_frame(self, tokenizer: Any) -> TurnFrame:
+        """Return what the template writes around the answer to a single question."""
+        asked = Message("user", "?")
+        frame = self._frame(tokenizer, [asked], ())
+        # Some templates refuse a conversation without a system message.
+        return frame if frame.ends else self._frame(tokenizer, [Message("system", "?"), asked], ())
+
+    def ends(self, tokenizer: Any, records: Iterable[Record] = ()) -> tuple[str, ...]:
+        """Return the tokens with which answers end: that of a plain answer, if there is one, then those of calls."""
+        calls = [record for record in records if "tool_calls" in record.answer_parts]
+        found = [self.simple_frame(tokenizer), *(self.frame(tokenizer, record) for record in calls)]
+        return tuple(dict.fromkeys(end for frame in found for end in frame.ends))
+
     def earlier_turns(self, tokenizer: Any, record: Record) -> tuple[Span, ...] | None:
         """Return where the assistant's earlier turns stand in the prompt, each with its end-of-turn token.
 
@@ -189,14 +220,14 @@ class PromptTemplate:
         begin, for each turn, with what the model had been shown and was to write there: the template drops an
         earlier turn's reasoning, moves the system message, or closes earlier turns in another way. A turn before
         the first user's answers nothing, and is left out, as is one that is not to be learnt.
-
-        Raises:
-            DataError: the chat template refuses the conversation, or its beginning.
+        Raises as `render_example`.
         """
         messages = self.conversation(tokenizer, record)
-        first = next((index for index, message in enumerate(messages) if message.role == "user"), len(messages))
-        turns = [index for index in range(first, len(messages)) if messages[index].role == "assistant"]
-        turns = [index for index in turns if messages[index].is_learnt]
+        asked, turns = False, []
+        for index, message in enumerate(messages):
+            asked = asked or message.role == "user"
+            if asked and message.role == "assistant" and message.is_learnt:
+                turns.append(index)
         whole, spans = self._open(tokenizer, messages, record.tools) if turns else "", []
         for index in turns:
             prompt, completion = self._answered(tokenizer, messages[:index], messages[index], record.tools)
@@ -205,19 +236,17 @@ class PromptTemplate:
             spans.append((len(prompt), len(prompt) + len(completion)))
         return tuple(spans)
 
+    # --- tokens
+
     def encode_prompt(self, tokenizer: Any, record: Record, max_length: int | None = None) -> list[int]:
         """Return the prompt's token ids.
 
         Chat text holds its special tokens already; plain text gets the tokenizer's BOS, if it has that habit,
         and never an EOS at its end. A prompt that is too long loses the start of its content, not the template's head.
-
-        Raises:
-            DataError: the chat template refuses the conversation.
+        Raises as `render_example`.
         """
         ids = self.tokenize(tokenizer, self.render_prompt(tokenizer, record))[0]
-        if max_length is None:
-            return ids
-        start, stop = self._gap(tokenizer, record, len(ids), max_length)
+        start, stop = (0, 0) if max_length is None else self._gap(tokenizer, record, len(ids), max_length)
         return ids[:start] + ids[stop:]
 
     def encode_example(
@@ -236,7 +265,7 @@ class PromptTemplate:
                 is whole after cutting.
 
         Raises:
-            DataError: the chat template refuses the conversation or cannot be split.
+            DataError: as `render_example`.
             UsageError: `max_length` is below 2.
         """
         if max_length < 2:
@@ -267,64 +296,40 @@ class PromptTemplate:
     ) -> tuple[list[int], int]:
         """Return the completion's tokens, and how many of them stand before its answer, which begins at the border."""
         ids, offsets = self.tokenize(tokenizer, prompt + completion)
-        is_beyond = border > 0
+        start = len(prompt)
         if ids[: len(prompt_ids)] == list(prompt_ids):
-            ids, offsets, border = ids[len(prompt_ids) :], offsets[len(prompt_ids) :], len(prompt) + border
+            ids, offsets = ids[len(prompt_ids) :], offsets[len(prompt_ids) :]
         else:  # a token reaches over the border; at inference the prompt ends there all the same
-            encoded = _call(tokenizer, completion, add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        return ids, sum(stop <= border for _, stop in offsets) if is_beyond else 0
+            ids, offsets, _ = _call(tokenizer, completion, add_special_tokens=False)
+            start = 0
+        return ids, sum(stop <= start + border for _, stop in offsets) if border else 0
 
     def tokenize(self, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
         """Return token ids and each token's characters; see `encode_prompt` for the special tokens."""
-        plain = self.name == "plain"
-        encoded = _call(
-            tokenizer,
-            text,
-            add_special_tokens=plain,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=plain,
-        )
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        added = encoded["special_tokens_mask"] if plain else []
+        ids, spans, is_special = _call(tokenizer, text, add_special_tokens=self.name == "plain")
         stop = len(ids)
-        while added and stop and added[stop - 1]:
+        while self.name == "plain" and stop and is_special[stop - 1]:
             stop -= 1
         return ids[:stop], spans[:stop]
 
-    def conversation(self, tokenizer: Any, record: Record) -> list[Message]:
-        """Return the context as this template takes it.
+    def _gap(self, tokenizer: Any, record: Record, length: int, room: int) -> Span:
+        """Return which tokens of a prompt of this length go: those behind the template's head, as many as needed.
 
-        A chat template that knows no system role gets the system message at the start of the first turn.
+        They are the first ones where the head would fill half the room.
         """
-        messages = list(record.messages)
-        return messages if record.system is None or self.takes_system(tokenizer) else fold_system(messages)
+        if length <= room:
+            return 0, 0
+        messages, kept = self.conversation(tokenizer, record), 0
+        whole = self._open(tokenizer, messages, record.tools)
+        first = next((index for index, message in enumerate(messages) if message.role != "system"), None)
+        if first is not None:
+            messages[first] = replace(messages[first], content=_mark(0))
+            head, mark, _ = self._open(tokenizer, messages, record.tools).partition(_mark(0))
+            kept = sum(stop <= len(head) for _, stop in self.tokenize(tokenizer, whole)[1]) if mark else 0
+            kept = kept if 2 * kept <= room else 0
+        return kept, kept + length - room
 
-    def takes_system(self, tokenizer: Any) -> bool:
-        """Whether a system message can be shown in its own place."""
-        return self.name == "plain" or self._skeleton(tokenizer, ("system", "user")) is not None
-
-    def place(self, tokenizer: Any, messages: Sequence[Message]) -> PlacedText:
-        """Render a conversation up to where the model answers, and find every message's content in it.
-
-        The chat template is rendered once; the text is then checked, character by character, against the
-        template's own parts between the contents. These are taken once for each sequence of roles, from a
-        conversation of marks. Contents that the template trims are found trimmed.
-
-        Raises:
-            DataError: the chat template refuses the conversation, or changes contents in other ways.
-        """
-        if self.name == "plain":
-            return _plain_text(messages)
-        skeleton = self._skeleton(tokenizer, tuple(message.role for message in messages))
-        text = self._render(tokenizer, messages, answer=True)
-        spans = skeleton and skeleton.find_spans(text, [message.content for message in messages])
-        if not spans:
-            raise DataError(
-                f"{self.origin} drops or changes messages, so that they cannot be told apart in its text",
-                hint=PLAIN_HINT,
-            )
-        return PlacedText(text, spans)
+    # --- rendering
 
     def _open(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = ()) -> str:
         """Return a conversation up to where the model answers."""
@@ -333,7 +338,7 @@ class PromptTemplate:
         return self._render(tokenizer, messages, tools, answer=True)
 
     def _answered(
-        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools = ()
+        self, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: _Tools
     ) -> tuple[str, str | None]:
         """Return the conversation's text up to its answer, and the answer's with its end-of-turn token.
 
@@ -362,88 +367,53 @@ class PromptTemplate:
 
         The end tells what a word in the conversation may switch, such as whether to think.
         """
+        added, specials = _added_tokens(tokenizer)
         if self.name == "plain":
-            kind = "plain"
+            kind, prompt = "plain", ""
         else:
             try:
                 prompt = self._open(tokenizer, messages, tools) if prompt is None else prompt
             except DataError:
-                return TurnFrame(specials=self._specials(tokenizer))
+                return TurnFrame(specials=specials)
             _, found, ending = prompt.rpartition(messages[-1].content.strip() or "\0")
             kind = f"{_kind(messages, tools)}{ending}" if found else ""
         if kind in self._frames:
             return self._frames[kind]
-        frame = self._take_apart(tokenizer, messages, tools, prompt or "")
+        turn = None
+        with suppress(DataError):
+            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt)
+        blocks = known_blocks(self.chat_template or "")
+        frame = frame_of(turn or "", _mark(0), prompt=prompt, added=added, specials=specials, blocks=blocks)
         if kind:
             self._frames[kind] = frame
         return frame
 
-    def _take_apart(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, prompt: str) -> TurnFrame:
-        try:
-            turn = self._turn(tokenizer, messages, Message("assistant", _mark(0)), tools, prompt) or ""
-        except DataError:
-            turn = ""
-        return frame_of(
-            turn,
-            _mark(0),
-            prompt="" if self.name == "plain" else prompt,
-            added=self._added(tokenizer),
-            specials=self._specials(tokenizer),
-            blocks=known_blocks(self.chat_template or ""),
-        )
-
-    def _added(self, tokenizer: Any) -> tuple[str, ...]:
-        """Return the texts of the tokens that the tokenizer keeps whole, special or not."""
-        return self._words(tokenizer)[0]
-
-    def _specials(self, tokenizer: Any) -> frozenset[str]:
-        """Return the texts of its special tokens."""
-        return self._words(tokenizer)[1]
-
-    def _words(self, tokenizer: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-        if not self._tokens:
-            added = tokenizer.added_tokens_decoder.values()
-            self._tokens.append((tuple(map(str, added)), frozenset(str(token) for token in added if token.special)))
-        return self._tokens[0]
-
     def _render(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools = (), *, answer: bool) -> str:
         """Render; calls of tools have their arguments as an object, or as JSON text for templates that want it so."""
-        try:
-            return self._apply(tokenizer, messages, tools, answer=answer)
-        except DataError:
-            written = [_with_written_arguments(message) for message in messages]
-            if written == list(messages):
-                raise
-            try:
-                return self._apply(tokenizer, written, tools, answer=answer)
-            except DataError:
-                pass
-            raise
-
-    def _apply(self, tokenizer: Any, messages: Sequence[Message], tools: _Tools, *, answer: bool) -> str:
         import jinja2
 
         source = self.chat_template or ""
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content, **message.parts} for message in messages],
-                tools=list(tools) or None,
-                chat_template=_FIXED_DAY + source if "strftime_now" in source else source,
-                tokenize=False,
-                add_generation_prompt=answer,
-                date_string=_TEMPLATE_DATE,
-            )
-        except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{self.origin} refuses a conversation of {roles}: {problem}", hint=PLAIN_HINT) from None
-        return text
+        written = [_with_written_arguments(message) for message in messages]
+        refusal: Exception | None = None
+        for form in (messages,) if written == list(messages) else (messages, written):
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    [{"role": message.role, "content": message.content, **message.parts} for message in form],
+                    tools=list(tools) or None,
+                    chat_template=_FIXED_DAY + source if "strftime_now" in source else source,
+                    tokenize=False,
+                    add_generation_prompt=answer,
+                    date_string=_TEMPLATE_DATE,
+                )
+            except (jinja2.TemplateError, *_TEMPLATE_DEFECTS) as problem:
+                refusal = refusal or problem
+            else:
+                return text
+        roles = ", ".join(message.role for message in messages)
+        raise DataError(f"{self.origin} refuses a conversation of {roles}: {refusal}", hint=PLAIN_HINT)
 
     def _require_shown(self, tokenizer: Any, record: Record) -> None:
-        """Refuse a row with tools whose tools, calls or results the template leaves out.
-
-        Raises:
-            DataError: naming the row and what is not shown.
-        """
+        """Refuse a row with tools whose tools, calls or results the template leaves out."""
         messages = (*self.conversation(tokenizer, record), record.answer)
         if not (record.tools or any(message.role == "tool" or "tool_calls" in message.parts for message in messages)):
             return
@@ -460,59 +430,34 @@ class PromptTemplate:
         self._shown.add(kind)
 
     def _skeleton(self, tokenizer: Any, roles: tuple[str, ...]) -> _Skeleton | None:
+        """Take a conversation of marks apart; `None` unless the template shows each of them exactly once."""
         if roles not in self._skeletons:
-            marked = [Message(role, _mark(index)) for index, role in enumerate(roles)]
-            try:
-                text = self._render(tokenizer, marked, answer=True)
-            except DataError:
-                self._skeletons[roles] = None
-            else:
-                self._skeletons[roles] = _Skeleton.of(text, len(roles))
+            skeleton = None
+            with suppress(DataError):
+                marked = [Message(role, _mark(index)) for index, role in enumerate(roles)]
+                parts = _MARKS.split(self._render(tokenizer, marked, answer=True))
+                order = [int(index) for index in parts[1::2]]
+                skeleton = (parts[::2], order) if sorted(order) == list(range(len(roles))) else None
+            self._skeletons[roles] = skeleton
         return self._skeletons[roles]
-
-    def _gap(self, tokenizer: Any, record: Record, length: int, room: int) -> Span:
-        """Return which tokens of a prompt of this length go: those behind the template's head, as many as needed.
-
-        They are the first ones where the head would fill half the room.
-        """
-        if length <= room:
-            return 0, 0
-        head = self._head_length(tokenizer, record)
-        if 2 * head > room:
-            head = 0
-        return head, head + length - room
-
-    def _head_length(self, tokenizer: Any, record: Record) -> int:
-        """Return how many tokens stand before the first turn's content."""
-        messages = self.conversation(tokenizer, record)
-        first = next((index for index, message in enumerate(messages) if message.role != "system"), None)
-        if first is None:
-            return 0
-        messages[first] = replace(messages[first], content=_mark(0))
-        head, mark, _ = self._open(tokenizer, messages, record.tools).partition(_mark(0))
-        if not mark:
-            return 0
-        _, spans = self.tokenize(tokenizer, self._open(tokenizer, self.conversation(tokenizer, record), record.tools))
-        return sum(end <= len(head) for _, end in spans)
 
 
 def encoding_notes(examples: Sequence[EncodedExample], max_length: int) -> tuple[str, ...]:
     """Say what of these rows is not learnt, each kind of loss in one line."""
-    cut = sum(example.truncated > 0 for example in examples)
-    empty = sum(len(example.input_ids) == example.answer_start for example in examples)
-    lost = sum(example.lost for example in examples)
-    rewritten = sum(example.rewritten for example in examples)
-    hidden = sum(example.hides for example in examples)
-    notes = {
-        f"{cut} of {len(examples)} rows were longer than {max_length} tokens and were cut": cut,
-        f"{empty} rows lost their whole completion to truncation and were left out": empty,
-        f"{lost} earlier answers were cut and are not learnt": lost,
-        f"{rewritten} of {len(examples)} rows are learnt by their last answer alone: the chat template shows earlier "
-        "answers otherwise than the model writes them": rewritten,
-        f"{hidden} of {len(examples)} rows have reasoning, or text beside calls, that the template does not show: "
-        "not learnt": hidden,
+    of_all = f"of {len(examples)} rows"
+    losses: dict[str, Sequence[int]] = {
+        f"{of_all} were longer than {max_length} tokens and were cut": [each.truncated > 0 for each in examples],
+        "rows lost their whole completion to truncation and were left out": [
+            len(each.input_ids) == each.answer_start for each in examples
+        ],
+        "earlier answers were cut and are not learnt": [each.lost for each in examples],
+        f"{of_all} are learnt by their last answer alone: the chat template shows earlier answers otherwise than the "
+        "model writes them": [each.rewritten for each in examples],
+        f"{of_all} have reasoning, or text beside calls, that the template does not show: not learnt": [
+            each.hides for each in examples
+        ],
     }
-    return tuple(note for note, count in notes.items() if count)
+    return tuple(f"{sum(counts)} {loss}" for loss, counts in losses.items() if any(counts))
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -522,40 +467,18 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     return [replace(first, content=system + first.content), *rest]
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """A chat template's own text around the contents of a conversation."""
-
-    literals: tuple[str, ...]
-    """One more than there are messages."""
-    order: tuple[int, ...]
-    """The message that stands behind each literal but the last; some templates move the system message."""
-
-    @classmethod
-    def of(cls, text: str, count: int) -> _Skeleton | None:
-        """Take a rendered conversation of marks apart; `None` unless each mark stands in it exactly once."""
-        if any(text.count(_mark(index)) != 1 for index in range(count)):
+def _find_spans(skeleton: _Skeleton, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
+    """Return each content's characters if a text is exactly this skeleton filled with the contents."""
+    (head, *literals), order = skeleton
+    spans: list[Span] = [(0, 0)] * len(contents)
+    cursor = len(head)
+    for index, literal in zip(order, literals, strict=True):
+        shown = next((form for form in _forms(contents[index]) if text.startswith(form + literal, cursor)), None)
+        if shown is None:
             return None
-        order = sorted(range(count), key=lambda index: text.index(_mark(index)))
-        literals = []
-        for index in order:
-            literal, text = text.split(_mark(index))
-            literals.append(literal)
-        return cls((*literals, text), tuple(order))
-
-    def find_spans(self, text: str, contents: Sequence[str]) -> tuple[Span, ...] | None:
-        """Return each content's characters if `text` is exactly this skeleton filled with the contents."""
-        spans: list[Span] = [(0, 0)] * len(contents)
-        if not text.startswith(self.literals[0]):
-            return None
-        cursor = len(self.literals[0])
-        for index, literal in zip(self.order, self.literals[1:], strict=True):
-            shown = next((form for form in _forms(contents[index]) if text.startswith(form + literal, cursor)), None)
-            if shown is None:
-                return None
-            spans[index] = (cursor, cursor + len(shown))
-            cursor += len(shown) + len(literal)
-        return tuple(spans) if cursor == len(text) else None
+        spans[index] = (cursor, cursor + len(shown))
+        cursor += len(shown) + len(literal)
+    return tuple(spans) if text.startswith(head) and cursor == len(text) else None
 
 
 def _mark(index: int) -> str:
@@ -565,15 +488,11 @@ def _mark(index: int) -> str:
 
 def _forms(content: str) -> Iterator[str]:
     """Yield the forms in which chat templates are known to show a content: trimmed, or without its reasoning."""
-    yield content
-    yield content.strip()
-    yield content.lstrip()
-    yield content.rstrip()
-    yield content.strip("\n")
-    yield content.lstrip("\n")
+    yield from (content, content.strip(), content.lstrip(), content.rstrip())
+    yield from (content.strip("\n"), content.lstrip("\n"))
     if "</think>" in content:
-        yield content.split("</think>")[-1].lstrip("\n")
-        yield content.split("</think>")[-1].strip()
+        answer = content.split("</think>")[-1]
+        yield from (answer.lstrip("\n"), answer.strip())
 
 
 def _plain_text(messages: Sequence[Message], end_of_turn: str = "") -> PlacedText:
@@ -627,17 +546,11 @@ def _hides(record: Record, completion: str, frame: TurnFrame) -> bool:
 
 def _with_written_arguments(message: Message) -> Message:
     """Return a message whose calls of tools have their arguments as JSON text."""
-    calls = message.parts.get("tool_calls")
-    if not calls:
-        return message
-    written = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, Mapping) and not isinstance(function.get("arguments"), str):
-            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
-            call = {**call, "function": {**function, "arguments": text}}
-        written.append(call)
-    return replace(message, parts={**message.parts, "tool_calls": written})
+    calls = []
+    for call in message.parts.get("tool_calls") or ():
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return replace(message, parts={**message.parts, "tool_calls": calls}) if calls else message
 
 
 def _tool_probes(
@@ -660,12 +573,25 @@ def _tool_probes(
 
 def _marked_function(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a tool's schema or call under a mark as its name."""
-    function = entry.get("function")
-    if isinstance(function, Mapping):
-        return {**entry, "function": {**function, "name": _mark(0)}}
-    return {**entry, "name": _mark(0)}
+    return {**entry, "function": {**entry["function"], "name": _mark(0)}}
 
 
-def _call(tokenizer: Any, text: str, **options: Any) -> Any:
-    # verbose=False: p2d sees to the length itself, and needs no advice about it.
-    return tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the texts of the tokens that a tokenizer keeps whole, and of the special ones among them."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(map(str, added)), frozenset(str(token) for token in added if token.special)
+
+
+def _call(tokenizer: Any, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[Span], list[int]]:
+    """Return token ids, each token's characters, and which are special (1)."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # p2d sees to the length itself, and needs no advice about it
+    )
+    return encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from p2d_cli.core.json_values import JsonObject
@@ -71,10 +71,10 @@ class BadRow:
     problem: DataError
 
 
-def format_of(path: Path) -> RowFormat | None:
+def format_of(path: PurePath) -> RowFormat | None:
     """Return the format that a file's name stands for; None for none that p2d reads."""
     name = path.name.lower()
-    row_format = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
+    row_format = FORMATS.get(PurePath(name.removesuffix(".gz")).suffix)
     return None if name.endswith(".gz") and row_format not in TEXT_FORMATS else row_format
 
 

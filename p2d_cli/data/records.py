@@ -2,90 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 from p2d_cli.core.turns import TurnFrame
-from p2d_cli.data.messages import Message
-from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource
-from p2d_cli.data.row_content import read_content
-from p2d_cli.data.row_shapes import AmbiguousColumnsError, ColumnMap, Layout, find_layout
+from p2d_cli.data.messages import Message as Message
+from p2d_cli.data.raw_rows import BadRow, RowSource
+from p2d_cli.data.row_content import Record as Record
+from p2d_cli.data.row_content import read_record
+from p2d_cli.data.row_shapes import AmbiguousColumnsError, Layout, find_layout
+from p2d_cli.data.row_shapes import ColumnMap as ColumnMap
 from p2d_cli.data.sources import scan_rows
 from p2d_cli.errors import DataError
 
-__all__ = [
-    "Check",
-    "ColumnMap",
-    "Message",
-    "OpenCheck",
-    "Record",
-    "RecordSet",
-    "SkippedRows",
-    "UnreadParts",
-    "read_records",
-    "repeated_ids_note",
-    "require_number",
-    "scan_records",
-]
 _SKIPPED_SHOWN = 5
 _PARTS_SHOWN = 8
-Check = Callable[["Record"], None]
+Check = Callable[[Record], None]
 """Raises a `DataError`, without the row's name, for a record that cannot be used."""
 OpenCheck = Callable[[], Check]
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row that p2d can show to a model."""
-
-    id: str
-    """The row's own id, else its `where`; unique within a `RecordSet`."""
-    messages: tuple[Message, ...]
-    """The context; the last message is a user's, or a tool's."""
-    completion: str
-    """The answer to learn or to compare with; empty only where none was needed, or where it calls a tool."""
-    choices: tuple[str, ...] | None
-    """Answers to choose from, where the row brings its own."""
-    fields: dict[str, Any]
-    """The row's columns as they came."""
-    where: str
-    """`file:line` (from 1) or `file#row` (from 0)."""
-    answer_parts: Mapping[str, Any] = field(default_factory=dict)
-    """What the answer has beside its text; see `Message.parts`."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """The functions that the model may call, as JSON schemas."""
-    unread: tuple[str, ...] = ()
-    """What the row carries that bears on its meaning, and that p2d neither shows nor heeds."""
-
-    @property
-    def answer(self) -> Message:
-        """The assistant's turn that answers."""
-        return Message("assistant", self.completion, self.answer_parts)
-
-    @property
-    def system(self) -> str | None:
-        """The system message, if there is one."""
-        return next((message.content for message in self.messages if message.role == "system"), None)
-
-    @property
-    def prompt(self) -> str:
-        """The context without the system message, a line break between the turns."""
-        return "\n".join(message.text for message in self.messages if message.role != "system")
-
-    @property
-    def text(self) -> str:
-        """Prompt and completion, a line break between them; see `Message.text` for tool calls and reasoning."""
-        return f"{self.prompt}\n{self.answer.text}"
-
-    @property
-    def plain_text(self) -> str:
-        """The text without regard to case and white space: rows that share it, and their tools, say the same."""
-        tools = [json.dumps(tool, ensure_ascii=False, sort_keys=True, default=str) for tool in self.tools]
-        return " ".join(" ".join([*tools, self.text]).split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -108,22 +44,10 @@ def read_records(
     need_completion: bool = True,
     open_check: OpenCheck | None = None,
 ) -> RecordSet:
-    """Read the rows of a source as records.
+    """Read the rows of a source as records, under unique ids, at most `limit` of them.
 
-    The first row decides which columns hold what; later rows must have these columns too.
-
-    Args:
-        source: where the rows lie.
-        columns: columns named by the user.
-        system: the system message of rows that bring none.
-        limit: stop after so many records.
-        skip_bad_rows: leave out rows that cannot be read or used, and list them, instead of stopping.
-        need_completion: whether a row without an answer is a bad row.
-        open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
-
-    Raises:
-        DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
-        UnavailableError: a hub data set that is neither cached nor reachable.
+    `skip_bad_rows` leaves out rows that cannot be read or used, and lists them, instead of stopping. The other
+    arguments, and the errors, are those of `scan_records`.
     """
     skipped: list[str] = []
     rows = scan_records(
@@ -134,11 +58,14 @@ def read_records(
         need_completion=need_completion,
         open_check=open_check,
     )
-    named, notes = _with_unique_ids(list(islice(rows, limit)))
-    unread = UnreadParts()
-    for record in named:
+    records, notes, unread = list(islice(rows, limit)), [], UnreadParts()
+    [(commonest, times)] = Counter(record.id for record in records).most_common(1)
+    if times > 1:
+        records = [replace(record, id=record.where) for record in records]
+        notes.append(repeated_ids_note(commonest, times))
+    for record in records:
         unread.add(record)
-    return RecordSet(records=named, skipped=tuple(skipped), notes=(*notes, *unread.notes()))
+    return RecordSet(records=tuple(records), skipped=tuple(skipped), notes=(*notes, *unread.notes()))
 
 
 def scan_records(
@@ -153,6 +80,8 @@ def scan_records(
 ) -> Iterator[Record]:
     """Yield the rows of a source as records, one after the other; their ids may repeat.
 
+    The first row decides which columns hold what; later rows must have these columns too.
+
     Args:
         source: where the rows lie.
         columns: columns named by the user.
@@ -163,65 +92,39 @@ def scan_records(
         open_check: makes what refuses records for another reason, which are bad rows as well; called if there are any.
 
     Raises:
-        DataError: as `read_records`.
-        UnavailableError: likewise.
+        DataError: a bad row, by file and line; columns that fit no shape or several; no records at all.
+        UnavailableError: a hub data set that is neither cached nor reachable.
     """
-    wanted = columns or ColumnMap()
     layout: Layout | None = None
     check: Check | None = None
     bad = SkippedRows()
-
-    def leave_out(problem: DataError) -> None:
-        if skip is None:
-            raise problem
-        skip(problem.message)
-        bad(problem.message)
-
     found = 0
     for row in scan_rows(source):
+        record: Record | None = None
         try:
             if isinstance(row, BadRow):
                 raise row.problem
-            layout = layout or find_layout(row, wanted, need_completion=need_completion)
-            record = _to_record(row, layout, system=system, need_completion=need_completion)
+            layout = layout or find_layout(row, columns or ColumnMap(), need_completion=need_completion)
+            record = read_record(row, layout, system=system, need_completion=need_completion)
+            problem = None
         except AmbiguousColumnsError:
             raise
-        except DataError as problem:
-            leave_out(problem)
-            continue
-        if open_check is not None:
+        except DataError as refusal:
+            problem = refusal
+        if record is not None and open_check is not None:
             check = check or open_check()  # what it raises is no fault of the row
-            if (refusal := _refusal(check, record)) is not None:
-                leave_out(refusal)
-                continue
-        found += 1
-        yield record if with_fields else replace(record, fields={})
+            problem = _refusal(check, record)
+        if problem is not None:
+            if skip is None:
+                raise problem
+            skip(problem.message)
+            bad(problem.message)
+        elif record is not None:
+            found += 1
+            yield record if with_fields else replace(record, fields={})
     if not found:
         tally = f"; {bad.count} bad rows, the first: {bad.first[0]}" if bad.count else ""
         raise DataError(f"no usable rows in {source.spec}{tally}")
-
-
-def _to_record(row: RawRow, layout: Layout, *, system: str | None, need_completion: bool) -> Record:
-    try:
-        content = read_content(row, layout, system=system, need_completion=need_completion)
-    except RecursionError:
-        raise DataError(f"{row.where}: JSON that is nested too deeply") from None
-    return Record(
-        id=_own_id(row, layout.id),
-        messages=content.context,
-        completion=content.answer.content,
-        choices=content.choices,
-        fields=content.fields,
-        where=row.where,
-        answer_parts=content.answer.parts,
-        tools=content.tools,
-        unread=content.unread,
-    )
-
-
-def _own_id(row: RawRow, column: str | None) -> str:
-    value = None if column is None else row.fields.get(column)
-    return str(value) if isinstance(value, str | int) and str(value) else row.where
 
 
 def _refusal(check: Check, record: Record) -> DataError | None:
@@ -231,10 +134,9 @@ def _refusal(check: Check, record: Record) -> DataError | None:
     except DataError as problem:
         if problem.message.startswith(f"{record.where}: "):
             return problem
-        advice = "--skip-bad-rows leaves such rows out"
-        return DataError(
-            f"{record.where}: {problem.message}", hint=f"{problem.hint}; {advice}" if problem.hint else advice
-        )
+        hints = [problem.hint] if problem.hint else []
+        hint = "; ".join([*hints, "--skip-bad-rows leaves such rows out"])
+        return DataError(f"{record.where}: {problem.message}", hint=hint)
     return None
 
 
@@ -250,7 +152,7 @@ class UnreadParts:
         """Count a row's."""
         if record.unread:
             self.rows += 1
-            self.parts.update(set(record.unread))
+            self.parts.update(dict.fromkeys(record.unread, 1))
             self.first = self.first or record.where
 
     def notes(self) -> tuple[str, ...]:
@@ -297,14 +199,6 @@ def require_number(record: Record) -> None:
         number_match("", TurnFrame().without_reasoning(record.completion), "flexible")
     except DataError as problem:
         raise DataError(f"{record.where}: {problem.message}", hint=problem.hint) from None
-
-
-def _with_unique_ids(records: list[Record]) -> tuple[tuple[Record, ...], tuple[str, ...]]:
-    [(commonest, times)] = Counter(record.id for record in records).most_common(1)
-    if times == 1:
-        return tuple(records), ()
-    note = repeated_ids_note(commonest, times)
-    return tuple(replace(record, id=record.where) for record in records), (note,)
 
 
 def repeated_ids_note(commonest: str, times: int) -> str:

@@ -14,14 +14,12 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from p2d_cli.core.json_values import JsonObject
-from p2d_cli.data.column_kinds import interpreted, with_labels
-from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
+from p2d_cli.data.column_kinds import interpreter, with_labels
+from p2d_cli.data.foreign import HEAD_BYTES, refuse_foreign
 from p2d_cli.data.raw_rows import BadRow, RawRow, RowSource, format_of
 from p2d_cli.errors import DataError, StorageError
 
@@ -35,6 +33,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BLOCK = 2**18
 _LONGEST_TOKEN = 16
 """Characters before the end of a JSON text that was cut, within which Python's decoder sees the error."""
+_ONE_A_LINE = "each row stands on a line of its own"
+_SAVE_AS_UTF_8 = "save the file as UTF-8"
 _JOINED = "two files were joined here: take out the byte order mark (U+FEFF) at which the second one begins"
 _RETURNS = "its lines end in carriage returns alone: make them line feeds, as with: tr '\\r' '\\n' < FILE"
 _LONGEST_SHOWN = 2**24
@@ -48,7 +48,7 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
         DataError: a file that cannot be read any further.
         StorageError: a file that the system does not let p2d read.
     """
-    reader = {
+    read = {
         "jsonl": _read_json_lines,
         "json": _read_json,
         "csv": _read_csv,
@@ -56,59 +56,29 @@ def read_files(source: RowSource) -> Iterator[RawRow | BadRow]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }[source.format]
+    labels, is_csv = dict(source.labels), source.format in {"csv", "tsv"}
     for path, name in zip(source.files, source.names, strict=True):
-        with _explain_file_errors(path):
+        try:
             _refuse_foreign(path)
-            rows = reader(path)
-            if source.labels:
-                rows = with_labels(rows, dict(source.labels), is_csv=source.format in {"csv", "tsv"})
-            yield from rows if name == path.name else _renamed(rows, path.name, name)
+            for row in read(path, name):
+                yield with_labels(row, labels, is_csv=is_csv) if labels and isinstance(row, RawRow) else row
+        except (EOFError, zlib.error) as problem:
+            raise DataError(f"{path}: damaged or cut-off gzip file: {problem}") from None
+        except OSError as problem:
+            if problem.errno is None:  # not the system's, but gzip's or pyarrow's for bytes that make no sense
+                raise DataError(f"{path}: damaged file: {problem}") from None
+            raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse a file that holds something else than its name says.
-
-    Raises:
-        DataError: naming what it is.
-    """
+    """Refuse a file that holds something else than its name says."""
     if path.suffix.lower() == ".gz":
         with path.open("rb") as stream:
             if (start := stream.read(2)) not in {_GZIP_MAGIC, b""}:
                 hint = "if it is not damaged, take .gz off its name"
                 raise DataError(f"{path} is not gzip, as its name says: it begins with {start!r}", hint=hint)
     with _open(path) as stream:
-        head = stream.read(HEAD_BYTES)
-    if (found := foreign_kind(head, path, format_of(path))) is not None:
-        raise DataError(f"{path} is {found.what}", hint=found.hint)
-
-
-def _renamed(rows: Iterator[RawRow | BadRow], own: str, name: str) -> Iterator[RawRow | BadRow]:
-    """Name rows, and what is wrong with them, by their file's path, since files in other folders may share its name."""
-
-    def renamed(text: str) -> str:
-        return name + text.removeprefix(own) if text.startswith(own) else text
-
-    try:
-        for row in rows:
-            if isinstance(row, BadRow):
-                problem = DataError(renamed(row.problem.message), hint=row.problem.hint)
-                yield BadRow(renamed(row.where), problem)
-            else:
-                yield replace(row, where=renamed(row.where))
-    except DataError as problem:
-        raise DataError(renamed(problem.message), hint=problem.hint) from None
-
-
-@contextmanager
-def _explain_file_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, zlib.error) as problem:
-        raise DataError(f"{path}: damaged or cut-off gzip file: {problem}") from None
-    except OSError as problem:
-        if problem.errno is None:  # not the system's, but gzip's or pyarrow's for bytes that make no sense
-            raise DataError(f"{path}: damaged file: {problem}") from None
-        raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
+        refuse_foreign(stream.read(HEAD_BYTES), path, format_of(path))
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -143,34 +113,31 @@ class _Unzipped(io.RawIOBase):
         super().close()
 
 
-def _text_lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
+def _text_lines(path: Path, name: str) -> Iterator[tuple[str, str | BadRow]]:
     """Yield `(file:line, text)`, split at line feeds only: U+2028 and the like may stand inside a JSON string."""
     with _open(path) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=1):
-            where = f"{path.name}:{number}"
+            where = f"{name}:{number}"
             if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+                    pass
                 message = f"{where}: a line of more than {_LONGEST_LINE:,} bytes"
-                _skip_line(stream)
-                yield where, BadRow(where, DataError(message, hint="each row stands on a line of its own"))
+                yield where, BadRow(where, DataError(message, hint=_ONE_A_LINE))
                 continue
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 yield where, line.decode("utf-8")
             except UnicodeDecodeError as problem:
                 found = f"byte 0x{line[problem.start]:02x} at byte {problem.start + 1} of the line"
-                hint = "save the file as UTF-8"
-                yield where, BadRow(where, DataError(f"{where}: not valid UTF-8: {found}", hint=hint))
+                yield where, BadRow(where, DataError(f"{where}: not valid UTF-8: {found}", hint=_SAVE_AS_UTF_8))
 
 
-def _skip_line(stream: IO[bytes]) -> None:
-    """Read to the end of a line without keeping it."""
-    while (part := stream.readline(2**20)) and not part.endswith(b"\n"):
-        pass
+# --- JSON
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow | BadRow]:
-    for where, text in _text_lines(path):
+def _read_json_lines(path: Path, name: str) -> Iterator[RawRow | BadRow]:
+    for where, text in _text_lines(path, name):
         if isinstance(text, BadRow):
             yield text
         elif text.strip():
@@ -190,27 +157,22 @@ def _object_of(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def _parse_json_row(where: str, text: str) -> RawRow | BadRow:
+    hint = None
     try:
-        value = json.loads(text.rstrip(), object_pairs_hook=_object_of)
+        return _object_row(where, json.loads(text.rstrip(), object_pairs_hook=_object_of))
     except json.JSONDecodeError as problem:
-        message = f"{where}: not valid JSON: {problem.msg} at column {problem.colno}"
-        return BadRow(where, DataError(message, hint=_hint_of_line(text, problem)))
+        message = f"not valid JSON: {problem.msg} at column {problem.colno}"
+        if text.startswith("\ufeff"):
+            hint = _JOINED
+        elif problem.msg == "Extra data" and "\r" in text[: problem.pos]:
+            hint = _RETURNS
+        elif problem.msg == "Extra data" and text[problem.pos] in "{[":
+            hint = _ONE_A_LINE
     except _RepeatedKeyError as problem:
-        return BadRow(where, DataError(f"{where}: {problem}"))
+        message = str(problem)
     except (ValueError, RecursionError) as problem:
-        return BadRow(where, DataError(f"{where}: JSON that Python cannot hold: {problem}"))
-    return _object_row(where, value)
-
-
-def _hint_of_line(text: str, problem: json.JSONDecodeError) -> str | None:
-    """Return what may have spoilt a line of JSON: joined files, or the ends of lines of other systems."""
-    if text.startswith("\ufeff"):
-        return _JOINED
-    if problem.msg != "Extra data":
-        return None
-    if "\r" in text[: problem.pos]:
-        return _RETURNS
-    return "each row stands on a line of its own" if text[problem.pos] in "{[" else None
+        message = f"JSON that Python cannot hold: {problem}"
+    return BadRow(where, DataError(f"{where}: {message}", hint=hint))
 
 
 def _object_row(where: str, value: Any) -> RawRow | BadRow:
@@ -226,27 +188,38 @@ def json_kind(value: Any) -> str:
     return "an object" if isinstance(value, dict) else kinds.get(type(value), "a number")
 
 
-def _read_json(path: Path) -> Iterator[RawRow | BadRow]:
+def _read_json(path: Path, name: str) -> Iterator[RawRow | BadRow]:
     """Read an array of objects, or what is JSON Lines but for its name."""
     with _open(path) as stream:
-        line, first = _first_line(stream)
+        number = 1
+        first = stream.readline(_BLOCK).removeprefix(codecs.BOM_UTF8)
+        while first and not first.strip():
+            number += first.endswith(b"\n")
+            first = stream.readline(_BLOCK)
+        first = first.lstrip()
         if first.startswith(b"["):
-            yield from _array_rows(path.name, _JsonWindow(path.name, stream, line, first))
+            yield from _array_rows(name, _JsonWindow(name, stream, number, first))
             return
         while first and not first.endswith(b"\n") and len(first) < _LONGEST_LINE and (block := stream.readline(_BLOCK)):
             first += block
-    is_lines = len(first) >= _LONGEST_LINE or _is_row(first)
-    yield from _read_json_lines(path) if is_lines else [_refuse_json(path)]
+    try:
+        is_lines = len(first) >= _LONGEST_LINE or not first or isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        is_lines = False
+    yield from _read_json_lines(path, name) if is_lines else [_refuse_json(path, name)]
 
 
-def _first_line(stream: IO[bytes]) -> tuple[int, bytes]:
-    """Return the number of the first line that is not blank, and its beginning without the blanks before it."""
-    number = 1
-    line = stream.readline(_BLOCK).removeprefix(b"\xef\xbb\xbf")
-    while line and not line.strip():
-        number += line.endswith(b"\n")
-        line = stream.readline(_BLOCK)
-    return number, line.lstrip()
+def _refuse_json(path: Path, name: str) -> BadRow:
+    with _open(path) as stream:
+        content = stream.read(_LONGEST_SHOWN).removeprefix(codecs.BOM_UTF8)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        found = "neither"
+    else:
+        keys = f" with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
+        found = f"{json_kind(value)}{keys}"
+    return BadRow(name, DataError(f"{name}: expected an array of objects, or JSON Lines; found {found}"))
 
 
 def _array_rows(name: str, window: _JsonWindow) -> Iterator[RawRow | BadRow]:
@@ -292,18 +265,16 @@ class _JsonWindow:
         """
         decoder = json.JSONDecoder(object_pairs_hook=_object_of)
         self._position += 1
-        if self._peek() == "]":
-            self._end()
-            return
-        while True:
+        mark = "]" if self._peek() == "]" else ","
+        while mark != "]":
             yield self._value(decoder)
             mark = self._peek()
-            if mark == "]":
-                self._end()
-                return
-            if mark != ",":
+            if mark not in {",", "]"}:
                 raise json.JSONDecodeError("Expecting ',' delimiter", self._text, self._position)
-            self._position += 1
+            self._position += mark == ","
+        self._position += 1
+        if self._peek():
+            raise json.JSONDecodeError("Extra data", self._text, self._position)
 
     def _value(self, decoder: json.JSONDecoder) -> Any:
         self._peek()
@@ -324,14 +295,10 @@ class _JsonWindow:
     def _peek(self) -> str:
         """Skip white space and return the character behind it, an empty text at the end."""
         while True:
-            self._position = _skip_space(self._text, self._position)
+            while self._position < len(self._text) and self._text[self._position] in " \t\n\r":
+                self._position += 1
             if self._position < len(self._text) or not self._read_on():
                 return self._text[self._position : self._position + 1]
-
-    def _end(self) -> None:
-        self._position += 1
-        if self._peek():
-            raise json.JSONDecodeError("Extra data", self._text, self._position)
 
     def _read_on(self) -> bool:
         """Read as much again as is left, at least a block, and drop what has been read; False at the end."""
@@ -352,44 +319,20 @@ class _JsonWindow:
         except UnicodeDecodeError as problem:
             read = bytes(problem.object)
             line = self.line + self._text.count("\n") + read.count(b"\n", 0, problem.start)
-            found = f"byte 0x{read[problem.start]:02x}"
-            hint = "save the file as UTF-8"
-            raise DataError(f"{self._name}:{line}: not valid UTF-8: {found}", hint=hint) from None
+            message = f"{self._name}:{line}: not valid UTF-8: byte 0x{read[problem.start]:02x}"
+            raise DataError(message, hint=_SAVE_AS_UTF_8) from None
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\n\r":
-        position += 1
-    return position
+# --- tables
 
 
-def _is_row(line: bytes) -> bool:
-    try:
-        return not line or isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _refuse_json(path: Path) -> BadRow:
-    with _open(path) as stream:
-        content = stream.read(_LONGEST_SHOWN).removeprefix(b"\xef\xbb\xbf")
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        found = "neither"
-    else:
-        keys = f" with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
-        found = f"{json_kind(value)}{keys}"
-    message = f"{path.name}: expected an array of objects, or JSON Lines; found {found}"
-    return BadRow(path.name, DataError(message))
-
-
-def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
+def _read_csv(path: Path, name: str) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(_LONGEST_LINE)  # the default of 131,072 characters cuts into long documents
-    reader = csv.reader(_require_text(path), delimiter="\t" if format_of(path) == "tsv" else ",", strict=True)
+    is_tsv = format_of(path) == "tsv"
+    reader = csv.reader(_require_text(path, name), delimiter="\t" if is_tsv else ",", strict=True)
     header: list[str] | None = None
     while True:
-        where = f"{path.name}:{reader.line_num + 1}"
+        where = f"{name}:{reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as problem:
@@ -400,7 +343,8 @@ def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
         if not cells:
             continue
         if header is None:
-            header = _check_header(where, cells, is_tsv=format_of(path) == "tsv")
+            _check_header(where, cells, is_tsv=is_tsv)
+            header = cells
         elif cells[0].startswith("\ufeff"):
             yield BadRow(where, DataError(f"{where}: a byte order mark within the file", hint=_JOINED))
         elif len(cells) != len(header):
@@ -410,14 +354,14 @@ def _read_csv(path: Path) -> Iterator[RawRow | BadRow]:
             yield RawRow(where, dict(zip(header, cells, strict=True)))
 
 
-def _require_text(path: Path) -> Iterator[str]:
-    for _, text in _text_lines(path):
+def _require_text(path: Path, name: str) -> Iterator[str]:
+    for _, text in _text_lines(path, name):
         if isinstance(text, BadRow):
             raise text.problem
         yield text
 
 
-def _check_header(where: str, cells: list[str], *, is_tsv: bool) -> list[str]:
+def _check_header(where: str, cells: list[str], *, is_tsv: bool) -> None:
     repeated = sorted({name for name in cells if cells.count(name) > 1})
     if repeated:
         raise DataError(f"{where}: columns repeat in the header: {', '.join(repeated)}")
@@ -425,22 +369,20 @@ def _check_header(where: str, cells: list[str], *, is_tsv: bool) -> list[str]:
     if len(cells) == 1 and (found := [name for mark, name in marks.items() if mark in cells[0]]):
         message = f"{where}: the header is one cell, {cells[0]!r:.80}: its columns are separated by {found[0]}"
         raise DataError(message, hint="columns are separated by commas in a .csv file, by tabs in a .tsv file")
-    return cells
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow | BadRow]:
+def _read_parquet(path: Path, name: str) -> Iterator[RawRow | BadRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as table:
-            rows = _rows_of_batches(path, table.schema_arrow.names, table.iter_batches(batch_size=1024))
-            yield from interpreted(rows, table.schema_arrow)
+            yield from _rows_of_batches(path, name, table.schema_arrow, table.iter_batches(batch_size=1024))
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Parquet file: {problem}") from None
 
 
-def _read_arrow(path: Path) -> Iterator[RawRow | BadRow]:
+def _read_arrow(path: Path, name: str) -> Iterator[RawRow | BadRow]:
     """Read an Arrow stream, as `datasets` writes it, or an Arrow file (Feather)."""
     import pyarrow as pa
 
@@ -448,48 +390,43 @@ def _read_arrow(path: Path) -> Iterator[RawRow | BadRow]:
         with pa.memory_map(str(path)) as stream:
             is_file = stream.read(6) == b"ARROW1"
             stream.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(stream)
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                reader = pa.ipc.open_stream(stream)
-                batches = iter(reader)
-            yield from interpreted(_rows_of_batches(path, reader.schema.names, batches), reader.schema)
+            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+            yield from _rows_of_batches(path, name, reader.schema, batches)
     except pa.ArrowException as problem:
         raise DataError(f"{path}: not a readable Arrow file: {problem}") from None
 
 
-def _rows_of_batches(path: Path, names: list[str], batches: Iterator[Any]) -> Iterator[RawRow | BadRow]:
+def _rows_of_batches(path: Path, name: str, schema: Any, batches: Iterator[Any]) -> Iterator[RawRow | BadRow]:
     import pyarrow as pa
 
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted({column for column in schema.names if schema.names.count(column) > 1}):
         raise DataError(f"{path}: columns repeat: {', '.join(repeated)}")
+    interpret = interpreter(schema)
     number = 0
     try:
         for batch in batches:
             for fields in _rows_of_batch(batch):
-                where = f"{path.name}#{number}"
+                where = f"{name}#{number}"
                 if isinstance(fields, UnicodeDecodeError):
                     found = f"byte 0x{fields.object[fields.start]:02x}"
                     yield BadRow(where, DataError(f"{where}: a text that is not valid UTF-8: {found}"))
                 else:
-                    yield RawRow(where, fields)
+                    yield interpret(RawRow(where, fields))
                 number += 1
     except (pa.ArrowException, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno is not None:
             raise
-        raise DataError(f"{path.name}#{number}: the file is damaged from this row on: {problem}") from None
+        raise DataError(f"{name}#{number}: the file is damaged from this row on: {problem}") from None
 
 
 def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Yield a batch's rows, and the problem in place of one that Python cannot hold."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        yield from batch.to_pylist()
     except UnicodeDecodeError:
         for index in range(batch.num_rows):
             try:
                 yield batch.slice(index, 1).to_pylist()[0]
             except UnicodeDecodeError as problem:
                 yield problem
-    else:
-        yield from rows

@@ -17,28 +17,11 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from p2d_cli.data import folders
 from p2d_cli.data.column_kinds import label_names, labels_beyond
-from p2d_cli.data.dataset_card import Labels
-from p2d_cli.data.folders import (
-    DICT_NAME,
-    STATE_NAME,
-    FoundSplits,
-    find_splits,
-    is_dangling,
-    is_hidden,
-    is_own_artifact,
-    is_saved,
-    may_hold_rows,
-    may_hold_unread_rows,
-    plain_names,
-    read_json_object,
-    saved_files,
-    split_all_files,
-)
-from p2d_cli.data.foreign import HEAD_BYTES, foreign_kind
+from p2d_cli.data.foreign import HEAD_BYTES, refuse_foreign
 from p2d_cli.data.raw_rows import FORMATS, BadRow, RawRow, RowFormat, RowSource, format_of
 from p2d_cli.data.row_files import read_files
-from p2d_cli.data.splits import Splits, joins_splits, several_stems, shard_problem
 from p2d_cli.errors import DataError, StorageError, UnavailableError, UsageError, near_names
 from p2d_cli.hub import PROBE_SECONDS, why_unreachable
 
@@ -47,6 +30,7 @@ _HUB_ID = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEED_A_FILE = "rows are read more than once: write them to a file, such as rows.jsonl"
+_NO_LISTS = "a comma is part of a name: put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
 _MOST_LISTED = 12
 _KNOWN_SUFFIXES = "known are " + ", ".join(FORMATS) + ", and .gz of the text formats"
 
@@ -69,7 +53,9 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
         return local
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "/", "~")) or format_of(path) is not None:
-        raise DataError(f"no such file or folder: {spec}", hint=_what_instead(spec, path))
+        parts = [part.strip() for part in spec.split(",")]
+        are_there = len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts if part)
+        raise DataError(f"no such file or folder: {spec}", hint=_NO_LISTS if are_there else near_names(path))
     if revision is not None and hub_id["revision"] not in (None, revision):
         raise UsageError(f"{spec} asks for revision {hub_id['revision']}, but --revision is {revision}")
     return RowSource(
@@ -84,13 +70,7 @@ def locate(spec: str, *, split: str | None = None, revision: str | None = None) 
 
 
 def read_rows(source: RowSource) -> Iterator[RawRow]:
-    """Yield the rows of a source in order.
-
-    Raises:
-        DataError: the first row that cannot be read, by file and line, or a source without rows.
-        UnavailableError: a hub data set that is neither cached nor reachable.
-        StorageError: a file that the system does not let p2d read.
-    """
+    """Yield the rows of a source in order, as `scan_rows` does; the first one that cannot be read is an error."""
     for row in scan_rows(source):
         if isinstance(row, BadRow):
             raise row.problem
@@ -122,59 +102,54 @@ def _locate_here(spec: str, path: Path, split: str | None) -> RowSource | None:
     if spec == "-":
         raise DataError("rows cannot be read from standard input", hint=_NEED_A_FILE)
     if path.is_dir():
-        return _locate_folder(spec, path, split)
+        return _locate_saved(spec, path, split) or _locate_files(spec, path, split, None)
     if path.exists():
         if not path.is_file():
             raise DataError(f"{spec} is no file but a pipe or a device", hint=_NEED_A_FILE)
         return RowSource(spec=spec, kind="files", format=_require_format(path), files=(path,))
     if has_magic(spec):
         return _locate_glob(spec, split)
-    folder, colon, config = spec.rpartition(":")
-    if colon and folder and config and (place := Path(folder).expanduser()).is_dir():
-        if is_own_artifact(place):
+    folder, _, config = spec.rpartition(":")
+    if folder and config and (place := Path(folder).expanduser()).is_dir():
+        if folders.is_own_artifact(place):
             raise DataError(f"{folder} is an artifact of p2d, which has no configurations", hint=f"give {folder}")
         return _locate_files(spec, place, split, config)
     return None
 
 
-def _what_instead(spec: str, path: Path) -> str:
-    parts = [part.strip() for part in spec.split(",")]
-    if len(parts) > 1 and all(Path(part).expanduser().exists() for part in parts if part):
-        return "a comma is part of a name: put the files into one folder, or give a glob in quotes, as 'rows/*.jsonl'"
-    return near_names(path)
-
-
 def _require_format(path: Path) -> RowFormat:
-    """Return the format that a file's name stands for.
-
-    Raises:
-        DataError: none; its first bytes may tell what it is.
-    """
+    """Return the format that a file's name stands for; if it stands for none, its first bytes may tell what it is."""
     if (row_format := format_of(path)) is not None:
         return row_format
     try:
         with path.open("rb") as stream:
-            found = foreign_kind(stream.read(HEAD_BYTES), path, None)
+            refuse_foreign(stream.read(HEAD_BYTES), path, None)
     except OSError as problem:
         raise StorageError(f"cannot read {path}: {problem.strerror or problem}") from None
-    if found is not None:
-        raise DataError(f"{path} is {found.what}", hint=found.hint)
     raise DataError(f"{path}: cannot tell the format of its rows from its name", hint=_KNOWN_SUFFIXES)
 
 
-def _locate_folder(spec: str, folder: Path, split: str | None) -> RowSource:
-    if (folder / DICT_NAME).is_file():
-        names = plain_names(read_json_object(folder / DICT_NAME).get("splits", []), folder)
-        chosen = _choose_split(spec, names, split)
-        return _saved_dataset(spec, folder / chosen, chosen)
-    if is_saved(folder):
-        _refuse_other_split(spec, folder, split)
-        return _saved_dataset(spec, folder, split)
-    return _locate_files(spec, folder, split, None)
+def _locate_saved(spec: str, folder: Path, split: str | None) -> RowSource | None:
+    """Return what `save_to_disk` wrote into a folder, a data set or a dictionary of several; None if it did not."""
+    if (folder / folders.DICT_NAME).is_file():
+        names = folders.plain_names(folders.read_json_object(folder / folders.DICT_NAME).get("splits", []), folder)
+        split = _choose_split(spec, names, split)
+        folder = folder / split
+    elif not folders.is_saved(folder):
+        return None
+    else:
+        # In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
+        saved = folders.read_json_object(folder / folders.STATE_NAME).get("_split")
+        if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
+            raise DataError(f"{spec} has no split '{split}'; found: {saved}")
+    files = folders.saved_files(folder)
+    if not files:
+        raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
+    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
 
 
 def _locate_files(spec: str, folder: Path, split: str | None, config: str | None) -> RowSource:
-    found = find_splits(folder, config)
+    found = folders.find_splits(folder, config)
     if found is None:
         raise DataError(f"no files with rows in {spec}", hint=_KNOWN_SUFFIXES)
     chosen, files = _choose_files(spec, found, split)
@@ -186,13 +161,13 @@ def _locate_files(spec: str, folder: Path, split: str | None, config: str | None
     return replace(source, notes=_notes(spec, found, chosen, files), labels=labels)
 
 
-def _notes(spec: str, found: FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:
+def _notes(spec: str, found: folders.FoundSplits, split: str, files: Sequence[PurePosixPath]) -> tuple[str, ...]:
     """Say what `datasets` does without a word: files that it joins to one split, or leaves out."""
     notes = []
-    if found.by_card and joins_splits(files):
+    if found.by_card and folders.joins_splits(files):
         notes.append(f"{spec}: its card joins files of several splits in {split}: {_listed(files)}")
     # Of files with different names one may be a part of the other.
-    elif stems := several_stems(split, files):
+    elif stems := folders.several_stems(split, files):
         notes.append(f"{spec}: {', '.join(stems)} are all of the split {split}; for one alone name its file")
     if count := len(found.left_out):
         which = f"{count} {'files' if count > 1 else 'file'} with rows in other folders"
@@ -209,25 +184,24 @@ def _locate_glob(spec: str, split: str | None) -> RowSource:
     """Read a pattern as a folder that holds just the files it stands for."""
     # Path.glob takes no pattern from the root, nor one that leads upwards.
     matched = sorted({Path(name) for name in glob(str(Path(spec).expanduser()), recursive=True)})  # noqa: PTH207
-    paths = [path for path in matched if path.is_file() or is_dangling(path)]
+    paths = [path for path in matched if path.is_file() or folders.is_dangling(path)]
     if not paths:
         what = "only folders match" if matched else "no file matches"
         raise DataError(f"{what} {spec}", hint="as in a shell, * stands for any name, and ** for any folders")
-    asks_hidden = is_hidden(PurePosixPath(spec))
-    rows = [path for path in paths if may_hold_rows(path) and (asks_hidden or not is_hidden(path))]
+    asks_hidden = folders.is_hidden(PurePosixPath(spec))
+    rows = [path for path in paths if folders.may_hold_rows(path) and (asks_hidden or not folders.is_hidden(path))]
     if not rows:
         _require_format(paths[0])
         raise DataError(f"none of the files that match {spec} holds rows: {paths[0]}", hint=_KNOWN_SUFFIXES)
     root = Path(os.path.commonpath([path.parent for path in rows]))
-    files = [PurePosixPath(path.relative_to(root)) for path in rows]
-    unread = [PurePosixPath(os.path.relpath(path, root)) for path in paths if may_hold_unread_rows(path)]
-    found = split_all_files(root, files, unread)
+    asked = [*rows, *(path for path in paths if folders.may_hold_unread_rows(path))]
+    found = folders.split_files(root, [PurePosixPath(os.path.relpath(path, root)) for path in asked], all_asked=True)
     chosen, group = _choose_files(spec, found, split)
     _refuse_dangling(root, group)
     return replace(_one_format(spec, [root / path for path in group], split), notes=_notes(spec, found, chosen, group))
 
 
-def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
+def _choose_files(spec: str, found: folders.FoundSplits, split: str | None) -> tuple[str, list[PurePosixPath]]:
     """Return the name and the files of a split: the one asked for, or the only one."""
     # A file beside a split may have its name, as train.jsonl beside the folder train.
     others = {files[0].as_posix() if name in found.splits else name: files for name, files in found.others.items()}
@@ -244,7 +218,7 @@ def _choose_files(spec: str, found: FoundSplits, split: str | None) -> tuple[str
     return chosen, groups[chosen]
 
 
-def _refuse_two_splits(spec: str, splits: Splits, split: str | None) -> None:
+def _refuse_two_splits(spec: str, splits: folders.Splits, split: str | None) -> None:
     """Refuse a file whose name, or that of its folder, is of two splits, if it would be read."""
     counts = Counter(path for files in splits.values() for path in files)
     asked = counts if split is None else splits.get(split, [])
@@ -256,22 +230,18 @@ def _refuse_two_splits(spec: str, splits: Splits, split: str | None) -> None:
 
 def _refuse_dangling(root: Path, files: Sequence[PurePosixPath]) -> None:
     for path in files:
-        if is_dangling(root / path):
+        if folders.is_dangling(root / path):
             target = (root / path).readlink()
             raise DataError(f"{root / path} is a link to {target}, which is not there", hint="fetch or remove it")
 
 
 def _missing_part(root: Path, files: Sequence[PurePosixPath]) -> str | None:
-    """Say what is missing of a split; None if all of it is there.
-
-    Raises:
-        DataError: a file is a link to what is not there.
-    """
+    """Say what is missing of a split; None if all of it is there. A link to what is not there is an error."""
     if not files:
         return "no file of the split is there"
     _refuse_dangling(root, files)
     absent = [path.as_posix() for path in files if not (root / path).is_file()]
-    return f"{absent[0]} is missing" if absent else shard_problem(files)
+    return f"{absent[0]} is missing" if absent else folders.shard_problem(files)
 
 
 def _one_format(spec: str, files: Sequence[Path], split: str | None) -> RowSource:
@@ -297,52 +267,31 @@ def _choose_split(spec: str, splits: Sequence[str], split: str | None) -> str:
     return split
 
 
-def _saved_dataset(spec: str, folder: Path, split: str | None) -> RowSource:
-    """Describe a folder that `Dataset.save_to_disk` wrote; its state names the files in order."""
-    files = saved_files(folder)
-    if not files:
-        raise DataError(f"{spec} is a saved data set without data files", hint="save it again")
-    return RowSource(spec=spec, kind="dataset-folder", format="arrow", files=files, split=split)
-
-
-def _refuse_other_split(spec: str, folder: Path, split: str | None) -> None:
-    """Refuse a data set that was saved alone and says which split it is, if another one is asked for.
-
-    In a dictionary its key counts: what `train_test_split` divided keeps saying what the whole was.
-    """
-    saved = read_json_object(folder / STATE_NAME).get("_split")
-    if split is not None and isinstance(saved, str) and split not in re.findall(r"[\w.]+", saved):
-        raise DataError(f"{spec} has no split '{split}'; found: {saved}")
-
-
 # --- the hub
 
 
 def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)):
-        yield from _read_cached(source, *cached)
+    if constants.HF_HUB_OFFLINE and (cached := _cached_files(source)) is not None:
+        for number, row in enumerate(read_files(cached)):
+            yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{cached.split}#{number}")
         return
     if constants.HF_HUB_OFFLINE and source.revision is not None:
         raise _unavailable(source, f"its revision {source.revision} is not in the local cache", offline=True)
     import datasets
 
-    # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
-    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     if not offline:
         _probe_hub(source)
     try:
         with _silenced():
             rows, split = _load_hub(source)
-    except (DataError, UnavailableError):
-        raise
     except ValueError as problem:
         if offline:
             raise _unavailable(source, str(problem), offline=True) from None
         raise DataError(f"cannot read data set {source.spec}: {problem}") from None
-    except (OSError, RuntimeError, client_error, datasets.exceptions.DatasetsError) as problem:
+    except (OSError, RuntimeError, _client_error(), datasets.exceptions.DatasetsError) as problem:
         raise _unavailable(source, str(problem), offline=offline) from None
     features = getattr(rows, "features", None)
     labels = label_names(features.to_dict()) if features else {}
@@ -350,39 +299,28 @@ def _read_hub(source: RowSource) -> Iterator[RawRow | BadRow]:
         yield RawRow(f"{source.repo}/{split}#{number}", dict(fields), labels)
 
 
-def _read_cached(source: RowSource, split: str, files: list[Path], labels: Labels) -> Iterator[RawRow | BadRow]:
-    """Read the files of a snapshot in the local cache, with the rows named as if they came from the hub."""
-    snapshot = replace(_one_format(source.spec, files, split), labels=labels)
-    for number, row in enumerate(read_files(snapshot)):
-        yield row if isinstance(row, BadRow) else replace(row, where=f"{source.repo}/{split}#{number}")
-
-
-def _cached_files(source: RowSource) -> tuple[str, list[Path], Labels] | None:
-    """Return the split, its files and labels in the local cache, as `hf download` leaves them, of just this revision.
+def _cached_files(source: RowSource) -> RowSource | None:
+    """Return what the local cache holds, as `hf download` leaves it, of just this revision.
 
     `datasets` finds offline what it prepared itself before, but of whatever revision that was.
-
-    Raises:
-        DataError: a split that is missing or not chosen.
-        UnavailableError: a split that is there in part.
     """
-    from huggingface_hub import constants
-
     if (commit := hub_commit(source)) is None or "[" in (source.split or ""):
         return None
-    folder = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "snapshots" / commit
-    found = find_splits(folder, source.config_name) if folder.is_dir() else None
+    folder = _cache_folder(source) / "snapshots" / commit
+    found = folders.find_splits(folder, source.config_name) if folder.is_dir() else None
     if found is None:
         return None
     # On the hub, what belongs to no split is documentation.
     split, files = _choose_files(source.spec, replace(found, others={}), source.split)
     if problem := _missing_part(found.root, files):
         raise _unavailable(source, f"of its split {split}, {problem}", offline=True)
-    return split, [found.root / path for path in files], found.labels
+    return replace(_one_format(source.spec, [found.root / path for path in files], split), labels=found.labels)
 
 
-def _cache_name(source: RowSource) -> str:
-    return f"datasets--{str(source.repo).replace('/', '--')}"
+def _cache_folder(source: RowSource) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{str(source.repo).replace('/', '--')}"
 
 
 def _load_hub(source: RowSource) -> tuple[Any, str]:
@@ -406,20 +344,26 @@ def hub_commit(source: RowSource) -> str | None:
 
     Asked of the hub within seconds; offline, the commit that the local cache knows, or None.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     revision = source.revision or "main"
     if _COMMIT.fullmatch(revision):
         return revision
-    client_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     if not constants.HF_HUB_OFFLINE:
         try:
             _probe_hub(source)
             return HfApi().dataset_info(str(source.repo), revision=revision, timeout=PROBE_SECONDS).sha
-        except (UnavailableError, OSError, client_error):
+        except (UnavailableError, OSError, _client_error()):
             pass  # then the cache may know it
-    reference = Path(constants.HF_HUB_CACHE) / _cache_name(source) / "refs" / revision
+    reference = _cache_folder(source) / "refs" / revision
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def _client_error() -> type[Exception]:
+    """Return the base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now."""
+    from huggingface_hub import errors
+
+    return getattr(errors, "HTTPError", OSError)
 
 
 def _probe_hub(source: RowSource) -> None:
