@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.answers import forward_inputs
+from p2d_cli.modeling.likelihood import forward_inputs
 
 CAPTURE_ATTENTION = "p2d_capture"
 

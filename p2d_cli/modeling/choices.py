@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.answers import answer_logits_only, input_device, log_normalizer
 from p2d_cli.modeling.layouts import model_layout, plain_model
+from p2d_cli.modeling.likelihood import answer_logits_only, log_normalizer
+from p2d_cli.modeling.loading import input_device
 
 _PADDING, _PROMPT = -1, 0
 # These take a mask for each pair of tokens; flash attention does not.

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from p2d_cli.core.turns import TurnFrame
-from p2d_cli.modeling.answers import (
-    completion_log_likelihood,
-    finite_logits,
-    forward_inputs,
-    input_device,
-    output_embedding,
-)
 from p2d_cli.modeling.layouts import plain_model
+from p2d_cli.modeling.likelihood import completion_log_likelihood, finite_logits, forward_inputs, output_embedding
+from p2d_cli.modeling.loading import input_device
 
 # A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
 _TOKENS_PER_CHARACTER = 4

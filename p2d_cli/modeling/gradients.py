@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from p2d_cli.errors import NonFiniteError
-from p2d_cli.modeling.answers import answer_token_logprobs, input_device
+from p2d_cli.modeling.likelihood import answer_token_logprobs
+from p2d_cli.modeling.loading import input_device
 
 IGNORED_LABEL = -100
 

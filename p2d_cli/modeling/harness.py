@@ -18,8 +18,8 @@ from typing import Any
 
 from p2d_cli.core.turns import TurnFrame
 from p2d_cli.errors import UnavailableError, UsageError, first_line
-from p2d_cli.modeling.answers import finite_logits, require_finite_logits
 from p2d_cli.modeling.generation import decode_turns, end_ids
+from p2d_cli.modeling.likelihood import finite_logits, require_finite_logits
 
 PACKAGE = "lm-eval"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.answers import working_device
 from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
+from p2d_cli.modeling.loading import working_device
 
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.layouts import LayerLayout, plain_model
+from p2d_cli.modeling.likelihood import forward_inputs
 
 
 class _ForwardStopped(Exception):

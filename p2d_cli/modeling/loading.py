@@ -144,6 +144,26 @@ def _from_pretrained(files: ModelFiles, **options: Any) -> tuple[Any, Any]:
     return model, report
 
 
+def input_device(model: Any) -> torch.device:
+    """Return the device that a model takes its tokens on.
+
+    It is that of its embeddings; where these wait on the disk or in main memory for their turn (accelerate's dispatch),
+    it is the device they work on. `model.device` would then be `meta`.
+    """
+    return working_device(model.get_input_embeddings())
+
+
+def working_device(module: Any) -> torch.device:
+    """Return the device that a module with a weight computes on, wherever its weight waits meanwhile."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    found: torch.device = module.weight.device
+    return found
+
+
 def placed_on(model: Any) -> dict[str, int]:
     """Return on which devices a divided model lies (`disk` is one), each with its number of modules; empty if whole."""
     placed: dict[Any, Any] = getattr(model, "hf_device_map", None) or {}

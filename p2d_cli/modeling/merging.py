@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, first_line, is_out_of_memory
-from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.head_adapter import known_warnings_silenced
+from p2d_cli.modeling.loading import input_device
 
 PROBED_TOKENS = 16
 TOLERANCE = 1e-3

@@ -40,10 +40,10 @@ def require_suitable(
 
 
 def _examine(files: ModelFiles, *, heads: bool, attention: bool, logits: bool) -> int:
-    from p2d_cli.modeling.answers import output_embedding
     from p2d_cli.modeling.attention_capture import require_capturable
     from p2d_cli.modeling.checkpoints import build_skeleton
     from p2d_cli.modeling.layouts import model_layout
+    from p2d_cli.modeling.likelihood import output_embedding
     from p2d_cli.modeling.token_ids import count_embeddings
 
     model = build_skeleton(files)

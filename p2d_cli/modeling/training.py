@@ -27,9 +27,9 @@ from transformers import (
 
 from p2d_cli.core.cost import MEGABATCHES
 from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
-from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
+from p2d_cli.modeling.likelihood import answer_logits_only
 from p2d_cli.modeling.loading import quiet_transformers
 
 Batch = dict[str, Any]

@@ -42,26 +42,6 @@ def forward_inputs(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str,
     }
 
 
-def input_device(model: Any) -> torch.device:
-    """Return the device that a model takes its tokens on.
-
-    It is that of its embeddings; where these wait on the disk or in main memory for their turn (accelerate's dispatch),
-    it is the device they work on. `model.device` would then be `meta`.
-    """
-    return working_device(model.get_input_embeddings())
-
-
-def working_device(module: Any) -> torch.device:
-    """Return the device that a module with a weight computes on, wherever its weight waits meanwhile."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        device = getattr(part, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    found: torch.device = module.weight.device
-    return found
-
-
 @contextmanager
 def answer_logits_only(model: Any, keep_mask_BT: Tensor) -> Iterator[None]:
     """Make the forwards of the `with` block return logits `[1, n, V]` of the kept positions only.
