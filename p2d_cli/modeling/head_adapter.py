@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
@@ -64,7 +65,7 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
     one that has any.
 
     Args:
-        model: a plain causal language model; its modules are replaced in place.
+        model: without adapter; its modules are replaced in place.
         selected_LH: the heads, bool `[L, H]`.
         projections: what is trained of them, of q, k, v, o.
 
@@ -75,30 +76,64 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         UsageError: no head or no projection is selected, or the attention is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
-    from peft import LoraConfig, get_peft_model
-
     layout = model_layout(model)
-    _check_selection(selected_LH, layout, projections)
+    _check_projections(projections)
+    expected = (len(layout), layout[0].num_heads)
+    if selected_LH.shape != expected:
+        raise ArtifactError(
+            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
+            hint="score the heads of this model",
+        )
+    if not selected_LH.any():
+        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
     placed = _placements(layout, selected_LH, projections)
     counts = {name: len(positions) for name, (positions, _) in placed.items()}
     first = next(iter(counts.values()))
+    # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
+    peft_model = _attach(
+        model, layout, placed, r=first, lora_alpha=first, rank_pattern=counts, alpha_pattern={**counts}
+    )
+    for name, (positions, on_input) in placed.items():
+        _place(peft_model.get_base_model().get_submodule(name), positions, on_input=on_input)
+    return peft_model
+
+
+def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
+    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685).
+
+    Args:
+        model: without adapter; its modules are replaced in place.
+        rank: r.
+        alpha: the scaling is `alpha / rank`.
+        targets: of q, k, v, o; a fused module is adapted as a whole.
+        dropout: on the inputs of the adapter, in [0, 1).
+
+    Raises:
+        UsageError: an unknown target, or the attention is of an unsupported kind.
+    """
+    layout = model_layout(model)
+    _check_projections(targets)
+    names = [name for name in PROJECTIONS if name in targets]
+    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
+    return _attach(model, layout, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+
+
+def _attach(model: Any, layout: Sequence[LayerLayout], modules: Iterable[str], **settings: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=first,
-        lora_alpha=first,
-        # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
-        rank_pattern=counts,
-        alpha_pattern=dict(counts),
-        target_modules=list(placed),
+        target_modules=list(modules),
         fan_in_fan_out=layout[0].q.transposed,
-        lora_dropout=0.0,
         bias="none",
+        **settings,
     )
     with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    _forget_local_path(peft_model)
-    for name, (positions, on_input) in placed.items():
-        _place(peft_model.get_base_model().get_submodule(name), positions, on_input=on_input)
+    # A path of this machine says nothing elsewhere; a hub id may stay.
+    saved = peft_model.peft_config[ADAPTER_NAME]
+    if (name := saved.base_model_name_or_path) and Path(name).expanduser().exists():
+        saved.base_model_name_or_path = None
     return peft_model
 
 
@@ -134,48 +169,11 @@ def trainable_share(model: Any) -> TrainableShare:
     trained = total = 0
     for name, parameter in model.named_parameters():
         trained += parameter.numel() if parameter.requires_grad else 0
-        total += 0 if ".lora_" in name else _size(parameter)
+        # The values of 4-bit weights are packed.
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else math.prod(state.shape)
+        total += 0 if ".lora_" in name else size
     return TrainableShare(trained=trained, total=total)
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Return the number of a parameter's values; those of 4-bit weights are packed."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
-    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685).
-
-    Args:
-        model: a plain causal language model; its modules are replaced in place.
-        rank: r.
-        alpha: the scaling is `alpha / rank`.
-        targets: of q, k, v, o; a fused module is adapted as a whole.
-        dropout: on the inputs of the adapter, in [0, 1).
-
-    Raises:
-        UsageError: an unknown target, or the attention is of an unsupported kind.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    layout = model_layout(model)
-    _check_projections(targets)
-    names = [name for name in PROJECTIONS if name in targets]
-    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(modules),
-        fan_in_fan_out=layout[0].q.transposed,
-        lora_dropout=dropout,
-        bias="none",
-    )
-    with known_warnings_silenced():
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    _forget_local_path(peft_model)
-    return peft_model
 
 
 def unfreeze_attention(model: Any) -> None:
@@ -206,8 +204,7 @@ def enable_checkpointing(model: Any) -> None:
     transformers makes the embeddings' output require a gradient along with it, which reentrant checkpointing needs
     and which would carry the backward pass through every frozen layer; without reentrance it is not needed.
 
-    Args:
-        model: plain or a PeftModel, after what is trained has been chosen.
+    Call it after what is trained has been chosen.
     """
     settings = {"use_reentrant": False}
     base = plain_model(model)
@@ -232,15 +229,17 @@ def save_adapter(
 
     Args:
         model: a PeftModel.
-        folder: where to; created if it is not there.
-        base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+        folder: where to; created if need be.
+        base_model: the config's `base_model_name_or_path`, such as a hub id.
         state: the adapter's weights under the model's names, if the model itself holds only a part of them.
-        revision: that of the base model on its hub; None says nothing.
+        revision: that of the base model on its hub.
 
     Raises:
         NonFiniteError: it holds NaN or infinity; nothing was written.
     """
-    factors = dict(_factors_of(model) if state is None else state)
+    factors = state
+    if factors is None:
+        factors = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     require_finite_weights(factors.items(), "saving the adapter", hint="lower --lr, or try --dtype float32")
     saved = model.peft_config[ADAPTER_NAME]
     saved.base_model_name_or_path, saved.revision = base_model, revision
@@ -263,7 +262,7 @@ def load_adapter(model: Any, path: Path | str) -> Any:
     """Put a saved adapter on its base model, for inference.
 
     Args:
-        model: the plain base model; its modules are replaced in place. It may be divided over devices.
+        model: the base model; its modules are replaced in place. It may be divided over devices.
         path: a PEFT folder.
 
     Raises:
@@ -304,14 +303,14 @@ def load_adapter(model: Any, path: Path | str) -> Any:
 def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[str]]:
     """Return the adapted model, and the names of tensors in the file that PEFT found no place for.
 
-    Args:
-        model: the plain base model.
-        folder: a PEFT folder.
-        empty: whether the factors stay without values, for `_fill_divided` to give them.
+    With `empty`, the factors stay without values, for `_fill_divided` to give them.
     """
     from peft import PeftModel
+    from safetensors import safe_open
 
-    _require_finite_file(folder)
+    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+        named = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dictionary
+        require_finite_weights(named, f"loading the adapter in {folder}", hint="train it again")
     with known_warnings_silenced():
         # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -326,19 +325,10 @@ def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[st
     return adapted, list(result.unexpected_keys)
 
 
-def _require_finite_file(folder: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
-        named = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dictionary
-        require_finite_weights(named, f"loading the adapter in {folder}", hint="train it again")
-
-
 def _fill_divided(base: Any, folder: Path) -> list[str]:
     """Put each factor where the module that it changes computes; PEFT leaves it, empty, where that module waits.
 
-    Returns:
-        The names of tensors in the file that are no factors of it.
+    Returns the names of tensors in the file that are no factors of it.
     """
     from safetensors.torch import load_file
 
@@ -354,7 +344,7 @@ def _fill_divided(base: Any, folder: Path) -> list[str]:
 
 @contextmanager
 def known_warnings_silenced() -> Iterator[None]:
-    """Silence what PEFT 0.21 provokes in transformers 5 by itself or what p2d sees to, and nothing else."""
+    """Silence what PEFT 0.21 provokes in transformers 5 by itself, or what p2d sees to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # `p2d_cli.modeling.merging` parts the embeddings before it merges.
@@ -368,18 +358,6 @@ def _check_projections(projections: Collection[str]) -> None:
     if unknown or not projections:
         found = f"found {', '.join(unknown)}" if unknown else "found none"
         raise UsageError(f"choosing what to train: expected some of {', '.join(PROJECTIONS)}, {found}")
-
-
-def _check_selection(selected_LH: NDArray[np.bool_], layout: Sequence[LayerLayout], projections: Sequence[str]) -> None:
-    _check_projections(projections)
-    expected = (len(layout), layout[0].num_heads)
-    if selected_LH.shape != expected:
-        raise ArtifactError(
-            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
-            hint="score the heads of this model",
-        )
-    if not selected_LH.any():
-        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
 
 
 def _placements(
@@ -417,15 +395,8 @@ def _is_of_heads(config: Any) -> bool:
 
 def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:
     """Return a factor with zeros up to `rank`: rows of A `[r, in]`, columns of B `[out, r]`."""
-    axis = 0 if ".lora_A." in name else 1
-    missing = rank - factor.shape[axis]
-    shape = [*factor.shape]
-    shape[axis] = missing
-    return torch.cat([factor.detach(), factor.new_zeros(shape)], dim=axis)
-
-
-def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
+    missing = (0, 0, 0, rank - factor.shape[0]) if ".lora_A." in name else (0, rank - factor.shape[1])
+    return functional.pad(factor.detach(), missing)
 
 
 def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -447,14 +418,6 @@ def _lora_modules(base: Any) -> Iterator[tuple[str, Any]]:
     for name, module in base.named_modules():
         if ADAPTER_NAME in getattr(module, "lora_A", ()):
             yield name, module
-
-
-def _forget_local_path(peft_model: Any) -> None:
-    """Keep a path of this machine out of what PEFT saves; a hub id may stay."""
-    config = peft_model.peft_config[ADAPTER_NAME]
-    name = config.base_model_name_or_path
-    if name and Path(name).expanduser().exists():
-        config.base_model_name_or_path = None
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

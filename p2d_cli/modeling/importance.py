@@ -21,7 +21,7 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
     gradient and comes apart by example: the graph begins at the lowest layer's context, and no parameter takes part.
 
     Args:
-        model: a causal language model, plain or with an adapter that has been merged.
+        model: plain, or with an adapter that has been merged.
         layout: its layout.
         batches: see `p2d_cli.modeling.gradients`; each example counts with the mean loss of its completion tokens.
 

@@ -88,8 +88,5 @@ def checked_ids(model: Any, known: KnownIds, where: str) -> Iterator[None]:
     if known.are_all:
         yield
         return
-    handle = model.get_input_embeddings().register_forward_pre_hook(check)
-    try:
+    with model.get_input_embeddings().register_forward_pre_hook(check):
         yield
-    finally:
-        handle.remove()
