@@ -83,23 +83,19 @@ def _open(file: Path) -> Any:
         ) from problem
 
 
-def skeleton(path: Path | str) -> Any:
+def skeleton(model: Path | str | ModelFiles) -> Any:
     """Build a model on the meta device from its config alone: modules and shapes, but no weights.
 
     Args:
-        path: model folder, or hub id with an optional `@revision`.
+        model: its folder, its hub id with an optional `@revision`, or its files.
 
     Raises:
-        UnavailableError, DataError, ModelError: see `load_config`.
+        UnavailableError, DataError, ModelError: see `locate_model` and `read_config`.
         ModelError: transformers cannot build what the config describes.
     """
-    return build_skeleton(locate_model(str(path)))
-
-
-def build_skeleton(files: ModelFiles) -> Any:
-    """Build a located model on the meta device; see `skeleton`."""
     from transformers import AutoModelForCausalLM
 
+    files = model if isinstance(model, ModelFiles) else locate_model(str(model))
     config = read_config(files)
     auto_model: Any = AutoModelForCausalLM
     try:

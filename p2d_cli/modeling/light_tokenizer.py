@@ -24,9 +24,18 @@ def load_light_tokenizer(files: ModelFiles) -> Any:
         from p2d_cli.modeling.loading import load_tokenizer
 
         return load_tokenizer(files.folder)
+    return read_tokenizer(PreTrainedTokenizerFast, files)
+
+
+def read_tokenizer(loader: Any, files: ModelFiles, **options: Any) -> Any:
+    """Read a tokenizer from its folder with a class of transformers.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(files.folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return loader.from_pretrained(str(files.folder), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
         raise DataError(
             f"loading the tokenizer of {files.spec} failed: {first_line(problem)}",
             hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",

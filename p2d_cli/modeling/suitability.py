@@ -35,18 +35,15 @@ def require_suitable(
     """
     if weights:
         require_plain_weights(files)
-    known = _ordinary_embeddings(files)
-    return known if known is not None else _examine(files, heads=heads, attention=attention, logits=logits)
-
-
-def _examine(files: ModelFiles, *, heads: bool, attention: bool, logits: bool) -> int:
+    if (count := _ordinary_embeddings(files)) is not None:
+        return count
     from p2d_cli.modeling.attention_capture import require_capturable
-    from p2d_cli.modeling.checkpoints import build_skeleton
+    from p2d_cli.modeling.checkpoints import skeleton
     from p2d_cli.modeling.layouts import model_layout
     from p2d_cli.modeling.likelihood import output_embedding
     from p2d_cli.modeling.token_ids import count_embeddings
 
-    model = build_skeleton(files)
+    model = skeleton(files)
     if heads:
         model_layout(model)
     if attention:
