@@ -137,7 +137,7 @@ def _from_pretrained(files: ModelFiles, **options: Any) -> Any:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device that a model takes its tokens on; `model.device` is `meta` where its embeddings wait on disk."""
+    """Return the device that a model takes its tokens on; `model.device` is `meta` if its embeddings wait on disk."""
     return working_device(model.get_input_embeddings())
 
 
