@@ -73,7 +73,8 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         A PeftModel whose trained factors are zeros in fp32 (in float64 for such a model), so that it equals the base.
 
     Raises:
-        UsageError: no head or no projection is selected, or the attention is of an unsupported kind.
+        UsageError: no head or no projection is selected.
+        ModelError: the attention is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
     layout = model_layout(model)
@@ -109,7 +110,8 @@ def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dro
         dropout: on the inputs of the adapter, in [0, 1).
 
     Raises:
-        UsageError: an unknown target, or the attention is of an unsupported kind.
+        UsageError: an unknown target.
+        ModelError: the attention is of an unsupported kind.
     """
     layout = model_layout(model)
     _check_projections(targets)
@@ -140,7 +142,7 @@ def _attach(model: Any, layout: Sequence[LayerLayout], modules: Iterable[str], *
 def saved_rank(model: Any) -> int:
     """Return the rank that all modules of a PeftModel's adapter have once it is saved."""
     config = model.peft_config[ADAPTER_NAME]
-    return common_rank(config.rank_pattern.values()) if _is_of_heads(config) else int(config.r)
+    return common_rank(config.rank_pattern.values()) if config.rank_pattern else int(config.r)
 
 
 def freeze_placing(model: Any) -> None:
@@ -150,13 +152,16 @@ def freeze_placing(model: Any) -> None:
     gradient.
 
     Raises:
-        ArtifactError: the adapter has a factor that should place rows and does not: it is not a head adapter.
+        ArtifactError: a factor does not place rows: its columns (rows, where it places columns) are not unit vectors,
+            all different, and padding.
     """
     base = model.get_base_model()
     output_names = {layer.o.module for layer in model_layout(base)}
     for name, module in _lora_modules(base):
         _, placing = _factors(module, on_input=name in output_names)
-        if not _places_rows(placing, on_input=name in output_names):
+        ones = placing == 1
+        counts = torch.cat([ones.sum(dim=0), ones.sum(dim=1)])
+        if counts.max() != 1 or ones.sum() != placing.count_nonzero():
             raise ArtifactError(
                 f"the adapter's factor for {name} does not place rows of heads: it is not a head adapter of p2d",
                 hint="continue it with --scope lora, or start a new one",
@@ -182,7 +187,7 @@ def unfreeze_attention(model: Any) -> None:
     A 16-bit model must then run under autocast, as its activations keep their dtype.
 
     Raises:
-        UsageError: the attention is of an unsupported kind.
+        ModelError: the attention is of an unsupported kind.
     """
     layout = model_layout(model)
     model.requires_grad_(False)
@@ -199,12 +204,10 @@ def prepare_full(model: Any) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass instead of keeping them.
+    """Recompute activations in the backward pass of a model whose trained parameters have been chosen.
 
     transformers makes the embeddings' output require a gradient along with it, which reentrant checkpointing needs
     and which would carry the backward pass through every frozen layer; without reentrance it is not needed.
-
-    Call it after what is trained has been chosen.
     """
     settings = {"use_reentrant": False}
     base = plain_model(model)
@@ -244,13 +247,13 @@ def save_adapter(
     saved = model.peft_config[ADAPTER_NAME]
     saved.base_model_name_or_path, saved.revision = base_model, revision
     rank = saved_rank(model)
-    if _is_of_heads(saved):
+    if is_of_heads := bool(saved.rank_pattern):  # the ranks of its modules while it is trained
         factors = {name: _padded(name, factor, rank) for name, factor in factors.items()}
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=factors)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
-    if _is_of_heads(saved):
+    if is_of_heads:
         config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     # PEFT keeps the targets as a set, whose order differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
@@ -383,14 +386,8 @@ def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
     with torch.no_grad():
         trained.zero_()
         placing.zero_()
-        by_position = placing.T if on_input else placing
-        by_position[list(positions), range(len(positions))] = 1
+        (placing.T if on_input else placing)[list(positions), range(len(positions))] = 1
     placing.requires_grad_(False)
-
-
-def _is_of_heads(config: Any) -> bool:
-    """Whether an adapter in the making is one of heads: its modules have ranks of their own."""
-    return bool(config.rank_pattern)
 
 
 def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -403,15 +400,6 @@ def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.
     """Return the trained and the placing factor of a LoRA layer."""
     a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
     return (b, a) if on_input else (a, b)
-
-
-def _places_rows(placing: torch.Tensor, *, on_input: bool) -> bool:
-    """Whether the columns of `[out, r]` (the rows of `[r, in]`) are unit vectors, none of them twice, or padding."""
-    by_position = placing.T if on_input else placing
-    ones = by_position == 1
-    zero_or_one = bool((ones | (by_position == 0)).all())
-    at_most_one = bool((ones.sum(dim=0) <= 1).all()) and bool((ones.sum(dim=1) <= 1).all())
-    return zero_or_one and at_most_one and bool(ones.any())
 
 
 def _lora_modules(base: Any) -> Iterator[tuple[str, Any]]:
