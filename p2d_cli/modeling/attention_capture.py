@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
@@ -32,31 +31,20 @@ CAPTURE_ATTENTION = "p2d_capture"
 _UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks", "position_bias": "a learned position bias"}
 
 
-@dataclass(frozen=True)
 class _Request:
     """What is captured, prepared for one device, dtype and head_dim."""
 
-    rows_BR: Tensor  # the query rows of each example, filled up with others to the longest count
-    is_row_BR: Tensor
-    row_count_B1: Tensor  # at least 1
-    segments_BTS: Tensor  # one-hot
-    segment_size_BS: Tensor  # at least 1
-
-    @classmethod
-    def prepare(cls, query_mask_BT: Tensor, segment_BT: Tensor, num_segments: int, like: Tensor) -> _Request:
+    def __init__(self, query_mask_BT: Tensor, segment_BT: Tensor, num_segments: int, like: Tensor) -> None:
         query_mask_BT = query_mask_BT.to(device=like.device, dtype=torch.bool)
         count_B = query_mask_BT.sum(dim=1)
         longest = max(int(count_B.max()), 1)
-        rows_BR = query_mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        slots_S = torch.arange(num_segments, device=like.device)
-        segments_BTS = segment_BT.to(like.device)[:, :, None] == slots_S
-        return cls(
-            rows_BR=rows_BR,
-            is_row_BR=torch.arange(longest, device=like.device) < count_B[:, None],
-            row_count_B1=count_B.clamp(min=1)[:, None].float(),
-            segments_BTS=segments_BTS.to(like.dtype),
-            segment_size_BS=segments_BTS.sum(dim=1).clamp(min=1).float(),
-        )
+        # The query rows of each example, filled up with others to the longest count.
+        self.rows_BR = query_mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        self.is_row_BR = torch.arange(longest, device=like.device) < count_B[:, None]
+        self.row_count_B1 = count_B.clamp(min=1)[:, None].float()
+        is_in_BTS = segment_BT.to(like.device)[:, :, None] == torch.arange(num_segments, device=like.device)
+        self.segments_BTS = is_in_BTS.to(like.dtype)
+        self.segment_size_BS = is_in_BTS.sum(dim=1).clamp(min=1).float()
 
 
 class SegmentAttention:
@@ -111,9 +99,7 @@ class SegmentAttention:
             return
         self._check(layer, query_BHTd, key_BGTd)
         if (device := query_BHTd.device) not in self._requests:
-            self._requests[device] = _Request.prepare(
-                self._query_mask_BT, self._segment_BT, self._num_segments, query_BHTd
-            )
+            self._requests[device] = _Request(self._query_mask_BT, self._segment_BT, self._num_segments, query_BHTd)
         request, key = self._requests[device], (id(mask), device)
         if key not in self._mask_rows:
             self._mask_rows[key] = (mask, _bias_rows(mask, is_causal, request.rows_BR, query_BHTd))
@@ -265,20 +251,18 @@ def _capturing_attention(
         layer = getattr(module, "layer_idx", None)
         capture.take(layer, query_BHTd, key_BGTd, attention_mask, causal, scaling, softcap)
     if softcap is not None:
-        bias = _bias(attention_mask, causal, query_BHTd, key_BGTd.shape[2])
-        return _softcapped_attention(query_BHTd, key_BGTd, value_BGTd, bias, dropout, scaling, softcap), None
+        # As the family's own `eager` attention computes it; with a past, the queries are the last rows.
+        if attention_mask is None and causal:
+            length, num_keys = query_BHTd.shape[2], key_BGTd.shape[2]
+            visible = torch.ones(length, num_keys, dtype=torch.bool, device=query_BHTd.device)
+            attention_mask = visible.tril(diagonal=num_keys - length)[None, None]
+        bias, repeats = _additive(attention_mask, query_BHTd), query_BHTd.shape[1] // key_BGTd.shape[1]
+        weights_BHTT = _softcapped_weights(query_BHTd, repeat_kv(key_BGTd, repeats), bias, scaling, softcap)
+        weights_BHTT = functional.dropout(weights_BHTT.to(query_BHTd.dtype), p=dropout, training=dropout > 0)
+        return (weights_BHTT @ repeat_kv(value_BGTd, repeats)).transpose(1, 2).contiguous(), None
     attend = cast(Callable[..., tuple[Tensor, None]], sdpa_attention_forward)
-    return attend(
-        module,
-        query_BHTd,
-        key_BGTd,
-        value_BGTd,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return attend(module, query_BHTd, key_BGTd, value_BGTd, attention_mask, **kwargs)
 
 
 def _refuse_argument(attention: nn.Module, name: str) -> NoReturn:
@@ -333,22 +317,6 @@ def _softcapped_weights(query: Tensor, key: Tensor, bias: Tensor | None, scaling
     return scores.softmax(dim=-1, dtype=torch.float32)
 
 
-def _softcapped_attention(
-    query_BHTd: Tensor,
-    key_BGTd: Tensor,
-    value_BGTd: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """Compute the layer's output `[B, T, H, d]` as the family's own `eager` attention computes it."""
-    repeats = query_BHTd.shape[1] // key_BGTd.shape[1]
-    weights_BHTT = _softcapped_weights(query_BHTd, repeat_kv(key_BGTd, repeats), bias, scaling, softcap)
-    weights_BHTT = functional.dropout(weights_BHTT.to(query_BHTd.dtype), p=dropout, training=dropout > 0)
-    return (weights_BHTT @ repeat_kv(value_BGTd, repeats)).transpose(1, 2).contiguous()
-
-
 def _bias_rows(mask: Tensor | None, is_causal: bool, rows_BR: Tensor, like: Tensor) -> Tensor | None:
     """Make the additive mask of the query rows, `[B, 1, R, T]`, or None where every token sees all."""
     batch, length = like.shape[0], like.shape[2]
@@ -358,14 +326,6 @@ def _bias_rows(mask: Tensor | None, is_causal: bool, rows_BR: Tensor, like: Tens
     elif is_causal:
         # No mask means no padding, and a sequence shorter than any sliding window: sdpa_mask builds one otherwise.
         mask = (torch.arange(length, device=like.device) <= rows_BR[:, :, None])[:, None]
-    return _additive(mask, like)
-
-
-def _bias(mask: Tensor | None, is_causal: bool, like: Tensor, num_keys: int) -> Tensor | None:
-    """Make the additive mask of all rows, `[B or 1, 1, T, keys]`; with a past, the queries are the last rows."""
-    if mask is None and is_causal:
-        visible = torch.ones(like.shape[2], num_keys, dtype=torch.bool, device=like.device)
-        mask = visible.tril(diagonal=num_keys - like.shape[2])[None, None]
     return _additive(mask, like)
 
 

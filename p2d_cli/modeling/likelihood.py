@@ -108,10 +108,7 @@ def require_finite_logits(logits_BTV: Tensor, names: Sequence[str] = ()) -> None
     rows = (~logits_BTV.detach().amax(dim=(1, 2)).isfinite()).nonzero().flatten().tolist()
     if rows:
         named = names[rows[0]] if names else f"row {rows[0] + 1} of {len(logits_BTV)}"
-        raise NonFiniteError(
-            f"the logits of {named} are not finite; nothing was written",
-            hint=NOT_FINITE_HINT,
-        )
+        raise NonFiniteError(f"the logits of {named} are not finite; nothing was written", hint=NOT_FINITE_HINT)
 
 
 def scored_positions(attention_mask_BT: Tensor, answer_mask_BT: Tensor) -> Tensor:

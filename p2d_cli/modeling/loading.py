@@ -17,11 +17,7 @@ from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_toke
 from p2d_cli.modeling.light_tokenizer import read_tokenizer
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_plain_weights, require_tokenizer
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What configs and models of transformers raise where a config's values are of no use, or do not fit together.
 UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from p2d_cli.core.cost import MEGABATCHES
 from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
@@ -151,7 +151,6 @@ class CompletionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_Watcher(self, 60 * checkpoint_minutes))
         self.remove_callback(PrinterCallback)
         self.order = order
         self.rate = rate
@@ -160,9 +159,12 @@ class CompletionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
-        self.saved_at: int | None = None
+        self._reported = 0
+        """The updates that `hooks.on_step` has been told."""
+        self._saved_at: int | None = None
         """The update behind which the last checkpoint was written."""
-        self.saved_time = time.monotonic()
+        self._saved_time = time.monotonic()
+        self._seconds_between = 60 * checkpoint_minutes
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_finite
 
@@ -181,11 +183,7 @@ class CompletionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one micro-batch.
-
-        Raises:
-            NonFiniteError: the loss is not finite; no update was made with it.
-        """
+        """Return the loss of a micro-batch, or raise NonFiniteError before an update is made with it."""
         self.tokens_seen += inputs["labels"].numel() if inputs["names"] else 0
         total, count, outputs = self._completion_loss(model, inputs)
         problem = None
@@ -268,23 +266,31 @@ class CompletionTrainer(Trainer):
         return norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Look at held-out rows and save, where it is time to, and stop behind that if asked to."""
+        """Pass an update on, look at held-out rows and save where it is time to, and stop behind that if asked to."""
+        done, updates = self.state.global_step, self.state.max_steps
+        if done > self._reported:  # at the end of an epoch, Trainer comes here once more
+            self.hooks.on_step(done - self._reported)
+            self._reported = done
+            if done >= updates and self.args.eval_strategy != "no":
+                self.control.should_evaluate = True
+            is_old = time.monotonic() - self._saved_time >= self._seconds_between
+            # Saving needs all ranks, and their clocks differ.
+            if done < updates and self.ranks.exchange(is_old)[0]:
+                self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        if is_last or not self.hooks.should_stop():
+        if done >= updates or self.control.should_training_stop or not self.hooks.should_stop():
             # Behind the last update there is nothing left but to write the result.
             return
-        if self.saved_at != self.state.global_step:
+        if self._saved_at != done:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise StoppedEarlyError(
-            f"stopped after update {self.state.global_step} of {self.state.max_steps}, which is kept; "
-            "run the same command again to go on"
+            f"stopped after update {done} of {updates}, which is kept; run the same command again to go on"
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        self.saved_at, self.saved_time = self.state.global_step, time.monotonic()
+        self._saved_at, self._saved_time = self.state.global_step, time.monotonic()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         # Once all have told their tokens, all have written their part.
         self.hooks.on_checkpoint(folder, self.tokens_of_all_ranks())
@@ -351,27 +357,6 @@ class RankBatches(Sampler[list[int]]):
         order = list(self.batch_sampler)
         for start in range(0, len(order), self._rows):
             yield order[start : start + self._rows][self._ranks.rank :: self._ranks.size]
-
-
-class _Watcher(TrainerCallback):
-    """Pass each update on, and ask for a checkpoint when the last one is old."""
-
-    def __init__(self, trainer: CompletionTrainer, seconds: float) -> None:
-        self._trainer = trainer
-        self._seconds = seconds
-        self._reported = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        del kwargs
-        self._trainer.hooks.on_step(state.global_step - self._reported)
-        self._reported = state.global_step
-        at_end = state.global_step >= state.max_steps
-        if at_end and args.eval_strategy != "no":
-            control.should_evaluate = True
-        is_old = time.monotonic() - self._trainer.saved_time >= self._seconds
-        # Saving needs all ranks, and their clocks differ.
-        if not at_end and self._trainer.ranks.exchange(is_old)[0]:
-            control.should_save = True
 
 
 def train(
@@ -463,17 +448,11 @@ def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, eva
 
 
 def rate_share(schedule: str, done: int, warmup: int, updates: int) -> float:
-    """Return the learning rate of an update as a share of the peak; it is above 0 for each of them.
+    """Return the learning rate of the update behind `done` others as a share of the peak, in (0, 1].
 
     It rises by equal steps to the peak, which it has after the warm-up, and falls towards 0, which it would have after
     the last update. transformers' schedules, the same behind the warm-up, begin at 0: their first update changes
     nothing, and a training of a single update nothing at all.
-
-    Args:
-        schedule: cosine, linear or constant.
-        done: the updates made before it.
-        warmup: the updates that rise to the peak.
-        updates: all updates.
     """
     if done < warmup:
         return (done + 1) / (warmup + 1)
@@ -496,13 +475,7 @@ def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
 
 
 def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> int:
-    """Return the number of tokens, padding included, that the updates of all epochs read.
-
-    Args:
-        order: the rows of all updates; it is left at the last epoch.
-        plan: optimisation settings.
-        size: ranks that share each micro-batch.
-    """
+    """Return the tokens, padding included, that `size` ranks read in all epochs; `order` is left at the last one."""
     updates, tokens = planned_updates(len(order), plan), 0
     shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
     for epoch in range(math.ceil(plan.epochs)):
