@@ -157,15 +157,13 @@ def capture_segments(
         query_mask_BT: `[B, T]`, true where a token is a query row. Padding is never one.
         segment_BT: `[B, T]` integers in `[-1, num_segments)`: the segment of each token, -1 for none.
         num_segments: S.
-        stop_after_last: end the `with` block as soon as the deepest captured layer has been captured: no deeper layer,
-            no output embedding, and no statement behind the forward runs.
+        stop_after_last: end the `with` block once the deepest layer has been captured; nothing behind the forward runs.
 
     Yields:
         The result, to be read once the forward has run.
 
     Raises:
-        ModelError: the model's attention does not go through transformers' attention interface, or adds to the scores
-            something that the capture does not compute.
+        ModelError: the attention does not go through transformers' interface, or adds more to its scores than a mask.
         ValueError: the forward has another batch shape than the masks, or a head does not exist.
         RuntimeError: a second forward begins in the block.
     """

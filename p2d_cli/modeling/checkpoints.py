@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ class CheckpointReader:
     Some checkpoints were saved from the bare decoder (`h.0.attn...`), others with a head (`transformer.h.0.attn...`);
     a name is found in spite of a prefix that is missing or too much.
 
-    Args:
-        path: model folder, or hub id with an optional `@revision`.
-
     Raises:
-        UnavailableError: neither on disk nor reachable.
-        DataError: not a model folder, or without safetensors.
+        UnavailableError, DataError: see `locate_model`.
         ArtifactError: a weight file is damaged.
     """
 
@@ -84,10 +81,7 @@ def _open(file: Path) -> Any:
 
 
 def skeleton(model: Path | str | ModelFiles) -> Any:
-    """Build a model on the meta device from its config alone: modules and shapes, but no weights.
-
-    Args:
-        model: its folder, its hub id with an optional `@revision`, or its files.
+    """Build a model, given by folder, hub id or files, on the meta device from its config alone, without weights.
 
     Raises:
         UnavailableError, DataError, ModelError: see `locate_model` and `read_config`.
@@ -116,16 +110,9 @@ def read_layer_weights(checkpoint: CheckpointReader, layer: LayerLayout) -> Laye
     Raises:
         ArtifactError: the checkpoint lacks them, or is of another shape than the layout.
     """
-    read: dict[str, torch.Tensor] = {}
-
-    def tensor(name: str) -> torch.Tensor:
-        # A fused projection is asked for three times.
-        if name not in read:
-            read[name] = checkpoint.tensor(name)
-        return read[name]
-
     try:
-        return layer_weights(layer, tensor)
+        # A fused projection is asked for three times.
+        return layer_weights(layer, cache(checkpoint.tensor))
     except (RuntimeError, IndexError) as problem:
         raise ArtifactError(
             f"the attention of layer {layer.layer} in {checkpoint.spec} has another shape than the base model's: "

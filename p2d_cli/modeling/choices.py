@@ -45,14 +45,10 @@ def _read_tokens(answer: Sequence[int]) -> int:
 
 
 def can_pack(model: Any, longest: int) -> bool:
-    """Say whether a model computes packed answers as it computes them alone.
+    """Say whether a model computes packed answers, with a prompt up to `longest` tokens, as it computes them alone.
 
     That takes attention whose mask and positions are all that a token knows of its place: no recurrent or latent
     layers, no bias by distance, no window of attention that is shorter than a sequence.
-
-    Args:
-        model: see `p2d_cli.modeling.likelihood`.
-        longest: tokens of the longest prompt with one answer.
     """
     try:
         model_layout(model)
@@ -90,15 +86,9 @@ def split_into_packs(examples: Sequence[tuple[Sequence[int], int]], *, token_bud
 
 @torch.no_grad()
 def score_pack_batch(model: Any, packs: Sequence[Pack], pad_id: int) -> list[float]:
-    """Sum up the log-probabilities of each answer's tokens given its prompt, in one forward.
+    """Compute the log-likelihood of each answer of each pack in turn, in one forward; `pad_id` is any token.
 
-    Args:
-        model: in eval mode, and `can_pack` holds for it.
-        packs: what is read together.
-        pad_id: any token id.
-
-    Returns:
-        The log-likelihood of each answer of each pack in turn, in nats; 0 for an empty answer.
+    The model is in eval mode and `can_pack` holds for it. Returns nats, 0 for an empty answer.
     """
     rows, scored, answers = [_Row(pack) for pack in packs], [], 0
     for number, row in enumerate(rows):

@@ -10,7 +10,7 @@ from p2d_cli.errors import NonFiniteError
 
 
 def require_finite_weights(named: Iterable[tuple[str, torch.Tensor]], doing: str, *, hint: str) -> None:
-    """Refuse weights of which one is not finite; integers, as in quantised layers, always are.
+    """Refuse floating-point weights of which one is not finite; quantised layers have integers.
 
     Args:
         named: name and tensor.

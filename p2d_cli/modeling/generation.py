@@ -49,8 +49,7 @@ def generate_greedy(
         tokenizer: the model's.
         prompt_ids: token ids of each prompt.
         max_new_tokens: limit of each continuation.
-        stop: strings that end an answer; in the turn before it they are passed over. They may be the text of a special
-            token.
+        stop: strings, of special tokens too, that end an answer; in the turn before it they are passed over.
         names: what an error calls each prompt.
         frames: what a turn has around the answer to each prompt; nothing without.
 
@@ -60,24 +59,33 @@ def generate_greedy(
 
     Raises:
         NonFiniteError: the logits of a token are not finite.
-        ModelError: the model has no output embedding.
     """
     plain = plain_model(model)
     stop = tuple(string for string in stop if string)
     frames = frames or [TurnFrame()] * len(prompt_ids)
-    config = _greedy_config(plain, tokenizer, max_new_tokens, frames)
-    input_ids_BT, attention_mask_BT = _batch(prompt_ids, config.pad_token_id, input_device(plain), "left")
-    stopper = _StopStrings(tokenizer, stop, frames, *input_ids_BT.shape)
+    eos_ids = end_ids(plain, tokenizer, frames)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
     # `generate` fills what a call leaves open from the model's own defaults.
-    neutral: Any = GenerationConfig()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-    with torch.no_grad(), replaced(plain, generation_config=neutral), finite_logits(plain, names):
+    make_config: Any = GenerationConfig  # which transformers leaves untyped
+    config = make_config(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    neutral = replaced(plain, generation_config=make_config())
+    input_ids_BT, attention_mask_BT = _batch(prompt_ids, pad_id, input_device(plain), "left")
+    stopper = _StopStrings(tokenizer, stop, frames, *input_ids_BT.shape)
+    with torch.no_grad(), neutral, finite_logits(plain, names):
         output_BT = plain.generate(
             input_ids_BT,
             attention_mask=attention_mask_BT,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
         )
-    new_ids = stopper.generated(output_BT, config.eos_token_id)
+    new_ids = stopper.generated(output_BT, eos_ids)
     turns = decode_turns(tokenizer, new_ids, frames)
     cut = [_cut(turn, stop, frame) for turn, frame in zip(turns, frames, strict=True)]
     return cut, sum(map(len, new_ids))
@@ -97,18 +105,10 @@ def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frames: Seque
 def score_completions(
     model: Any, examples: Sequence[tuple[Sequence[int], int]], pad_id: int
 ) -> tuple[list[float], list[int]]:
-    """Score completions by their log-likelihood given their prompts.
+    """Score completions, `(token ids of prompt and completion, number of prompt tokens)`, by their log-likelihood.
 
-    Args:
-        model: in eval mode, see `p2d_cli.modeling.likelihood`.
-        examples: `(token ids of prompt and completion, number of prompt tokens)` of each row.
-        pad_id: any token id.
-
-    Returns:
-        The sum of the completion tokens' log-probabilities in nats of each row, and the number of these tokens.
-
-    Raises:
-        ModelError: the model has no output embedding.
+    The model is in eval mode, and `pad_id` any token. Returns the sum of the log-probabilities of each completion's
+    tokens in nats, and the number of these tokens.
     """
     device = input_device(model)
     input_ids_BT, attention_mask_BT = _batch([ids for ids, _ in examples], pad_id, device)
@@ -120,20 +120,10 @@ def score_completions(
 
 @torch.no_grad()
 def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Average over each row's tokens the hidden states that the output embedding reads.
+    """Average over each row's tokens the hidden states that the output embedding reads, `[B, D]` float32 on the CPU.
 
-    All families have them there, and no logits are computed.
-
-    Args:
-        model: in eval mode, see `p2d_cli.modeling.likelihood`.
-        ids: token ids of each row, at least one.
-        pad_id: any token id.
-
-    Returns:
-        The means, `[B, D]` float32 on the CPU.
-
-    Raises:
-        ModelError: the model has no output embedding.
+    All families have them there, and no logits are computed. The model is in eval mode, each row has a token, and
+    `pad_id` is any.
     """
     input_ids_BT, attention_mask_BT = _batch(ids, pad_id, input_device(model))
     seen: list[Tensor] = []
@@ -191,11 +181,11 @@ class _StopStrings(StoppingCriteria):
         texts: list[str] = self._tokenizer.batch_decode(rows) if rows else []
         return texts
 
-    def generated(self, output_BT: Tensor, eos_ids: Sequence[int] | None) -> list[list[int]]:
+    def generated(self, output_BT: Tensor, eos_ids: Sequence[int]) -> list[list[int]]:
         """Take the new tokens of each row, up to the one that ended it."""
         rows = []
         for tokens, length in zip(output_BT[:, self._prompt_length :].tolist(), self._stopped_at, strict=True):
-            ends = [position + 1 for position, token in enumerate(tokens) if token in (eos_ids or ())]
+            ends = [position + 1 for position, token in enumerate(tokens) if token in eos_ids]
             rows.append(tokens[: min([len(tokens), *ends[:1], *([] if length is None else [length])])])
         return rows
 
@@ -206,19 +196,6 @@ def end_ids(model: Any, tokenizer: Any, frames: Sequence[TurnFrame]) -> list[int
     own_ids = own if isinstance(own, list) else [own]
     turn_ids = [tokenizer.convert_tokens_to_ids(end) for end in sorted({end for frame in frames for end in frame.ends})]
     return sorted({token for token in (*own_ids, tokenizer.eos_token_id, *turn_ids) if token is not None})
-
-
-def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int, frames: Sequence[TurnFrame]) -> GenerationConfig:
-    eos_ids = end_ids(model, tokenizer, frames)
-    pad_id = tokenizer.pad_token_id
-    return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_ids or None,
-        pad_token_id=pad_id if pad_id is not None else (eos_ids or [0])[0],
-        bos_token_id=tokenizer.bos_token_id,
-    )
 
 
 @contextmanager

@@ -23,11 +23,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def example_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each example's completion, with logits for its tokens only.
-
-    Args:
-        model: see `p2d_cli.modeling.likelihood`.
-        batch: see the module; moved to the model's device.
+    """Cross-entropy of each example's completion, with logits for its tokens only; the batch is moved to the model.
 
     Returns:
         Sum over each completion's tokens `[B]`, float32 and differentiable, and their number `[B]`, int64.
@@ -46,11 +42,7 @@ def scored_tokens(batch: Batch) -> torch.Tensor:
 
 
 def require_finite(loss: torch.Tensor, doing: str) -> None:
-    """Refuse a loss that is not a number.
-
-    Raises:
-        NonFiniteError: naming what was being done.
-    """
+    """Raise NonFiniteError, naming what was being done, for a loss that is not a number."""
     if not torch.isfinite(loss):
         raise NonFiniteError(
             f"{doing}: the loss is {loss.item()}",

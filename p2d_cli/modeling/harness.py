@@ -50,11 +50,7 @@ class HarnessResult:
 
 
 def harness_version() -> str:
-    """Return the installed version of lm-eval.
-
-    Raises:
-        UnavailableError: it is not installed.
-    """
+    """Return the installed version of lm-eval; raise UnavailableError without one."""
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +101,11 @@ def run_tasks(
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         manager = TaskManager(include_path=None if folder is None else str(folder))
-        _ensure_known(manager, tasks)
+        if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+            raise UsageError(
+                f"--lm-eval {','.join(unknown)}: lm-eval {harness_version()} knows no such task",
+                hint="lm-eval ls tasks lists them; --lm-eval-tasks DIR adds a folder of your own",
+            )
         harness = _harness_class(progress, frame)(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
         )
@@ -135,15 +135,6 @@ def _explained(tasks: str) -> Iterator[None]:
         ) from problem
     except ValueError as problem:
         raise UsageError(f"lm-eval refuses {tasks}: {first_line(problem)}") from problem
-
-
-def _ensure_known(manager: Any, tasks: Sequence[str]) -> None:
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise UsageError(
-            f"--lm-eval {','.join(unknown)}: lm-eval {harness_version()} knows no such task",
-            hint="lm-eval ls tasks lists them; --lm-eval-tasks DIR adds a folder of your own",
-        )
 
 
 def _harness_class(progress: Progress, frame: TurnFrame) -> Any:

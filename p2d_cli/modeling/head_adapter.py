@@ -58,16 +58,11 @@ class TrainableShare:
 
 
 def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]) -> Any:
-    """Make the selected heads trainable, and nothing else.
+    """Make the selected heads, bool `[L, H]`, trainable, and nothing else; the model's modules are replaced in place.
 
     A head's `q` rows and `o` columns are its own; its `k` and `v` rows are its group's, and training them changes every
     head of the group. Modules without a selected head are not touched, and so no gradient is computed below the lowest
     one that has any.
-
-    Args:
-        model: without adapter; its modules are replaced in place.
-        selected_LH: the heads, bool `[L, H]`.
-        projections: what is trained of them, of q, k, v, o.
 
     Returns:
         A PeftModel whose trained factors are zeros in fp32 (in float64 for such a model), so that it equals the base.
@@ -100,10 +95,10 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
 
 
 def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
-    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685).
+    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685), in place.
 
     Args:
-        model: without adapter; its modules are replaced in place.
+        model: without adapter.
         rank: r.
         alpha: the scaling is `alpha / rank`.
         targets: of q, k, v, o; a fused module is adapted as a whole.
@@ -262,11 +257,7 @@ def save_adapter(
 
 
 def load_adapter(model: Any, path: Path | str) -> Any:
-    """Put a saved adapter on its base model, for inference.
-
-    Args:
-        model: the base model; its modules are replaced in place. It may be divided over devices.
-        path: a PEFT folder.
+    """Put a saved PEFT adapter on its base model, in place and for inference; the model may be divided over devices.
 
     Raises:
         ArtifactError: not such a folder, damaged, or made for another model.

@@ -36,8 +36,7 @@ def mean_head_outputs(
         layout: the model's, see `model_layout`.
         heads: layer -> its heads to read, of K heads in all.
         input_ids_BT: token ids.
-        attention_mask_BT: all ones will do where the padding is on the right, which no token looks at, and lets the
-            kernel take its fast causal path.
+        attention_mask_BT: all ones will do, and be faster, where the padding is on the right, which no token looks at.
         token_mask_BT: `[B, T]`, 1 for the tokens to average over. A row without any has the output 0.
 
     Returns:

@@ -19,11 +19,7 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
     Removing a head means zeroing its columns of the output projection, so the effect is `|sum(grad * weight)|` over
     these columns. That sum equals `sum(context * grad_context)` over tokens and head_dim, which needs no weight
     gradient and comes apart by example: the graph begins at the lowest layer's context, and no parameter takes part.
-
-    Args:
-        model: plain, or with an adapter that has been merged.
-        layout: its layout.
-        batches: see `p2d_cli.modeling.gradients`; each example counts with the mean loss of its completion tokens.
+    An example counts with the mean loss of its completion tokens.
 
     Yields:
         Scores `[B, L, H]` of each batch, float64 on the CPU.

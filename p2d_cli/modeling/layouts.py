@@ -159,12 +159,8 @@ def layout_geometry(layout: tuple[LayerLayout, ...]) -> HeadGeometry:
 def layer_weights(layer: LayerLayout, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
     """Cut a layer's q, k and v weights into heads.
 
-    Args:
-        layer: where they are.
-        tensors: gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`.
-
-    Returns:
-        q `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
+    `tensors` gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`. Returns q
+    `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
     """
 
     def cut(projection: Projection) -> torch.Tensor:

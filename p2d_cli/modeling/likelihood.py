@@ -81,11 +81,7 @@ def answer_logits_only(model: Any, keep_mask_BT: Tensor) -> Iterator[None]:
 
 @contextmanager
 def finite_logits(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """Check the last logits of each forward of the `with` block, whose rows the error calls by `names`.
-
-    Raises:
-        NonFiniteError: see `require_finite_logits`.
-    """
+    """Apply `require_finite_logits` to the last logits of each forward of the `with` block."""
 
     def check(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> None:
         require_finite_logits(logits_BTV[:, -1:], names)
@@ -97,12 +93,8 @@ def finite_logits(model: Any, names: Sequence[str]) -> Iterator[None]:
 def require_finite_logits(logits_BTV: Tensor, names: Sequence[str] = ()) -> None:
     """Refuse NaN and infinity, of which the largest would be taken for the most likely token all the same.
 
-    Args:
-        logits_BTV: `[B, T, V]`.
-        names: what the error calls the rows; without, their number.
-
     Raises:
-        NonFiniteError: naming the first row.
+        NonFiniteError: for the first row, by its name or else its number.
     """
     # The largest of some values is NaN if one of them is; it needs no second tensor of that size.
     rows = (~logits_BTV.detach().amax(dim=(1, 2)).isfinite()).nonzero().flatten().tolist()
@@ -123,14 +115,8 @@ def answer_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each answer token given all tokens before it, in the caller's gradient mode.
 
-    Args:
-        model: see the module.
-        input_ids_BT: token ids.
-        attention_mask_BT: which of them are no padding.
-        answer_mask_BT: `[B, T]` bool, true at the answer tokens.
-
-    Returns:
-        `logprob_BT` float32 in nats, 0 where nothing is scored, and `scored_BT` bool, see `scored_positions`.
+    `answer_mask_BT` is bool `[B, T]`. Returns `logprob_BT` float32 in nats, 0 where nothing is scored, and `scored_BT`
+    bool, see `scored_positions`.
     """
     scored_BT = scored_positions(attention_mask_BT, answer_mask_BT)
     # The hidden state at t predicts token t + 1.
@@ -147,11 +133,10 @@ def answer_token_logprobs(
 def completion_log_likelihood(
     model: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, answer_mask_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum up what `answer_token_logprobs` returns, without gradient.
+    """Sum up the log-probabilities of each row's answer tokens, without gradient; see `answer_token_logprobs`.
 
-    Returns:
-        `sum_logprob_B` float32 in nats, and `count_B` int64, the answer tokens that were scored; both are 0 for a row
-        without an answer.
+    Returns `sum_logprob_B` float32 in nats, and `count_B` int64, the tokens that were scored; both are 0 for a row
+    without an answer.
     """
     logprob_BT, scored_BT = answer_token_logprobs(model, input_ids_BT, attention_mask_BT, answer_mask_BT)
     return logprob_BT.sum(dim=1), scored_BT.sum(dim=1)

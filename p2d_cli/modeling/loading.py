@@ -24,10 +24,7 @@ UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, I
 
 
 def load_tokenizer(path: Path | str) -> Any:
-    """Load a model's fast tokenizer.
-
-    Args:
-        path: model folder, or hub id with an optional `@revision`.
+    """Load the fast tokenizer of a model, given by folder or hub id.
 
     Raises:
         UnavailableError: the model is neither on disk nor reachable, or a package that reads its tokenizer is missing.

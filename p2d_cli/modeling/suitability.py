@@ -30,8 +30,7 @@ def require_suitable(
 
     Raises:
         ModelError: it is quantised, not a causal language model, or its attention is of a kind that rules this out.
-        DataError: its config is damaged, or it needs code from its own checkpoint.
-        UnavailableError: a package that it takes is not installed.
+        DataError, UnavailableError: see `read_config` and `skeleton`.
     """
     if weights:
         require_plain_weights(files)

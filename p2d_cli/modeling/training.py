@@ -186,11 +186,12 @@ class CompletionTrainer(Trainer):
         """Return the loss of a micro-batch, or raise NonFiniteError before an update is made with it."""
         self.tokens_seen += inputs["labels"].numel() if inputs["names"] else 0
         total, count, outputs = self._completion_loss(model, inputs)
-        problem = None
+        problem, names = None, inputs["names"]
         if not torch.isfinite(total):
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             problem = NonFiniteError(
                 f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
-                f"Its batch: {_listed(inputs['names'])}",
+                f"Its batch: {listed}",
                 hint="look at these rows; lower --lr, or try --dtype float32",
             )
         self.ranks.raise_together(problem)
@@ -213,18 +214,16 @@ class CompletionTrainer(Trainer):
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the mean loss of all completion tokens of the held-out rows, in nats."""
-        losses: list[float] = []
-        counts: list[int] = []
+        found: list[tuple[float, int]] = []
         model: Any = self.model
         model.eval()
         with torch.no_grad():
             for batch in self._eval_batches():
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)
-                found = self.ranks.exchange((loss.item(), tokens))
-                losses.extend(loss for loss, _ in found)
-                counts.extend(tokens for _, tokens in found)
+                found += self.ranks.exchange((loss.item(), tokens))
         model.train()
+        losses, counts = zip(*found, strict=True)
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / sum(counts)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -531,10 +530,6 @@ def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
         "position_ids": [position for row in batch for position in range(len(row.input_ids))],
     }
     return {name: torch.tensor([values]) for name, values in columns.items()} | {"names": [row.name for row in batch]}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _arguments(
