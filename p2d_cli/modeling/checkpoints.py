@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
-from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
-from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config
+from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config, require_finite_weights
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
 
@@ -35,11 +34,6 @@ class CheckpointReader:
         for file in files.weights:
             with _open(file) as stored:
                 self._file_of |= dict.fromkeys(stored.keys(), file)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Tensor names as they are stored."""
-        return tuple(self._file_of)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU in its stored dtype.

@@ -65,7 +65,6 @@ def generate_greedy(
     frames = frames or [TurnFrame()] * len(prompt_ids)
     eos_ids = end_ids(plain, tokenizer, frames)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
-    # `generate` fills what a call leaves open from the model's own defaults.
     make_config: Any = GenerationConfig  # which transformers leaves untyped
     config = make_config(
         do_sample=False,
@@ -75,6 +74,7 @@ def generate_greedy(
         pad_token_id=pad_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    # `generate` fills what a call leaves open from the model's own defaults.
     neutral = replaced(plain, generation_config=make_config())
     input_ids_BT, attention_mask_BT = _batch(prompt_ids, pad_id, input_device(plain), "left")
     stopper = _StopStrings(tokenizer, stop, frames, *input_ids_BT.shape)

@@ -30,9 +30,8 @@ from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
-from p2d_cli.modeling.loading import working_device
+from p2d_cli.modeling.loading import require_finite_weights, working_device
 
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -204,12 +203,8 @@ def enable_checkpointing(model: Any) -> None:
     transformers makes the embeddings' output require a gradient along with it, which reentrant checkpointing needs
     and which would carry the backward pass through every frozen layer; without reentrance it is not needed.
     """
-    settings = {"use_reentrant": False}
     base = plain_model(model)
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:  # the name that older releases of transformers 5 have for it
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.disable_input_require_grads()
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.modeling.finite import require_finite_weights
-from p2d_cli.modeling.loading import quiet_transformers
+from p2d_cli.modeling.loading import quiet_transformers, require_finite_weights
 from p2d_cli.modeling.model_files import TOKENIZER_FILES
 
 GENERATION_CONFIG_NAME = "generation_config.json"
