@@ -89,7 +89,15 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         model, layout, placed, r=first, lora_alpha=first, rank_pattern=counts, alpha_pattern={**counts}
     )
     for name, (positions, on_input) in placed.items():
-        _place(peft_model.get_base_model().get_submodule(name), positions, on_input=on_input)
+        module = peft_model.get_base_model().get_submodule(name)
+        if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
+            raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
+        trained, placing = _factors(module, on_input=on_input)
+        placing.requires_grad_(False)
+        with torch.no_grad():
+            trained.zero_()
+            placing.zero_()
+            (placing.T if on_input else placing)[list(positions), range(len(positions))] = 1
     return peft_model
 
 
@@ -362,18 +370,6 @@ def _placements(
             rows = {*earlier, *part.indices(layer.units(name, heads))}
             placed[part.module] = (tuple(sorted(rows)), name == "o")
     return placed
-
-
-def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
-    """Set the trained factor to zero, and freeze the other one as the placing matrix."""
-    if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
-        raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
-    trained, placing = _factors(module, on_input=on_input)
-    with torch.no_grad():
-        trained.zero_()
-        placing.zero_()
-        (placing.T if on_input else placing)[list(positions), range(len(positions))] = 1
-    placing.requires_grad_(False)
 
 
 def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:

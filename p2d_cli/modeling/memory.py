@@ -8,7 +8,7 @@ import torch
 
 
 def release_memory(*, cycles: bool) -> None:
-    """Give back what a piece of work that failed has left; `cycles`, of objects that hold each other, take a while.
+    """Give back the memory of work that failed; with `cycles`, also that of objects that hold each other, which is slow.
 
     Call it outside of the `except` block; inside, the traceback still holds the tensors of every frame.
     """
