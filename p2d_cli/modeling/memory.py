@@ -8,7 +8,7 @@ import torch
 
 
 def release_memory(*, cycles: bool) -> None:
-    """Give back the memory of work that failed; with `cycles`, also that of objects that hold each other, which is slow.
+    """Give back the memory of work that failed; with `cycles`, of reference cycles too, which takes a while.
 
     Call it outside of the `except` block; inside, the traceback still holds the tensors of every frame.
     """
