@@ -71,16 +71,6 @@ class ModelFiles:
         """The architecture's name in transformers, as `llama`."""
         return str(self.config.get("model_type", "unknown"))
 
-    @property
-    def quantization(self) -> str | None:
-        """How the weights are quantised, as the config says; the text part of a multimodal model has one of its own."""
-        parts = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
-        settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
-        if settings is None:
-            return None
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        return str(method or "unknown method")
-
 
 def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
     """Return the shape of each stored tensor, by name, from the headers of the weight files alone.
@@ -126,10 +116,14 @@ def vocabulary_in(folder: Path) -> dict[str, int] | None:
 
 
 def require_plain_weights(files: ModelFiles) -> None:
-    """Raise ModelError if the config says that the weights are quantised."""
-    if (method := files.quantization) is not None:
+    """Raise ModelError if the config, or that of a multimodal model's text part, says that weights are quantised."""
+    parts = (files.config, *(part for part in files.config.values() if isinstance(part, dict)))
+    settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise ModelError(
-            f"the weights of {files.spec} are quantised ({method}); p2d reads and trains plain weights",
+            f"the weights of {files.spec} are quantised ({method or 'unknown method'}); p2d reads and trains plain "
+            "weights",
             hint="use the unquantised checkpoint",
         )
 
