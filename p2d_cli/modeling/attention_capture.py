@@ -11,9 +11,8 @@ Axes: B batch, T tokens, H query heads, G key/value groups, d head_dim, K captur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 import torch
@@ -24,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.answers import forward_inputs
+from p2d_cli.modeling.likelihood import ForwardStopped, forward_inputs
 
 CAPTURE_ATTENTION = "p2d_capture"
 
@@ -32,15 +31,43 @@ CAPTURE_ATTENTION = "p2d_capture"
 _UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks", "position_bias": "a learned position bias"}
 
 
-class _ForwardStopped(Exception):
-    """The deepest captured layer has been captured: the rest of the forward has no reader."""
+class _Request:
+    """What is captured, prepared for one device, dtype and head_dim."""
+
+    def __init__(self, query_mask_BT: Tensor, segment_BT: Tensor, num_segments: int, like: Tensor) -> None:
+        query_mask_BT = query_mask_BT.to(device=like.device, dtype=torch.bool)
+        count_B = query_mask_BT.sum(dim=1)
+        longest = max(int(count_B.max()), 1)
+        # The query rows of each example, filled up with others to the longest count.
+        self.rows_BR = query_mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        self.is_row_BR = torch.arange(longest, device=like.device) < count_B[:, None]
+        self.row_count_B1 = count_B.clamp(min=1)[:, None].float()
+        is_in_BTS = segment_BT.to(like.device)[:, :, None] == torch.arange(num_segments, device=like.device)
+        self.segments_BTS = is_in_BTS.to(like.dtype)
+        self.segment_size_BS = is_in_BTS.sum(dim=1).clamp(min=1).float()
 
 
 class SegmentAttention:
-    """The result of one forward under `capture_segments`."""
+    """What one forward under `capture_segments` is asked for, and what it has delivered."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self._shares: dict[int, Tensor | None] = dict.fromkeys(layers)
+    def __init__(
+        self,
+        heads: Mapping[int, Sequence[int]],
+        query_mask_BT: Tensor,
+        segment_BT: Tensor,
+        num_segments: int,
+        *,
+        stop_after_last: bool,
+    ) -> None:
+        self._heads = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
+        self._query_mask_BT = query_mask_BT
+        self._segment_BT = segment_BT
+        self._num_segments = num_segments
+        self._stop_after = max(self._heads, default=None) if stop_after_last else None
+        self._shares: dict[int, Tensor | None] = dict.fromkeys(self._heads)
+        self._requests: dict[torch.device, _Request] = {}
+        # Layers share their masks: the rows of each are gathered once. The mask is kept so that its id stays its own.
+        self._mask_rows: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = {}
 
     @property
     def attention_BKS(self) -> Tensor:
@@ -49,97 +76,57 @@ class SegmentAttention:
         An example without query rows and a segment without tokens have 0.
 
         Raises:
-            RuntimeError: The forward has not run, or it ended before a captured layer.
+            RuntimeError: the forward has not run, or it ended before a captured layer.
         """
         missing = [layer for layer, share in self._shares.items() if share is None]
         if missing:
             raise RuntimeError(f"no forward of the model has reached the captured layers {missing} yet")
         return torch.cat([cast(Tensor, share).cpu() for share in self._shares.values()], dim=1)
 
-
-@dataclass(frozen=True)
-class _Request:
-    """What is captured, prepared for one device, dtype and head_dim."""
-
-    rows_BR: Tensor  # the query rows of each example, filled up with others to the longest count
-    is_row_BR: Tensor
-    row_count_B1: Tensor  # at least 1
-    segments_BTS: Tensor  # one-hot
-    segment_size_BS: Tensor  # at least 1
-
-    @classmethod
-    def prepare(cls, query_mask_BT: Tensor, segment_BT: Tensor, num_segments: int, like: Tensor) -> _Request:
-        query_mask_BT = query_mask_BT.to(device=like.device, dtype=torch.bool)
-        count_B = query_mask_BT.sum(dim=1)
-        longest = max(int(count_B.max()), 1)
-        rows_BR = query_mask_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        slots_S = torch.arange(num_segments, device=like.device)
-        segments_BTS = segment_BT.to(like.device)[:, :, None] == slots_S
-        return cls(
-            rows_BR=rows_BR,
-            is_row_BR=torch.arange(longest, device=like.device) < count_B[:, None],
-            row_count_B1=count_B.clamp(min=1)[:, None].float(),
-            segments_BTS=segments_BTS.to(like.dtype),
-            segment_size_BS=segments_BTS.sum(dim=1).clamp(min=1).float(),
-        )
-
-
-@dataclass
-class _Capture:
-    """The state of one `capture_segments`: what it asks for, and what its forward has delivered."""
-
-    heads: dict[int, tuple[int, ...]]
-    query_mask_BT: Tensor
-    segment_BT: Tensor
-    num_segments: int
-    stop_after: int | None
-    result: SegmentAttention
-    requests: dict[torch.device, _Request] = field(default_factory=dict)
-    # Layers share their masks: the rows of each are gathered once. The mask is kept so that its id stays its own.
-    mask_rows: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
-
-    def request(self, query_BHTd: Tensor) -> _Request:
-        if query_BHTd.device not in self.requests:
-            self.requests[query_BHTd.device] = _Request.prepare(
-                self.query_mask_BT, self.segment_BT, self.num_segments, query_BHTd
-            )
-        return self.requests[query_BHTd.device]
-
-    def bias(self, mask: Tensor | None, is_causal: bool, query_BHTd: Tensor) -> Tensor | None:
-        key = (id(mask), query_BHTd.device)
-        if key not in self.mask_rows:
-            self.mask_rows[key] = (mask, _bias_rows(mask, is_causal, self.request(query_BHTd).rows_BR, query_BHTd))
-        return self.mask_rows[key][1]
-
     @torch.no_grad()
-    def take(self, layer: int, query_BHTd: Tensor, key_BGTd: Tensor, bias: Tensor | None, **scores: Any) -> None:
-        """Capture one layer; `scores` holds `scaling` and `softcap`."""
+    def take(
+        self,
+        layer: int | None,
+        query_BHTd: Tensor,
+        key_BGTd: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        """Capture a layer, if it is asked for."""
+        if layer not in self._heads:
+            return
         self._check(layer, query_BHTd, key_BGTd)
-        request = self.request(query_BHTd)
-        query_BKRd, key_BKTd = _chosen(query_BHTd, key_BGTd, self.heads[layer], request.rows_BR)
-        mass_of = _segment_mass if scores["softcap"] is None else _segment_mass_softcapped
-        mass_BKRS = mass_of(query_BKRd, key_BKTd, request.segments_BTS, bias, **scores)
+        if (device := query_BHTd.device) not in self._requests:
+            self._requests[device] = _Request(self._query_mask_BT, self._segment_BT, self._num_segments, query_BHTd)
+        request, key = self._requests[device], (id(mask), device)
+        if key not in self._mask_rows:
+            self._mask_rows[key] = (mask, _bias_rows(mask, is_causal, request.rows_BR, query_BHTd))
+        query_BKRd, key_BKTd = _chosen(query_BHTd, key_BGTd, self._heads[layer], request.rows_BR)
+        bias = self._mask_rows[key][1]
+        mass_BKRS = _segment_mass(query_BKRd, key_BKTd, request.segments_BTS, bias, scaling, softcap)
         # The rows that fill up are no queries: they may be padding.
         mass_BKRS = mass_BKRS.float().masked_fill(~request.is_row_BR[:, None, :, None], 0.0)
         mean_BKS = mass_BKRS.sum(dim=2) / request.row_count_B1[:, :, None]
-        self.result._shares[layer] = mean_BKS / request.segment_size_BS[:, None]
-        if layer == self.stop_after:
-            raise _ForwardStopped
+        self._shares[layer] = mean_BKS / request.segment_size_BS[:, None]
+        if layer == self._stop_after:
+            raise ForwardStopped
 
     def _check(self, layer: int, query_BHTd: Tensor, key_BGTd: Tensor) -> None:
         batch, num_heads, length, _ = query_BHTd.shape
-        if (batch, length) != self.query_mask_BT.shape or key_BGTd.shape[2] != length:
+        if (batch, length) != self._query_mask_BT.shape or key_BGTd.shape[2] != length:
             raise ValueError(
-                f"the capture is for a batch of shape {tuple(self.query_mask_BT.shape)} without past, "
+                f"the capture is for a batch of shape {tuple(self._query_mask_BT.shape)} without past, "
                 f"but the forward has {batch} x {length} queries and {key_BGTd.shape[2]} keys"
             )
-        if self.heads[layer][-1] >= num_heads:
-            raise ValueError(f"layer {layer} has {num_heads} heads, but head {self.heads[layer][-1]} is to be captured")
-        if self.result._shares[layer] is not None:
+        if (head := self._heads[layer][-1]) >= num_heads:
+            raise ValueError(f"layer {layer} has {num_heads} heads, but head {head} is to be captured")
+        if self._shares[layer] is not None:
             raise RuntimeError("a capture takes one forward of the model, but a second one has begun")
 
 
-_ACTIVE: ContextVar[_Capture | None] = ContextVar("p2d_active_capture", default=None)
+_ACTIVE: ContextVar[SegmentAttention | None] = ContextVar("p2d_active_capture", default=None)
 
 
 def register_capture() -> None:
@@ -165,42 +152,32 @@ def capture_segments(
     `sdpa` does not know, those of `eager`). No gradient flows through the capture.
 
     Args:
-        model: A Hugging Face causal LM, or a PEFT model around one.
-        heads: Layer -> its heads to capture. Of K heads in all.
+        model: see `p2d_cli.modeling.likelihood`.
+        heads: layer -> its heads to capture, of K heads in all.
         query_mask_BT: `[B, T]`, true where a token is a query row. Padding is never one.
         segment_BT: `[B, T]` integers in `[-1, num_segments)`: the segment of each token, -1 for none.
         num_segments: S.
-        stop_after_last: End the `with` block as soon as the deepest captured layer has been captured: no deeper layer,
-            no output embedding, and no statement behind the forward runs.
+        stop_after_last: end the `with` block once the deepest layer has been captured; nothing behind the forward runs.
 
     Yields:
         The result, to be read once the forward has run.
 
     Raises:
-        ModelError: The model's attention does not go through transformers' attention interface, or adds to the scores
-            something that the capture does not compute.
-        ValueError: The forward has another batch shape than the masks, or a head does not exist.
-        RuntimeError: A second forward begins in the block.
+        ModelError: the attention does not go through transformers' interface, or adds more to its scores than a mask.
+        ValueError: the forward has another batch shape than the masks, or a head does not exist.
+        RuntimeError: a second forward begins in the block.
     """
-    ordered = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
-    capture = _Capture(
-        heads=ordered,
-        query_mask_BT=query_mask_BT,
-        segment_BT=segment_BT,
-        num_segments=num_segments,
-        stop_after=max(ordered, default=None) if stop_after_last else None,
-        result=SegmentAttention(tuple(ordered)),
-    )
+    capture = SegmentAttention(heads, query_mask_BT, segment_BT, num_segments, stop_after_last=stop_after_last)
     with _capturing_model(model):
         token = _ACTIVE.set(capture)
         try:
-            yield capture.result
-        except _ForwardStopped:
-            pass
+            with suppress(ForwardStopped):
+                yield capture
         finally:
             _ACTIVE.reset(token)
 
 
+@torch.no_grad()
 def run_captured(
     model: Any,
     batch: Mapping[str, Tensor],
@@ -209,28 +186,15 @@ def run_captured(
     segment_BT: Tensor,
     num_segments: int,
 ) -> Tensor:
-    """Run the model up to the deepest layer of `heads`, without gradient, and returns the captured attention.
+    """Run the model on `input_ids` and `attention_mask` up to the deepest layer of `heads`, without gradient.
 
-    Args:
-        model: As for `capture_segments`.
-        batch: `input_ids` and `attention_mask`, `[B, T]`, padded on either side.
-        heads: As for `capture_segments`, and so are the others.
-        query_mask_BT: `[B, T]` bool.
-        segment_BT: `[B, T]` integers.
-        num_segments: S.
+    The other arguments and what is raised are as for `capture_segments`.
 
     Returns:
         `[B, K, S]` float32 on the CPU, as `SegmentAttention.attention_BKS`.
-
-    Raises:
-        ModelError, ValueError: As for `capture_segments`.
     """
-    inputs = forward_inputs(batch["input_ids"], batch["attention_mask"])
-    with (
-        torch.no_grad(),
-        capture_segments(model, heads, query_mask_BT, segment_BT, num_segments, stop_after_last=True) as attention,
-    ):
-        model(**inputs)
+    with capture_segments(model, heads, query_mask_BT, segment_BT, num_segments, stop_after_last=True) as attention:
+        model(**forward_inputs(batch["input_ids"], batch["attention_mask"]))
     return attention.attention_BKS
 
 
@@ -241,9 +205,9 @@ def require_capturable(model: Any) -> None:
         ModelError: see `capture_segments`.
     """
     with _capturing_model(model):
-        sinks = (type(module).__name__ for module in model.modules() if getattr(module, "sinks", None) is not None)
-        if (name := next(sinks, None)) is not None:
-            _refuse_argument(name, "s_aux")
+        for module in model.modules():
+            if getattr(module, "sinks", None) is not None:
+                _refuse_argument(module, "s_aux")
 
 
 @contextmanager
@@ -276,39 +240,33 @@ def _capturing_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute the output `[B, T, H, d]` as `sdpa` does, and the capture on the way."""
-    _refuse_unsupported(module, kwargs)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
-    capture, layer = _ACTIVE.get(), getattr(module, "layer_idx", None)
-    if capture is not None and layer in capture.heads:
-        bias = capture.bias(attention_mask, causal, query_BHTd)
-        capture.take(layer, query_BHTd, key_BGTd, bias, scaling=scaling, softcap=softcap)
-    if softcap is not None:
-        bias = _bias(attention_mask, causal, query_BHTd, key_BGTd.shape[2])
-        return _softcapped_attention(query_BHTd, key_BGTd, value_BGTd, bias, dropout, scaling, softcap), None
-    attend = cast(Callable[..., tuple[Tensor, None]], sdpa_attention_forward)
-    return attend(
-        module,
-        query_BHTd,
-        key_BGTd,
-        value_BGTd,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
-
-
-def _refuse_unsupported(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
-            _refuse_argument(type(module).__name__, name)
+            _refuse_argument(module, name)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
+    if (capture := _ACTIVE.get()) is not None:
+        layer = getattr(module, "layer_idx", None)
+        capture.take(layer, query_BHTd, key_BGTd, attention_mask, causal, scaling, softcap)
+    if softcap is not None:
+        # As the family's own `eager` attention computes it; with a past, the queries are the last rows.
+        if attention_mask is None and causal:
+            length, num_keys = query_BHTd.shape[2], key_BGTd.shape[2]
+            visible = torch.ones(length, num_keys, dtype=torch.bool, device=query_BHTd.device)
+            attention_mask = visible.tril(diagonal=num_keys - length)[None, None]
+        bias, repeats = _additive(attention_mask, query_BHTd), query_BHTd.shape[1] // key_BGTd.shape[1]
+        weights_BHTT = _softcapped_weights(query_BHTd, repeat_kv(key_BGTd, repeats), bias, scaling, softcap)
+        weights_BHTT = functional.dropout(weights_BHTT.to(query_BHTd.dtype), p=dropout, training=dropout > 0)
+        return (weights_BHTT @ repeat_kv(value_BGTd, repeats)).transpose(1, 2).contiguous(), None
+    attend = cast(Callable[..., tuple[Tensor, None]], sdpa_attention_forward)
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return attend(module, query_BHTd, key_BGTd, value_BGTd, attention_mask, **kwargs)
 
 
-def _refuse_argument(attention: str, name: str) -> NoReturn:
+def _refuse_argument(attention: nn.Module, name: str) -> NoReturn:
     raise ModelError(
-        f"the attention of {attention} cannot be captured: it uses {_UNSUPPORTED_ARGUMENTS[name]} ({name})",
+        f"the attention of {type(attention).__name__} cannot be captured: it uses {_UNSUPPORTED_ARGUMENTS[name]} "
+        f"({name})",
         hint="methods that read head outputs in its place work: --method readout, --affinity readout",
     )
 
@@ -326,10 +284,17 @@ def _chosen(query_BHTd: Tensor, key_BGTd: Tensor, heads: tuple[int, ...], rows_B
 
 
 def _segment_mass(
-    query_BKRd: Tensor, key_BKTd: Tensor, segments_BTS: Tensor, bias: Tensor | None, *, scaling: float, softcap: None
+    query_BKRd: Tensor,
+    key_BKTd: Tensor,
+    segments_BTS: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
     """Sum each query row's attention over each segment, `[B, K, R, S]`: the kernel with one-hot segments as values."""
-    del softcap
+    if softcap is not None:  # which the fused kernels do not offer
+        weights_BKRT = _softcapped_weights(query_BKRd, key_BKTd, bias, scaling, softcap)
+        return weights_BKRT @ segments_BTS[:, None].float()
     width, num_heads = query_BKRd.shape[-1], query_BKRd.shape[1]
     masses = []
     # The fused kernels want values as wide as the keys, and not all of them take a stride of zero.
@@ -343,14 +308,6 @@ def _segment_mass(
     return torch.cat(masses, dim=-1)
 
 
-def _segment_mass_softcapped(
-    query_BKRd: Tensor, key_BKTd: Tensor, segments_BTS: Tensor, bias: Tensor | None, *, scaling: float, softcap: float
-) -> Tensor:
-    """As `_segment_mass`, for scores under a soft cap, which the fused kernels do not offer."""
-    weights_BKRT = _softcapped_weights(query_BKRd, key_BKTd, bias, scaling, softcap)
-    return weights_BKRT @ segments_BTS[:, None].float()
-
-
 def _softcapped_weights(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float) -> Tensor:
     """Softmax weights in fp32; the scores are capped in the model's dtype, as Gemma 2's own attention does."""
     scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
@@ -358,48 +315,21 @@ def _softcapped_weights(query: Tensor, key: Tensor, bias: Tensor | None, scaling
     return scores.softmax(dim=-1, dtype=torch.float32)
 
 
-def _softcapped_attention(
-    query_BHTd: Tensor,
-    key_BGTd: Tensor,
-    value_BGTd: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """Compute the layer's output `[B, T, H, d]` as the family's own `eager` attention computes it."""
-    repeats = query_BHTd.shape[1] // key_BGTd.shape[1]
-    weights_BHTT = _softcapped_weights(query_BHTd, repeat_kv(key_BGTd, repeats), bias, scaling, softcap)
-    weights_BHTT = functional.dropout(weights_BHTT.to(query_BHTd.dtype), p=dropout, training=dropout > 0)
-    return (weights_BHTT @ repeat_kv(value_BGTd, repeats)).transpose(1, 2).contiguous()
-
-
 def _bias_rows(mask: Tensor | None, is_causal: bool, rows_BR: Tensor, like: Tensor) -> Tensor | None:
     """Make the additive mask of the query rows, `[B, 1, R, T]`, or None where every token sees all."""
     batch, length = like.shape[0], like.shape[2]
     if mask is not None:
         examples_B = torch.arange(batch, device=like.device)
-        return _additive(mask.expand(batch, -1, -1, -1)[examples_B[:, None], 0, rows_BR][:, None], like)
-    if not is_causal:
-        return None
-    # No mask means no padding, and a sequence shorter than any sliding window: sdpa_mask builds one otherwise.
-    visible_BRT = torch.arange(length, device=like.device) <= rows_BR[:, :, None]
-    return _additive(visible_BRT[:, None], like)
+        mask = mask.expand(batch, -1, -1, -1)[examples_B[:, None], 0, rows_BR][:, None]
+    elif is_causal:
+        # No mask means no padding, and a sequence shorter than any sliding window: sdpa_mask builds one otherwise.
+        mask = (torch.arange(length, device=like.device) <= rows_BR[:, :, None])[:, None]
+    return _additive(mask, like)
 
 
-def _bias(mask: Tensor | None, is_causal: bool, like: Tensor, num_keys: int) -> Tensor | None:
-    """Make the additive mask of all rows, `[B or 1, 1, T, keys]`; with a past, the queries are the last rows."""
-    if mask is not None:
-        return _additive(mask, like)
-    if not is_causal:
-        return None
-    visible = torch.ones(like.shape[2], num_keys, dtype=torch.bool, device=like.device)
-    return _additive(visible.tril(diagonal=num_keys - like.shape[2])[None, None], like)
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     """Turn a bool mask (true: visible) into zeros and the lowest number; an additive one stays as it is."""
-    if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(like.dtype)
     lowest = torch.finfo(like.dtype).min
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, lowest)

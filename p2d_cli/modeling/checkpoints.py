@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
-from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
-from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config
+from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config, require_finite_weights
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
 
@@ -22,12 +22,8 @@ class CheckpointReader:
     Some checkpoints were saved from the bare decoder (`h.0.attn...`), others with a head (`transformer.h.0.attn...`);
     a name is found in spite of a prefix that is missing or too much.
 
-    Args:
-        path: model folder, or hub id with an optional `@revision`.
-
     Raises:
-        UnavailableError: neither on disk nor reachable.
-        DataError: not a model folder, or without safetensors.
+        UnavailableError, DataError: see `locate_model`.
         ArtifactError: a weight file is damaged.
     """
 
@@ -38,11 +34,6 @@ class CheckpointReader:
         for file in files.weights:
             with _open(file) as stored:
                 self._file_of |= dict.fromkeys(stored.keys(), file)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Tensor names as they are stored."""
-        return tuple(self._file_of)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU in its stored dtype.
@@ -83,23 +74,16 @@ def _open(file: Path) -> Any:
         ) from problem
 
 
-def skeleton(path: Path | str) -> Any:
-    """Build a model on the meta device from its config alone: modules and shapes, but no weights.
-
-    Args:
-        path: model folder, or hub id with an optional `@revision`.
+def skeleton(model: Path | str | ModelFiles) -> Any:
+    """Build a model, given by folder, hub id or files, on the meta device from its config alone, without weights.
 
     Raises:
-        UnavailableError, DataError, ModelError: see `load_config`.
+        UnavailableError, DataError, ModelError: see `locate_model` and `read_config`.
         ModelError: transformers cannot build what the config describes.
     """
-    return build_skeleton(locate_model(str(path)))
-
-
-def build_skeleton(files: ModelFiles) -> Any:
-    """Build a located model on the meta device; see `skeleton`."""
     from transformers import AutoModelForCausalLM
 
+    files = model if isinstance(model, ModelFiles) else locate_model(str(model))
     config = read_config(files)
     auto_model: Any = AutoModelForCausalLM
     try:
@@ -120,16 +104,9 @@ def read_layer_weights(checkpoint: CheckpointReader, layer: LayerLayout) -> Laye
     Raises:
         ArtifactError: the checkpoint lacks them, or is of another shape than the layout.
     """
-    read: dict[str, torch.Tensor] = {}
-
-    def tensor(name: str) -> torch.Tensor:
-        # A fused projection is asked for three times.
-        if name not in read:
-            read[name] = checkpoint.tensor(name)
-        return read[name]
-
     try:
-        return layer_weights(layer, tensor)
+        # A fused projection is asked for three times.
+        return layer_weights(layer, cache(checkpoint.tensor))
     except (RuntimeError, IndexError) as problem:
         raise ArtifactError(
             f"the attention of layer {layer.layer} in {checkpoint.spec} has another shape than the base model's: "

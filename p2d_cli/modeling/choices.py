@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.answers import answer_logits_only, input_device, log_normalizer
 from p2d_cli.modeling.layouts import model_layout, plain_model
+from p2d_cli.modeling.likelihood import answer_logits_only, log_normalizer, padded
+from p2d_cli.modeling.loading import input_device
 
 _PADDING, _PROMPT = -1, 0
 # These take a mask for each pair of tokens; flash attention does not.
@@ -45,14 +45,10 @@ def _read_tokens(answer: Sequence[int]) -> int:
 
 
 def can_pack(model: Any, longest: int) -> bool:
-    """Say whether a model computes packed answers as it computes them alone.
+    """Say whether a model computes packed answers, with a prompt up to `longest` tokens, as it computes them alone.
 
     That takes attention whose mask and positions are all that a token knows of its place: no recurrent or latent
     layers, no bias by distance, no window of attention that is shorter than a sequence.
-
-    Args:
-        model: A Hugging Face causal LM, or a PEFT model around one.
-        longest: Tokens of the longest prompt with one answer.
     """
     try:
         model_layout(model)
@@ -71,7 +67,7 @@ def split_into_packs(examples: Sequence[tuple[Sequence[int], int]], *, token_bud
 
     Args:
         examples: `(token ids of prompt and answer, number of prompt tokens)`; the answers to one prompt are neighbours.
-        token_budget: Largest pack. An example that is longer by itself gets a pack of its own.
+        token_budget: tokens of the largest pack; an example that is longer by itself gets a pack of its own.
 
     Returns:
         The packs in order, each with the positions of its answers in `examples`.
@@ -90,83 +86,44 @@ def split_into_packs(examples: Sequence[tuple[Sequence[int], int]], *, token_bud
 
 @torch.no_grad()
 def score_pack_batch(model: Any, packs: Sequence[Pack], pad_id: int) -> list[float]:
-    """Sum up the log-probabilities of each answer's tokens given its prompt, in one forward.
+    """Compute the log-likelihood of each answer of each pack in turn, in one forward; `pad_id` is any token.
 
-    Args:
-        model: A Hugging Face causal LM in eval mode for which `can_pack` holds, or a PEFT model around one.
-        packs: What is read together.
-        pad_id: Any token id.
-
-    Returns:
-        The log-likelihood of each answer of each pack in turn, in nats; 0 for an empty answer.
+    The model is in eval mode and `can_pack` holds for it. Returns nats, 0 for an empty answer.
     """
-    batch = _lay_out(packs, pad_id).to(input_device(model))
-    with answer_logits_only(model, batch.keep_BT):
+    rows, scored, answers = [_Row(pack) for pack in packs], [], 0
+    for number, row in enumerate(rows):
+        scored += [(number, place, token, answers + answer) for place, token, answer in row.scored]
+        answers += len(packs[number].answers)
+    row_m, place_m, token_m, answer_m = torch.tensor(scored, dtype=torch.long).reshape(-1, 4).unbind(dim=1)
+    input_ids_BT = padded([row.ids for row in rows], pad_id)
+    keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    keep_BT[row_m, place_m] = True
+    index_BT = (keep_BT.flatten().cumsum(dim=0) - 1).reshape(keep_BT.shape)
+
+    device = input_device(model)
+    with answer_logits_only(model, keep_BT):
         logits_nV = model(
-            input_ids=batch.input_ids_BT,
-            attention_mask=_mask(batch.owner_BT, model.dtype),
-            position_ids=batch.position_ids_BT,
+            input_ids=input_ids_BT.to(device),
+            attention_mask=_mask(padded([row.owners for row in rows], _PADDING).to(device), model.dtype),
+            position_ids=padded([row.positions for row in rows], 0).to(device),
             use_cache=False,
         ).logits[0]
-    log_normalizer_n = log_normalizer(logits_nV)
-    index_n = batch.keep_BT.flatten().cumsum(dim=0) - 1
-    kept_m = index_n[batch.place_m].to(logits_nV.device)
-    logprob_m = logits_nV[kept_m, batch.target_m.to(logits_nV.device)].float() - log_normalizer_n[kept_m]
-    sums = torch.zeros(sum(len(pack.answers) for pack in packs), dtype=torch.float64)
-    totals: list[float] = sums.index_add(0, batch.answer_m.cpu(), logprob_m.double().cpu()).tolist()
+    index_m = index_BT[row_m, place_m].to(logits_nV.device)
+    logprob_m = logits_nV[index_m, token_m.to(logits_nV.device)].float() - log_normalizer(logits_nV)[index_m]
+    sums = torch.zeros(answers, dtype=torch.float64)
+    totals: list[float] = sums.index_add(0, answer_m, logprob_m.double().cpu()).tolist()
     return totals
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A batch of packs, padded on the right."""
-
-    input_ids_BT: Tensor
-    position_ids_BT: Tensor
-    owner_BT: Tensor
-    """-1 for padding, 0 for the prompt, k for its k-th answer."""
-    keep_BT: Tensor
-    """Bool: positions that predict a token of an answer."""
-    place_m: Tensor
-    """Where each scored token is predicted, `row * T + position`."""
-    target_m: Tensor
-    """Which token that is."""
-    answer_m: Tensor
-    """Which answer of the batch it belongs to."""
-
-    def to(self, device: torch.device) -> _Layout:
-        return _Layout(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-
-def _lay_out(packs: Sequence[Pack], pad_id: int) -> _Layout:
-    rows = [_Row(pack) for pack in packs]
-    input_ids_BT = _padded([row.ids for row in rows], pad_id)
-    width, first, scored = input_ids_BT.shape[1], 0, []
-    for number, row in enumerate(rows):
-        scored += [(number * width + place, target, first + answer) for place, target, answer in row.scored]
-        first += len(packs[number].answers)
-    place_m, target_m, answer_m = torch.tensor(scored, dtype=torch.long).reshape(-1, 3).unbind(dim=1)
-    keep = torch.zeros(input_ids_BT.numel(), dtype=torch.bool)
-    keep[place_m] = True
-    return _Layout(
-        input_ids_BT=input_ids_BT,
-        position_ids_BT=_padded([row.positions for row in rows], 0),
-        owner_BT=_padded([row.owners for row in rows], _PADDING),
-        keep_BT=keep.reshape(input_ids_BT.shape),
-        place_m=place_m,
-        target_m=target_m,
-        answer_m=answer_m,
-    )
-
-
 class _Row:
-    """One pack, token by token."""
+    """A pack, token by token."""
 
     def __init__(self, pack: Pack) -> None:
         start = len(pack.prompt_ids)
         self.ids = list(pack.prompt_ids)
         self.positions = list(range(start))
         self.owners = [_PROMPT] * start
+        """0 for the prompt, k for its k-th answer."""
         self.scored: list[tuple[int, int, int]] = []
         """(position that predicts, token, number of the answer)."""
         for number, answer in enumerate(pack.answers):
@@ -177,10 +134,6 @@ class _Row:
             self.ids += answer[:read]
             self.positions += range(start, start + read)
             self.owners += [number + 1] * read
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def _mask(owner_BT: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from p2d_cli.errors import NonFiniteError
-from p2d_cli.modeling.answers import answer_token_logprobs, input_device
+from p2d_cli.modeling.likelihood import answer_token_logprobs, scored_positions
+from p2d_cli.modeling.loading import input_device
 
 IGNORED_LABEL = -100
 
@@ -22,11 +23,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def example_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each example's completion, with logits for its tokens only.
-
-    Args:
-        model: a causal language model.
-        batch: see the module; moved to the model's device.
+    """Cross-entropy of each example's completion, with logits for its tokens only; the batch is moved to the model.
 
     Returns:
         Sum over each completion's tokens `[B]`, float32 and differentiable, and their number `[B]`, int64.
@@ -40,18 +37,12 @@ def example_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
 
 def scored_tokens(batch: Batch) -> torch.Tensor:
     """Return how many tokens `example_losses` scores in all rows of a batch, int64, without reading it."""
-    is_token_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    scored_BT = (batch["labels"] != IGNORED_LABEL) & is_token_BT
-    # A row's first token has no past.
-    return (scored_BT[:, 1:] & is_token_BT[:, :-1]).sum()
+    attention_mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return scored_positions(attention_mask_BT, batch["labels"] != IGNORED_LABEL).sum()
 
 
 def require_finite(loss: torch.Tensor, doing: str) -> None:
-    """Refuse a loss that is not a number.
-
-    Raises:
-        NonFiniteError: naming what was being done.
-    """
+    """Raise NonFiniteError, naming what was being done, for a loss that is not a number."""
     if not torch.isfinite(loss):
         raise NonFiniteError(
             f"{doing}: the loss is {loss.item()}",

@@ -18,8 +18,8 @@ from typing import Any
 
 from p2d_cli.core.turns import TurnFrame
 from p2d_cli.errors import UnavailableError, UsageError, first_line
-from p2d_cli.modeling.answers import finite_logits, require_finite_logits
-from p2d_cli.modeling.generation import decode_turns, end_ids
+from p2d_cli.modeling.generation import decode_turns, end_ids, replaced
+from p2d_cli.modeling.likelihood import finite_logits, require_finite_logits
 
 PACKAGE = "lm-eval"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -50,11 +50,7 @@ class HarnessResult:
 
 
 def harness_version() -> str:
-    """Return the installed version of lm-eval.
-
-    Raises:
-        UnavailableError: it is not installed.
-    """
+    """Return the installed version of lm-eval; raise UnavailableError without one."""
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -80,30 +76,36 @@ def run_tasks(
     """Run tasks and gather their figures and samples.
 
     Args:
-        model: A Hugging Face causal LM in eval mode, or a PEFT model around one.
-        tokenizer: The model's tokenizer.
-        tasks: Names of tasks or groups; `*` stands for any letters.
-        folder: A folder with task files of one's own, beside those that lm-eval brings.
-        chat_template: The chat template that prompts go through; None for plain text.
-        frame: What stands around an answer. Its token ends a generated turn, and tasks are given the answer alone.
-        system: The system prompt, if any.
-        limit: Only the first so many documents of each task.
-        max_length: Longest sequence in tokens.
-        batch_size: Rows of one forward.
-        progress: Called once for each kind of request.
+        model: in eval mode, see `p2d_cli.modeling.likelihood`.
+        tokenizer: the model's.
+        tasks: names of tasks or groups; `*` stands for any letters.
+        folder: a folder with task files of one's own, beside those that lm-eval brings.
+        chat_template: what prompts go through; None for plain text.
+        frame: what a turn has around its answer. Its token ends a generated turn, and tasks see the answer alone.
+        system: the system prompt, if any.
+        limit: only the first so many documents of each task.
+        max_length: longest sequence in tokens.
+        batch_size: rows of one forward.
+        progress: called once for each kind of request.
 
     Raises:
         UsageError: lm-eval knows no such task, or refuses to run it.
-        UnavailableError: A task's data set is neither on disk nor reachable.
+        UnavailableError: a task's data set is neither on disk nor reachable.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), _counted_tokens(model) as counted, _ended_by(model, tokenizer, frame):
+    # The template's end of a turn ends what is generated.
+    ended = replaced(model.generation_config, eos_token_id=end_ids(model, tokenizer, [frame]) or None)
+    with _quiet(), _counted_tokens(model) as counted, ended:
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         manager = TaskManager(include_path=None if folder is None else str(folder))
-        _ensure_known(manager, tasks)
+        if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+            raise UsageError(
+                f"--lm-eval {','.join(unknown)}: lm-eval {harness_version()} knows no such task",
+                hint="lm-eval ls tasks lists them; --lm-eval-tasks DIR adds a folder of your own",
+            )
         harness = _harness_class(progress, frame)(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=batch_size
         )
@@ -133,15 +135,6 @@ def _explained(tasks: str) -> Iterator[None]:
         ) from problem
     except ValueError as problem:
         raise UsageError(f"lm-eval refuses {tasks}: {first_line(problem)}") from problem
-
-
-def _ensure_known(manager: Any, tasks: Sequence[str]) -> None:
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise UsageError(
-            f"--lm-eval {','.join(unknown)}: lm-eval {harness_version()} knows no such task",
-            hint="lm-eval ls tasks lists them; --lm-eval-tasks DIR adds a folder of your own",
-        )
 
 
 def _harness_class(progress: Progress, frame: TurnFrame) -> Any:
@@ -258,7 +251,10 @@ def _column_name(name: str, rows: Iterable[dict[str, Any]], figures: dict[str, T
 
 
 def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    prompts, continuations = zip(*(_asked(arguments) for arguments in sample["arguments"]), strict=True)
+    asked = sample["arguments"]
+    prompts = [str(prompt) for prompt, *_ in asked]
+    # The answer that was weighed; a generated one has settings in its place.
+    continuations = [str(rest[0]) if rest and isinstance(rest[0], str) else "" for _, *rest in asked]
     answers, target = sample["filtered_resps"], sample["target"]
     if len(answers) > 1 and all(_is_likelihood(answer) for answer in answers):
         # Mostly the answers differ, in a few tasks the prompts before one answer.
@@ -278,12 +274,6 @@ def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _asked(arguments: Any) -> tuple[str, str]:
-    """Return a request's prompt and the answer that was weighed, empty for a generated one."""
-    prompt, *rest = arguments
-    return str(prompt), str(rest[0]) if rest and isinstance(rest[0], str) else ""
-
-
 def _is_likelihood(answer: Any) -> bool:
     """Whether an answer is `(log-likelihood, is greedy)`."""
     return isinstance(answer, list | tuple) and len(answer) == 2 and isinstance(answer[0], float)
@@ -300,23 +290,8 @@ def _counted_tokens(model: Any) -> Iterator[list[int]]:
     def count(_module: Any, inputs: tuple[Any, ...]) -> None:
         counted[0] += inputs[0].numel()
 
-    handle = model.get_input_embeddings().register_forward_pre_hook(count)
-    try:
+    with model.get_input_embeddings().register_forward_pre_hook(count):
         yield counted
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _ended_by(model: Any, tokenizer: Any, frame: TurnFrame) -> Iterator[None]:
-    """Let the template's end of a turn end what is generated while the block runs."""
-    settings = model.generation_config
-    own = settings.eos_token_id
-    settings.eos_token_id = end_ids(model, tokenizer, [frame]) or None
-    try:
-        yield
-    finally:
-        settings.eos_token_id = own
 
 
 @contextmanager
@@ -331,13 +306,11 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
-    tqdm.__init__ = start_hidden
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()):
+        with replaced(tqdm, __init__=start_hidden), redirect_stdout(io.StringIO()):
             yield
     finally:
-        tqdm.__init__ = start
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.answers import working_device
-from p2d_cli.modeling.finite import require_finite_weights
 from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
+from p2d_cli.modeling.loading import require_finite_weights, working_device
 
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -57,55 +57,94 @@ class TrainableShare:
 
 
 def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]) -> Any:
-    """Make the selected heads trainable, and nothing else.
+    """Make the selected heads, bool `[L, H]`, trainable, and nothing else; the model's modules are replaced in place.
 
     A head's `q` rows and `o` columns are its own; its `k` and `v` rows are its group's, and training them changes every
     head of the group. Modules without a selected head are not touched, and so no gradient is computed below the lowest
     one that has any.
 
-    Args:
-        model: a plain causal language model; its modules are replaced in place.
-        selected_LH: the heads, bool `[L, H]`.
-        projections: what is trained of them, of q, k, v, o.
-
     Returns:
         A PeftModel whose trained factors are zeros in fp32 (in float64 for such a model), so that it equals the base.
 
     Raises:
-        UsageError: no head or no projection is selected, or the attention is of an unsupported kind.
+        UsageError: no head or no projection is selected.
+        ModelError: the attention is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
-    from peft import LoraConfig, get_peft_model
-
     layout = model_layout(model)
-    _check_selection(selected_LH, layout, projections)
+    _check_projections(projections)
+    expected = (len(layout), layout[0].num_heads)
+    if selected_LH.shape != expected:
+        raise ArtifactError(
+            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
+            hint="score the heads of this model",
+        )
+    if not selected_LH.any():
+        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
     placed = _placements(layout, selected_LH, projections)
     counts = {name: len(positions) for name, (positions, _) in placed.items()}
     first = next(iter(counts.values()))
+    # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
+    peft_model = _attach(
+        model, layout, placed, r=first, lora_alpha=first, rank_pattern=counts, alpha_pattern={**counts}
+    )
+    for name, (positions, on_input) in placed.items():
+        module = peft_model.get_base_model().get_submodule(name)
+        if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
+            raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
+        trained, placing = _factors(module, on_input=on_input)
+        placing.requires_grad_(False)
+        with torch.no_grad():
+            trained.zero_()
+            placing.zero_()
+            (placing.T if on_input else placing)[list(positions), range(len(positions))] = 1
+    return peft_model
+
+
+def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
+    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685), in place.
+
+    Args:
+        model: without adapter.
+        rank: r.
+        alpha: the scaling is `alpha / rank`.
+        targets: of q, k, v, o; a fused module is adapted as a whole.
+        dropout: on the inputs of the adapter, in [0, 1).
+
+    Raises:
+        UsageError: an unknown target.
+        ModelError: the attention is of an unsupported kind.
+    """
+    layout = model_layout(model)
+    _check_projections(targets)
+    names = [name for name in PROJECTIONS if name in targets]
+    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
+    return _attach(model, layout, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+
+
+def _attach(model: Any, layout: Sequence[LayerLayout], modules: Iterable[str], **settings: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=first,
-        lora_alpha=first,
-        # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
-        rank_pattern=counts,
-        alpha_pattern=dict(counts),
-        target_modules=list(placed),
+        target_modules=list(modules),
         fan_in_fan_out=layout[0].q.transposed,
-        lora_dropout=0.0,
         bias="none",
+        **settings,
     )
     with known_warnings_silenced():
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    _forget_local_path(peft_model)
-    for name, (positions, on_input) in placed.items():
-        _place(peft_model.get_base_model().get_submodule(name), positions, on_input=on_input)
+    # A path of this machine says nothing elsewhere; a hub id may stay.
+    saved = peft_model.peft_config[ADAPTER_NAME]
+    if (name := saved.base_model_name_or_path) and Path(name).expanduser().exists():
+        saved.base_model_name_or_path = None
     return peft_model
 
 
 def saved_rank(model: Any) -> int:
     """Return the rank that all modules of a PeftModel's adapter have once it is saved."""
     config = model.peft_config[ADAPTER_NAME]
-    return common_rank(config.rank_pattern.values()) if _is_of_heads(config) else int(config.r)
+    return common_rank(config.rank_pattern.values()) if config.rank_pattern else int(config.r)
 
 
 def freeze_placing(model: Any) -> None:
@@ -115,13 +154,16 @@ def freeze_placing(model: Any) -> None:
     gradient.
 
     Raises:
-        ArtifactError: the adapter has a factor that should place rows and does not: it is not a head adapter.
+        ArtifactError: a factor does not place rows: its columns (rows, where it places columns) are not unit vectors,
+            all different, and padding.
     """
     base = model.get_base_model()
     output_names = {layer.o.module for layer in model_layout(base)}
     for name, module in _lora_modules(base):
         _, placing = _factors(module, on_input=name in output_names)
-        if not _places_rows(placing, on_input=name in output_names):
+        ones = placing == 1
+        counts = torch.cat([ones.sum(dim=0), ones.sum(dim=1)])
+        if counts.max() != 1 or ones.sum() != placing.count_nonzero():
             raise ArtifactError(
                 f"the adapter's factor for {name} does not place rows of heads: it is not a head adapter of p2d",
                 hint="continue it with --scope lora, or start a new one",
@@ -134,48 +176,11 @@ def trainable_share(model: Any) -> TrainableShare:
     trained = total = 0
     for name, parameter in model.named_parameters():
         trained += parameter.numel() if parameter.requires_grad else 0
-        total += 0 if ".lora_" in name else _size(parameter)
+        # The values of 4-bit weights are packed.
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else math.prod(state.shape)
+        total += 0 if ".lora_" in name else size
     return TrainableShare(trained=trained, total=total)
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Return the number of a parameter's values; those of 4-bit weights are packed."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
-    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685).
-
-    Args:
-        model: a plain causal language model; its modules are replaced in place.
-        rank: r.
-        alpha: the scaling is `alpha / rank`.
-        targets: of q, k, v, o; a fused module is adapted as a whole.
-        dropout: on the inputs of the adapter, in [0, 1).
-
-    Raises:
-        UsageError: an unknown target, or the attention is of an unsupported kind.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    layout = model_layout(model)
-    _check_projections(targets)
-    names = [name for name in PROJECTIONS if name in targets]
-    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(modules),
-        fan_in_fan_out=layout[0].q.transposed,
-        lora_dropout=dropout,
-        bias="none",
-    )
-    with known_warnings_silenced():
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    _forget_local_path(peft_model)
-    return peft_model
 
 
 def unfreeze_attention(model: Any) -> None:
@@ -184,7 +189,7 @@ def unfreeze_attention(model: Any) -> None:
     A 16-bit model must then run under autocast, as its activations keep their dtype.
 
     Raises:
-        UsageError: the attention is of an unsupported kind.
+        ModelError: the attention is of an unsupported kind.
     """
     layout = model_layout(model)
     model.requires_grad_(False)
@@ -201,20 +206,13 @@ def prepare_full(model: Any) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass instead of keeping them.
+    """Recompute activations in the backward pass of a model whose trained parameters have been chosen.
 
     transformers makes the embeddings' output require a gradient along with it, which reentrant checkpointing needs
     and which would carry the backward pass through every frozen layer; without reentrance it is not needed.
-
-    Args:
-        model: plain or a PeftModel, after what is trained has been chosen.
     """
-    settings = {"use_reentrant": False}
     base = plain_model(model)
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:  # the name that older releases of transformers 5 have for it
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.disable_input_require_grads()
 
 
@@ -232,26 +230,28 @@ def save_adapter(
 
     Args:
         model: a PeftModel.
-        folder: where to; created if it is not there.
-        base_model: what the config says the adapter belongs to, such as a hub id; None says nothing.
+        folder: where to; created if need be.
+        base_model: the config's `base_model_name_or_path`, such as a hub id.
         state: the adapter's weights under the model's names, if the model itself holds only a part of them.
-        revision: that of the base model on its hub; None says nothing.
+        revision: that of the base model on its hub.
 
     Raises:
         NonFiniteError: it holds NaN or infinity; nothing was written.
     """
-    factors = dict(_factors_of(model) if state is None else state)
+    factors = state
+    if factors is None:
+        factors = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     require_finite_weights(factors.items(), "saving the adapter", hint="lower --lr, or try --dtype float32")
     saved = model.peft_config[ADAPTER_NAME]
     saved.base_model_name_or_path, saved.revision = base_model, revision
     rank = saved_rank(model)
-    if _is_of_heads(saved):
+    if is_of_heads := bool(saved.rank_pattern):  # the ranks of its modules while it is trained
         factors = {name: _padded(name, factor, rank) for name, factor in factors.items()}
     # "auto" would look for the base model on the hub, to see whether its vocabulary was resized.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=factors)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
-    if _is_of_heads(saved):
+    if is_of_heads:
         config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     # PEFT keeps the targets as a set, whose order differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
@@ -260,11 +260,7 @@ def save_adapter(
 
 
 def load_adapter(model: Any, path: Path | str) -> Any:
-    """Put a saved adapter on its base model, for inference.
-
-    Args:
-        model: the plain base model; its modules are replaced in place. It may be divided over devices.
-        path: a PEFT folder.
+    """Put a saved PEFT adapter on its base model, in place and for inference; the model may be divided over devices.
 
     Raises:
         ArtifactError: not such a folder, damaged, or made for another model.
@@ -304,14 +300,14 @@ def load_adapter(model: Any, path: Path | str) -> Any:
 def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[str]]:
     """Return the adapted model, and the names of tensors in the file that PEFT found no place for.
 
-    Args:
-        model: the plain base model.
-        folder: a PEFT folder.
-        empty: whether the factors stay without values, for `_fill_divided` to give them.
+    With `empty`, the factors stay without values, for `_fill_divided` to give them.
     """
     from peft import PeftModel
+    from safetensors import safe_open
 
-    _require_finite_file(folder)
+    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+        named = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dictionary
+        require_finite_weights(named, f"loading the adapter in {folder}", hint="train it again")
     with known_warnings_silenced():
         # PEFT only warns when the file lacks some of the factors, and would go on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -326,19 +322,10 @@ def _from_folder(model: Any, folder: Path, *, empty: bool) -> tuple[Any, list[st
     return adapted, list(result.unexpected_keys)
 
 
-def _require_finite_file(folder: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
-        named = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dictionary
-        require_finite_weights(named, f"loading the adapter in {folder}", hint="train it again")
-
-
 def _fill_divided(base: Any, folder: Path) -> list[str]:
     """Put each factor where the module that it changes computes; PEFT leaves it, empty, where that module waits.
 
-    Returns:
-        The names of tensors in the file that are no factors of it.
+    Returns the names of tensors in the file that are no factors of it.
     """
     from safetensors.torch import load_file
 
@@ -354,7 +341,7 @@ def _fill_divided(base: Any, folder: Path) -> list[str]:
 
 @contextmanager
 def known_warnings_silenced() -> Iterator[None]:
-    """Silence what PEFT 0.21 provokes in transformers 5 by itself or what p2d sees to, and nothing else."""
+    """Silence what PEFT 0.21 provokes in transformers 5 by itself, or what p2d sees to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # `p2d_cli.modeling.merging` parts the embeddings before it merges.
@@ -368,18 +355,6 @@ def _check_projections(projections: Collection[str]) -> None:
     if unknown or not projections:
         found = f"found {', '.join(unknown)}" if unknown else "found none"
         raise UsageError(f"choosing what to train: expected some of {', '.join(PROJECTIONS)}, {found}")
-
-
-def _check_selection(selected_LH: NDArray[np.bool_], layout: Sequence[LayerLayout], projections: Sequence[str]) -> None:
-    _check_projections(projections)
-    expected = (len(layout), layout[0].num_heads)
-    if selected_LH.shape != expected:
-        raise ArtifactError(
-            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
-            hint="score the heads of this model",
-        )
-    if not selected_LH.any():
-        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
 
 
 def _placements(
@@ -397,35 +372,10 @@ def _placements(
     return placed
 
 
-def _place(module: Any, positions: Sequence[int], *, on_input: bool) -> None:
-    """Set the trained factor to zero, and freeze the other one as the placing matrix."""
-    if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
-        raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
-    trained, placing = _factors(module, on_input=on_input)
-    with torch.no_grad():
-        trained.zero_()
-        placing.zero_()
-        by_position = placing.T if on_input else placing
-        by_position[list(positions), range(len(positions))] = 1
-    placing.requires_grad_(False)
-
-
-def _is_of_heads(config: Any) -> bool:
-    """Whether an adapter in the making is one of heads: its modules have ranks of their own."""
-    return bool(config.rank_pattern)
-
-
 def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:
     """Return a factor with zeros up to `rank`: rows of A `[r, in]`, columns of B `[out, r]`."""
-    axis = 0 if ".lora_A." in name else 1
-    missing = rank - factor.shape[axis]
-    shape = [*factor.shape]
-    shape[axis] = missing
-    return torch.cat([factor.detach(), factor.new_zeros(shape)], dim=axis)
-
-
-def _factors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, weight) for name, weight in model.named_parameters() if "lora_" in name)
+    missing = (0, 0, 0, rank - factor.shape[0]) if ".lora_A." in name else (0, rank - factor.shape[1])
+    return functional.pad(factor.detach(), missing)
 
 
 def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -434,27 +384,10 @@ def _factors(module: Any, *, on_input: bool) -> tuple[torch.nn.Parameter, torch.
     return (b, a) if on_input else (a, b)
 
 
-def _places_rows(placing: torch.Tensor, *, on_input: bool) -> bool:
-    """Whether the columns of `[out, r]` (the rows of `[r, in]`) are unit vectors, none of them twice, or padding."""
-    by_position = placing.T if on_input else placing
-    ones = by_position == 1
-    zero_or_one = bool((ones | (by_position == 0)).all())
-    at_most_one = bool((ones.sum(dim=0) <= 1).all()) and bool((ones.sum(dim=1) <= 1).all())
-    return zero_or_one and at_most_one and bool(ones.any())
-
-
 def _lora_modules(base: Any) -> Iterator[tuple[str, Any]]:
     for name, module in base.named_modules():
         if ADAPTER_NAME in getattr(module, "lora_A", ()):
             yield name, module
-
-
-def _forget_local_path(peft_model: Any) -> None:
-    """Keep a path of this machine out of what PEFT saves; a hub id may stay."""
-    config = peft_model.peft_config[ADAPTER_NAME]
-    name = config.base_model_name_or_path
-    if name and Path(name).expanduser().exists():
-        config.base_model_name_or_path = None
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

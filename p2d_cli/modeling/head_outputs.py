@@ -6,17 +6,15 @@ Axes: B batch, T tokens, K chosen heads in (layer, head) order, d head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.layouts import LayerLayout, plain_model
-
-
-class _ForwardStopped(Exception):
-    """The deepest chosen layer has been read: the rest of the forward has no reader."""
+from p2d_cli.modeling.likelihood import ForwardStopped, forward_inputs
 
 
 @torch.no_grad()
@@ -34,12 +32,11 @@ def mean_head_outputs(
     kernel and family whose layout is known.
 
     Args:
-        model: a Hugging Face causal LM, or a PEFT model around one.
+        model: see `p2d_cli.modeling.likelihood`.
         layout: the model's, see `model_layout`.
         heads: layer -> its heads to read, of K heads in all.
-        input_ids_BT: `[B, T]` token ids, padded on either side.
-        attention_mask_BT: `[B, T]`, 1 for tokens and 0 for padding. All ones will do where the padding is on the right,
-            which no token looks at, and lets the kernel take its fast causal path.
+        input_ids_BT: token ids.
+        attention_mask_BT: all ones will do, and be faster, where the padding is on the right, which no token looks at.
         token_mask_BT: `[B, T]`, 1 for the tokens to average over. A row without any has the output 0.
 
     Returns:
@@ -50,25 +47,20 @@ def mean_head_outputs(
     chosen = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
     means: dict[int, Tensor] = {}
 
-    def reader(layer: int) -> Any:
-        def read(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            output_BTE: Tensor = arguments[0]
-            columns = torch.tensor(layout[layer].o.indices(chosen[layer]), device=output_BTE.device)
-            weights = weight_BT.to(device=output_BTE.device, dtype=output_BTE.dtype)
-            # Averaged in the model's precision with fp32 accumulation inside the product, a matrix product a row.
-            mean_BE = torch.bmm(weights[:, None], output_BTE)[:, 0]
-            means[layer] = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
-            if layer == max(chosen):
-                raise _ForwardStopped
+    def read(layer: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        output_BTE: Tensor = arguments[0]
+        columns = torch.tensor(layout[layer].o.indices(chosen[layer]), device=output_BTE.device)
+        weights = weight_BT.to(device=output_BTE.device, dtype=output_BTE.dtype)
+        # Averaged in the model's precision with fp32 accumulation inside the product, a matrix product a row.
+        mean_BE = torch.bmm(weights[:, None], output_BTE)[:, 0]
+        means[layer] = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
+        if layer == max(chosen):
+            raise ForwardStopped
 
-        return read
-
-    handles = [plain.get_submodule(layout[layer].o.module).register_forward_pre_hook(reader(layer)) for layer in chosen]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(suppress(ForwardStopped))
+        for layer in chosen:
+            module = plain.get_submodule(layout[layer].o.module)
+            hooks.enter_context(module.register_forward_pre_hook(partial(read, layer)))
         model(**forward_inputs(input_ids_BT, attention_mask_BT))
-    except _ForwardStopped:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat([means[layer] for layer in chosen], dim=1)

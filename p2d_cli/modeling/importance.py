@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,7 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
     Removing a head means zeroing its columns of the output projection, so the effect is `|sum(grad * weight)|` over
     these columns. That sum equals `sum(context * grad_context)` over tokens and head_dim, which needs no weight
     gradient and comes apart by example: the graph begins at the lowest layer's context, and no parameter takes part.
-
-    Args:
-        model: a causal language model, plain or with an adapter that has been merged.
-        layout: its layout.
-        batches: see `p2d_cli.modeling.gradients`; each example counts with the mean loss of its completion tokens.
+    An example counts with the mean loss of its completion tokens.
 
     Yields:
         Scores `[B, L, H]` of each batch, float64 on the CPU.
@@ -32,7 +29,12 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
         NonFiniteError: the loss of a batch is not finite.
     """
     for batch in batches:
-        with trainable_only(model, ()), _contexts(model, layout) as contexts:
+        contexts: list[torch.Tensor] = []
+        """The inputs of the output projections, `[B, T, H*d]` by layer, as nodes of the graph."""
+        with trainable_only(model, ()), ExitStack() as hooks:
+            for layer in layout:
+                hook = partial(_collect, contexts)
+                hooks.enter_context(model.get_submodule(layer.o.module).register_forward_pre_hook(hook))
             sums_B, counts_B = example_losses(model, batch)
             loss = (sums_B / counts_B.clamp(min=1)).sum()
             require_finite(loss, "taylor scores")
@@ -44,22 +46,12 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
         yield torch.stack(scores, dim=1)
 
 
-@contextmanager
-def _contexts(model: Any, layout: Sequence[LayerLayout]) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of the output projections, `[B, T, H*d]` by layer, as nodes of the graph."""
-    contexts: list[torch.Tensor] = []
-
-    def collect(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        context, *rest = arguments
-        if not context.requires_grad:
-            context = context.detach().requires_grad_(True)
-        contexts.append(context)
-        return (context, *rest)
-
-    with ExitStack() as hooks:
-        for layer in layout:
-            hooks.enter_context(model.get_submodule(layer.o.module).register_forward_pre_hook(collect))
-        yield contexts
+def _collect(contexts: list[torch.Tensor], _module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    context, *rest = arguments
+    if not context.requires_grad:
+        context = context.detach().requires_grad_(True)
+    contexts.append(context)
+    return (context, *rest)
 
 
 def _by_head(tensor: torch.Tensor, layer: LayerLayout) -> torch.Tensor:

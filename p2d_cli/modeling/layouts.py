@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -38,6 +38,8 @@ _REFUSED = {
 }
 _LATENT_MODULES = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "q_a_proj")
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+# The fused projection of q, k and v, and the output projection.
+_FUSED = {"phi3": ("qkv_proj", "o_proj"), "gpt2": ("c_attn", "c_proj"), "gpt_neox": ("query_key_value", "dense")}
 # What a layer may have in place of attention, by the names of its classes in transformers.
 _MIXERS = {
     "linear attention": re.compile(r"Delta(Net|Attention)|Lightning|LinearAttention|Retention|Rwkv", re.IGNORECASE),
@@ -111,9 +113,6 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
     Sizes come from the modules themselves (head_dim is not hidden/heads in Gemma or Qwen3). The model may be on the
     meta device, and may be a PeftModel; names are always those of the plain model.
 
-    Args:
-        model: a causal language model of transformers.
-
     Raises:
         ModelError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
     """
@@ -141,16 +140,12 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
 
 
 def geometry(model: Any) -> HeadGeometry:
-    """Numbers of layers, heads and groups of a model, and their sizes.
-
-    Raises:
-        ModelError: see `model_layout`.
-    """
+    """Return the geometry of a model, or raise as `model_layout` does."""
     return layout_geometry(model_layout(model))
 
 
 def layout_geometry(layout: tuple[LayerLayout, ...]) -> HeadGeometry:
-    """Return the geometry that a layout has."""
+    """Return the numbers and sizes of layers, heads and groups."""
     first = layout[0]
     return HeadGeometry(
         num_layers=len(layout),
@@ -164,24 +159,17 @@ def layout_geometry(layout: tuple[LayerLayout, ...]) -> HeadGeometry:
 def layer_weights(layer: LayerLayout, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
     """Cut a layer's q, k and v weights into heads.
 
-    Args:
-        layer: where they are.
-        tensors: gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`.
-
-    Returns:
-        q `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
+    `tensors` gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`. Returns q
+    `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
     """
-    return LayerWeights(
-        q_HdD=_unit_rows(layer.q, tensors), k_GdD=_unit_rows(layer.k, tensors), v_GdD=_unit_rows(layer.v, tensors)
-    )
 
+    def cut(projection: Projection) -> torch.Tensor:
+        weight = tensors(projection.weight_name).detach()
+        weight = weight.T if projection.transposed else weight
+        # narrow, unlike a slice, refuses a range that the weight does not have.
+        return torch.stack([weight.narrow(0, start, stop - start) for start, stop in projection.rows])
 
-def _unit_rows(projection: Projection, tensors: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    weight = tensors(projection.weight_name).detach()
-    if projection.transposed:
-        weight = weight.T
-    # narrow, unlike a slice, refuses a range that the weight does not have.
-    return torch.stack([weight.narrow(0, start, stop - start) for start, stop in projection.rows])
+    return LayerWeights(q_HdD=cut(layer.q), k_GdD=cut(layer.k), v_GdD=cut(layer.v))
 
 
 def _why_incomplete(decoder: Any, total: int, layers: Sequence[int]) -> str:
@@ -206,8 +194,9 @@ def _blocks_of(decoder: Any, total: int) -> nn.ModuleList | None:
 
 def _kind(block: Any) -> str:
     """Say in a few words what a layer has in place of an attention whose heads p2d can tell apart."""
+    names = [type(module).__name__ for module in block.modules()]
     # The mixer itself names it better than the layer around it.
-    names = sorted((type(module).__name__ for module in block.modules()), key=_is_wrapper)
+    names.sort(key=lambda name: name.endswith(("Layer", "Block", "Norm")))
     for kind, pattern in _MIXERS.items():
         if (name := next(filter(pattern.search, names), None)) is not None:
             return f"{kind} ({name})"
@@ -216,15 +205,6 @@ def _kind(block: Any) -> str:
         return "keys that serve as values as well"
     attention = next((name for name in names if "Attention" in name), None)
     return "no attention at all" if attention is None else f"{attention}, which p2d does not know"
-
-
-def _is_wrapper(name: str) -> bool:
-    return name.endswith(("Layer", "Block", "Norm"))
-
-
-def _is_mixer(module: Any) -> bool:
-    """Say whether a module mixes tokens in another way than attention, whatever its projections are called."""
-    return any(pattern.search(type(module).__name__) for pattern in _MIXERS.values())
 
 
 def _decoder(model: Any, config: Any) -> Any:
@@ -239,7 +219,10 @@ def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
     model_type = config.model_type
     found = []
     for name, module in model.named_modules():
-        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int) or _is_mixer(module):
+        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        # A mixer may call its projections as an attention does.
+        if any(pattern.search(type(module).__name__) for pattern in _MIXERS.values()):
             continue
         if any(hasattr(module, latent) for latent in _LATENT_MODULES):
             _refuse(model_type, "its keys and values are compressed into a latent (MLA), so heads own no plain k and v")
@@ -250,83 +233,37 @@ def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
 
 
 def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayout:
-    head_dim = _head_dim(module, config)
+    head_dim, heads = _head_dim(module, config), config.num_attention_heads
     if hasattr(module, "q_proj"):
-        output = next((part for part in _OUTPUT_NAMES if hasattr(module, part)), None)
-        if output is None:
+        output = next((part for part in _OUTPUT_NAMES if hasattr(module, part)), "")
+        if not output:
             _refuse(config.model_type, f"{name} has no output projection named {' or '.join(_OUTPUT_NAMES)}")
-        q, k, v = (_separate(name, module, f"{part}_proj", head_dim) for part in ("q", "k", "v"))
-    elif config.model_type == "phi3":
-        q, k, v = _blocks(name, module, "qkv_proj", head_dim, config)
-        output = "o_proj"
-    elif config.model_type == "gpt2":
-        q, k, v = _blocks(name, module, "c_attn", head_dim, config)
-        output = "c_proj"
-    elif config.model_type == "gpt_neox":
-        q, k, v = _interleaved(name, module, head_dim)
-        output = "dense"
+        q, k, v = (_projection(name, module, f"{part}_proj", head_dim) for part in ("q", "k", "v"))
+    elif config.model_type in _FUSED:
+        part, output = _FUSED[config.model_type]
+        fused = _projection(name, module, part, head_dim)
+        groups = (len(fused.rows) - heads) // 2
+        # All of q, then all of k, then all of v; in gpt_neox q, k and v of the first head, then of the second.
+        pieces = [slice(heads), slice(heads, heads + groups), slice(heads + groups, None)]
+        if config.model_type == "gpt_neox":
+            pieces = [slice(offset, None, 3) for offset in range(3)]
+        q, k, v = (replace(fused, rows=fused.rows[piece]) for piece in pieces)
     else:
         _refuse(config.model_type, f"p2d does not know the row order of the fused projection in {name}")
-    o = _output(name, module, output, head_dim)
+    o = _projection(name, module, output, head_dim, on_input=True)
     if (v_head_dim := getattr(module, "v_head_dim", head_dim)) != head_dim:
         _refuse(config.model_type, f"its values are of size {v_head_dim} a head, its queries and keys of {head_dim}")
-    _check_heads(config, name, q=q, k=k, v=v, o=o)
-    hidden_size, _ = _sizes(module.get_submodule(q.module.rpartition(".")[2]))
-    return LayerLayout(
-        layer=layer,
-        module=name,
-        num_heads=len(q.rows),
-        num_groups=len(k.rows),
-        head_dim=head_dim,
-        hidden_size=hidden_size,
-        q=q,
-        k=k,
-        v=v,
-        o=o,
-    )
-
-
-def _check_heads(config: Any, name: str, *, q: Projection, k: Projection, v: Projection, o: Projection) -> None:
-    heads, groups = config.num_attention_heads, len(k.rows)
     if len(q.rows) == 2 * heads and len(o.rows) == heads:
         _refuse(config.model_type, "its query projection also makes an output gate")
+    groups = len(k.rows)
     if len(q.rows) != heads or len(o.rows) != heads or len(v.rows) != groups or heads % groups:
         _refuse(
             config.model_type,
             f"{name} has {len(q.rows)} query, {groups} key, {len(v.rows)} value and {len(o.rows)} output heads "
             f"where its config says {heads} query heads",
         )
-
-
-def _separate(name: str, module: Any, part: str, head_dim: int) -> Projection:
-    _, out_features = _sizes(getattr(module, part))
-    return Projection(f"{name}.{part}", _ranges(0, out_features, head_dim), _is_transposed(getattr(module, part)))
-
-
-def _output(name: str, module: Any, part: str, head_dim: int) -> Projection:
-    in_features, _ = _sizes(getattr(module, part))
-    return Projection(f"{name}.{part}", _ranges(0, in_features, head_dim), _is_transposed(getattr(module, part)))
-
-
-def _blocks(name: str, module: Any, part: str, head_dim: int, config: Any) -> tuple[Projection, ...]:
-    """Fused as all of q, then all of k, then all of v (phi3, gpt2)."""
-    _, out_features = _sizes(getattr(module, part))
-    query = config.num_attention_heads * head_dim
-    key = (out_features - query) // 2
-    bounds = ((0, query), (query, query + key), (query + key, out_features))
-    transposed = _is_transposed(getattr(module, part))
-    return tuple(Projection(f"{name}.{part}", _ranges(start, stop, head_dim), transposed) for start, stop in bounds)
-
-
-def _interleaved(name: str, module: Any, head_dim: int) -> tuple[Projection, ...]:
-    """Fused as q, k, v of the first head, then of the second, and so on (gpt_neox)."""
-    _, out_features = _sizes(module.query_key_value)
-    pieces = _ranges(0, out_features, head_dim)
-    return tuple(Projection(f"{name}.query_key_value", pieces[offset::3]) for offset in range(3))
-
-
-def _ranges(start: int, stop: int, head_dim: int) -> tuple[Range, ...]:
-    return tuple((row, row + head_dim) for row in range(start, stop, head_dim))
+    hidden_size, _, _ = _features(module.get_submodule(q.module.rpartition(".")[2]))
+    return LayerLayout(layer, name, heads, groups, head_dim, hidden_size, q, k, v, o)
 
 
 def _head_dim(module: Any, config: Any) -> int:
@@ -341,21 +278,19 @@ def _head_dim(module: Any, config: Any) -> int:
     return head_dim
 
 
-def _plain(module: Any) -> Any:
-    """Return the projection itself where PEFT has put a LoRA layer around it."""
-    return getattr(module, "base_layer", module)
+def _projection(name: str, module: Any, part: str, head_dim: int, *, on_input: bool = False) -> Projection:
+    """Cut all output rows of a part of an attention module (`on_input`: its input columns) into heads."""
+    in_features, out_features, transposed = _features(getattr(module, part))
+    starts = range(0, in_features if on_input else out_features, head_dim)
+    return Projection(f"{name}.{part}", tuple((start, start + head_dim) for start in starts), transposed)
 
 
-def _is_transposed(module: Any) -> bool:
+def _features(module: Any) -> tuple[int, int, bool]:
+    """Input and output features, and whether the weight is stored `[in, out]`."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(_plain(module), Conv1D)
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    """Input and output features."""
-    plain = _plain(module)
-    return (plain.nx, plain.nf) if _is_transposed(plain) else (plain.in_features, plain.out_features)
+    own = getattr(module, "base_layer", module)  # inside the LoRA layer that PEFT may have put around it
+    return (own.nx, own.nf, True) if isinstance(own, Conv1D) else (own.in_features, own.out_features, False)
 
 
 def _refuse(model_type: str, reason: str) -> NoReturn:

@@ -14,8 +14,7 @@ def load_light_tokenizer(files: ModelFiles) -> Any:
     The tokens are those of the stage itself, unless the model's own class in transformers changes what the file says.
 
     Raises:
-        UnavailableError: a package that reads the vocabulary is missing.
-        DataError: the folder has no usable tokenizer.
+        UnavailableError, DataError: see `require_tokenizer` and `read_tokenizer`.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -24,9 +23,14 @@ def load_light_tokenizer(files: ModelFiles) -> Any:
         from p2d_cli.modeling.loading import load_tokenizer
 
         return load_tokenizer(files.folder)
+    return read_tokenizer(PreTrainedTokenizerFast, files)
+
+
+def read_tokenizer(loader: Any, files: ModelFiles, **options: Any) -> Any:
+    """Read a tokenizer with a class of transformers, or raise DataError."""
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(files.folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return loader.from_pretrained(str(files.folder), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
         raise DataError(
             f"loading the tokenizer of {files.spec} failed: {first_line(problem)}",
             hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",
@@ -34,11 +38,7 @@ def load_light_tokenizer(files: ModelFiles) -> Any:
 
 
 def ensure_pad_token(tokenizer: Any) -> None:
-    """Give the tokenizer its end-of-text token for padding if it has none of its own.
-
-    Raises:
-        DataError: it has neither.
-    """
+    """Pad with the end-of-text token if the tokenizer has no padding; raise DataError if it has neither."""
     if tokenizer.pad_token_id is not None:
         return
     if tokenizer.eos_token is None:

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import logging as std_logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from p2d_cli.errors import DataError, ModelError, UnavailableError, UsageError, first_line, is_out_of_memory
-from p2d_cli.modeling.finite import require_finite_weights
+from p2d_cli.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    UnavailableError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
 from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_token
+from p2d_cli.modeling.light_tokenizer import read_tokenizer
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_plain_weights, require_tokenizer
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What configs and models of transformers raise where a config's values are of no use, or do not fit together.
 UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)
 
 
 def load_tokenizer(path: Path | str) -> Any:
-    """Load a model's fast tokenizer.
-
-    Args:
-        path: model folder, or hub id with an optional `@revision`.
+    """Load the fast tokenizer of a model, given by folder or hub id.
 
     Raises:
         UnavailableError: the model is neither on disk nor reachable, or a package that reads its tokenizer is missing.
@@ -40,31 +41,14 @@ def load_tokenizer(path: Path | str) -> Any:
 
     files = locate_model(str(path))
     require_tokenizer(files)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as problem:
-        raise DataError(
-            f"loading the tokenizer of {files.spec} failed: {first_line(problem)}",
-            hint="the model folder needs tokenizer.json and tokenizer_config.json beside the weights",
-        ) from problem
+    with quiet_transformers():
+        tokenizer = read_tokenizer(AutoTokenizer, files, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer of {files.spec} is {type(tokenizer).__name__}, which gives no character offsets",
             hint="p2d finds demos by offset: convert the tokenizer to tokenizer.json and load the model from there",
         )
     return tokenizer
-
-
-def load_config(path: Path | str) -> Any:
-    """Load a model's config, and make sure that transformers itself knows how to build a causal model of it.
-
-    Raises:
-        UnavailableError: the model is neither on disk nor reachable.
-        DataError: it needs code from its own checkpoint.
-        ModelError: it is of an unknown type, or is not a causal language model.
-    """
-    return read_config(locate_model(str(path)))
 
 
 def load_model(
@@ -87,8 +71,7 @@ def load_model(
             one) for each module. Inputs then belong on `input_device`; accelerate moves what goes from part to part.
 
     Returns:
-        The model. Its `name_or_path` is the hub id, or empty for a folder: adapters saved from it repeat that name,
-        and a path of this machine says nothing elsewhere.
+        The model. Its `name_or_path`, which adapters saved from it repeat, is the hub id, or empty for a folder.
 
     Raises:
         UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
@@ -96,20 +79,23 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite.
         ModelError: the model cannot be used: quantised weights, not a causal language model.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     files = locate_model(str(path))
     config = read_config(files)
     require_plain_weights(files)
     device = torch.device(device)
     whole = None if device.type == "cpu" and not four_bit else {"": device}
-    model, report = _from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = _from_pretrained(
         files,
         config=config,
         dtype=dtype,
-        attn_implementation=_usable_attention(config),
+        # torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)
+        attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else None,
     )
-    _refuse_incomplete(report, files)
     require_finite_weights(
         model.named_parameters(),
         f"loading the weights of {files.spec}",
@@ -119,8 +105,8 @@ def load_model(
     return model.eval()
 
 
-def _from_pretrained(files: ModelFiles, **options: Any) -> tuple[Any, Any]:
-    """Return the model and transformers' report of what it found, from local safetensors alone."""
+def _from_pretrained(files: ModelFiles, **options: Any) -> Any:
+    """Return the model from local safetensors alone, with all of its tensors."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -141,17 +127,56 @@ def _from_pretrained(files: ModelFiles, **options: Any) -> tuple[Any, Any]:
         raise DataError(
             f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="copy or download it again"
         ) from problem
-    return model, report
+    if missing := sorted(str(name) for name in report.get("missing_keys", ())):
+        # transformers would go on with random values in their place.
+        raise DataError(
+            f"{files.spec} lacks {len(missing)} of the model's tensors, the first is {missing[0]}",
+            hint="the checkpoint is incomplete or of another architecture; copy or download it again",
+        )
+    return model
+
+
+def require_finite_weights(named: Iterable[tuple[str, torch.Tensor]], doing: str, *, hint: str) -> None:
+    """Refuse floating-point weights of which one is not finite; quantised layers have integers.
+
+    Args:
+        named: name and tensor.
+        doing: what the message begins with.
+        hint: what to do next.
+
+    Raises:
+        NonFiniteError: naming the first tensor.
+    """
+    for name, tensor in named:
+        if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+            continue
+        # Both are NaN if one value is; unlike `isfinite`, it needs no memory and takes a thirtieth of the time.
+        low, high = torch.aminmax(tensor.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise NonFiniteError(f"{doing}: {name} holds values that are not finite", hint=hint)
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device that a model takes its tokens on; `model.device` is `meta` if its embeddings wait on disk."""
+    return working_device(model.get_input_embeddings())
+
+
+def working_device(module: Any) -> torch.device:
+    """Return the device that a module computes on, wherever accelerate's dispatch keeps its weight meanwhile."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    found: torch.device = module.weight.device
+    return found
 
 
 def placed_on(model: Any) -> dict[str, int]:
     """Return on which devices a divided model lies (`disk` is one), each with its number of modules; empty if whole."""
     placed: dict[Any, Any] = getattr(model, "hf_device_map", None) or {}
-    return dict(sorted(Counter(_device_name(device) for device in placed.values()).items()))
-
-
-def _device_name(device: Any) -> str:
-    return str(device) if device == "disk" else str(torch.device(device))
+    names = (device if device == "disk" else str(torch.device(device)) for device in placed.values())
+    return dict(sorted(Counter(names).items()))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -214,7 +239,12 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_config(files: ModelFiles) -> Any:
-    """Read a located model's config; see `load_config`."""
+    """Read a model's config, and make sure that transformers itself can build a causal model of it.
+
+    Raises:
+        DataError: it is damaged, or needs code from its own checkpoint.
+        ModelError: it is of an unknown type, or is not a causal language model.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -259,14 +289,6 @@ def _why_not_causal(config: Any) -> str | None:
     return None
 
 
-def _usable_attention(config: Any) -> str:
-    """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if model_class._supports_sdpa else "eager"
-
-
 def _four_bits(dtype: torch.dtype) -> Any:
     import importlib.util
 
@@ -282,16 +304,6 @@ def _four_bits(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def _refuse_incomplete(report: dict[str, Any], files: ModelFiles) -> None:
-    missing = sorted(str(name) for name in report.get("missing_keys", ()))
-    if missing:
-        # transformers would go on with random values in their place.
-        raise DataError(
-            f"{files.spec} lacks {len(missing)} of the model's tensors, the first is {missing[0]}",
-            hint="the checkpoint is incomplete or of another architecture; copy or download it again",
-        )
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:

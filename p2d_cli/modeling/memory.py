@@ -8,12 +8,9 @@ import torch
 
 
 def release_memory(*, cycles: bool) -> None:
-    """Give back what a piece of work that failed has left.
+    """Give back the memory of work that failed; with `cycles`, of reference cycles too, which takes a while.
 
     Call it outside of the `except` block; inside, the traceback still holds the tensors of every frame.
-
-    Args:
-        cycles: whether to look for objects that hold each other, as a trainer and its callbacks do; it takes a while.
     """
     if cycles:
         gc.collect()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, first_line, is_out_of_memory
-from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.head_adapter import known_warnings_silenced
+from p2d_cli.modeling.loading import input_device
 
 PROBED_TOKENS = 16
 TOLERANCE = 1e-3
@@ -20,14 +20,11 @@ _EMBEDDINGS_AT_ONCE = 4096
 
 
 def merge(model: Any) -> Any:
-    """Add an adapter's change to the weights of its base model.
+    """Add an adapter's change to the weights of its base model; the PeftModel is used up.
 
     The change is rounded to the weights' dtype: merge into an fp32 base where bfloat16 would lose small changes.
     Where the embeddings are tied to the output layer and the adapter changes one of them, they part: the output layer
     gets weights of its own, and the config says so.
-
-    Args:
-        model: a PeftModel; it is used up.
 
     Returns:
         The plain model. With a head adapter, weights outside of the trained rows are bit-identical to the base.
@@ -36,7 +33,14 @@ def merge(model: Any) -> Any:
         NonFiniteError: a merged weight is not finite.
         ArtifactError: PEFT cannot merge an adapter of this kind.
     """
-    parted = _part_tied(model.get_base_model())
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    parted = False
+    # Tied embeddings of which the adapter changes one part before it is merged.
+    if None not in ends and any(_original(module) is not module for module in ends):
+        inputs, outputs = (_original(module) for module in ends)
+        if parted := inputs.weight is outputs.weight:
+            outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
     try:
         with known_warnings_silenced():
             merged = model.merge_and_unload(safe_merge=True)
@@ -52,34 +56,14 @@ def merge(model: Any) -> Any:
             f"PEFT cannot merge this adapter: {first_line(problem)}", hint="serve it as an adapter, without p2d export"
         ) from problem
     if parted:
-        _settle_tie(merged)
+        # They are shared again if they came out equal.
+        inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
+        is_tied = torch.equal(inputs.weight, outputs.weight)
+        if is_tied:
+            outputs.weight = inputs.weight
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = is_tied
     return merged
-
-
-def _part_tied(base: Any) -> bool:
-    """Give the output layer a copy of the embeddings that it shares, if the adapter changes either; say if it did."""
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if None in ends or not any(_is_adapted(module) for module in ends):
-        return False
-    inputs, outputs = (_original(module) for module in ends)
-    if inputs.weight is not outputs.weight:
-        return False
-    outputs.weight = torch.nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
-    return True
-
-
-def _settle_tie(model: Any) -> None:
-    """Share the weights again where they came out equal, else not, and let the config say which."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = torch.equal(inputs.weight, outputs.weight)
-    if is_tied:
-        outputs.weight = inputs.weight
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = is_tied
-
-
-def _is_adapted(module: Any) -> bool:
-    return _original(module) is not module
 
 
 def _original(module: Any) -> Any:
@@ -92,31 +76,24 @@ def _original(module: Any) -> Any:
     return module
 
 
+@torch.no_grad()
 def probe_tokens(model: Any) -> torch.Tensor:
     """Choose token ids `[1, n]` to compare answers on: spread over the vocabulary, and half of them ones whose
-    embeddings the adapter changes most, if it changes any.
-
-    Args:
-        model: a PeftModel.
+    embeddings the PeftModel changes most, if it changes any.
     """
     embeddings = model.get_base_model().get_input_embeddings()
     original_VD = _original(embeddings).weight
     count = min(PROBED_TOKENS, len(original_VD))
     ids_n = torch.arange(count) * len(original_VD) // count
-    if _is_adapted(embeddings):
-        changes_V = _embedding_changes(embeddings, original_VD)
+    if _original(embeddings) is not embeddings:
+        scale = getattr(_original(embeddings), "embed_scale", 1.0)
+        parts = torch.split(torch.arange(len(original_VD), device=original_VD.device), _EMBEDDINGS_AT_ONCE)
+        changes = [(embeddings(ids[None])[0] - scale * original_VD[ids]).abs().amax(dim=1) for ids in parts]
+        changes_V = torch.cat(changes).cpu()
         most = changes_V.topk(count // 2).indices
         changed = most[changes_V[most] > 0]
         ids_n[: len(changed)] = changed
     return ids_n[None]
-
-
-@torch.no_grad()
-def _embedding_changes(embeddings: Any, original_VD: torch.Tensor) -> torch.Tensor:
-    parts = torch.split(torch.arange(len(original_VD), device=original_VD.device), _EMBEDDINGS_AT_ONCE)
-    scale = getattr(_original(embeddings), "embed_scale", 1.0)
-    found = [(embeddings(ids[None])[0] - scale * original_VD[ids]).abs().amax(dim=1) for ids in parts]
-    return torch.cat(found).cpu()
 
 
 @torch.no_grad()
@@ -138,15 +115,10 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def require_same_answers(found_nV: torch.Tensor, expected_nV: torch.Tensor, doing: str) -> None:
-    """Refuse a model that answers otherwise than it should.
-
-    Args:
-        found_nV: its logits, computed in float32.
-        expected_nV: those that it should have.
-        doing: what was done to it, for the message.
+    """Refuse logits in float32 that differ from the expected ones by more than sums in another order do.
 
     Raises:
-        ArtifactError: they differ by more than sums in another order do.
+        ArtifactError: that what was done (`doing`) changes the model's answers.
     """
     allowed = TOLERANCE * float(expected_nV.abs().max())
     if found_nV.shape != expected_nV.shape:

@@ -71,16 +71,6 @@ class ModelFiles:
         """The architecture's name in transformers, as `llama`."""
         return str(self.config.get("model_type", "unknown"))
 
-    @property
-    def quantization(self) -> str | None:
-        """How the weights are quantised, as the config says; the text part of a multimodal model has one of its own."""
-        parts = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
-        settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
-        if settings is None:
-            return None
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        return str(method or "unknown method")
-
 
 def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
     """Return the shape of each stored tensor, by name, from the headers of the weight files alone.
@@ -102,16 +92,12 @@ def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
 
 
 def vocabulary(files: ModelFiles) -> dict[str, int] | None:
-    """Return which id each token of a model's fast tokenizer has, added tokens included; None without tokenizer.json.
-
-    Raises:
-        DataError: the file is not what the tokenizers library writes.
-    """
+    """Return `vocabulary_in` a model's folder."""
     return vocabulary_in(files.folder)
 
 
 def vocabulary_in(folder: Path) -> dict[str, int] | None:
-    """Return which id each token of the fast tokenizer in a folder has; None without tokenizer.json.
+    """Return the id of each token of the fast tokenizer in a folder, added ones included; None without tokenizer.json.
 
     Raises:
         DataError: the file is not what the tokenizers library writes.
@@ -130,14 +116,14 @@ def vocabulary_in(folder: Path) -> dict[str, int] | None:
 
 
 def require_plain_weights(files: ModelFiles) -> None:
-    """Refuse quantised weights.
-
-    Raises:
-        ModelError: the config says that they are.
-    """
-    if (method := files.quantization) is not None:
+    """Raise ModelError if the config, or that of a multimodal model's text part, says that weights are quantised."""
+    parts = (files.config, *(part for part in files.config.values() if isinstance(part, dict)))
+    settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise ModelError(
-            f"the weights of {files.spec} are quantised ({method}); p2d reads and trains plain weights",
+            f"the weights of {files.spec} are quantised ({method or 'unknown method'}); p2d reads and trains plain "
+            "weights",
             hint="use the unquantised checkpoint",
         )
 
@@ -160,22 +146,16 @@ def require_tokenizer(files: ModelFiles) -> None:
         )
     if found[0].suffix not in {".model", ".tiktoken"}:
         return
-    missing = [package for package, module in _needed_to_read(found[0]).items() if not _is_installed(module)]
-    if missing:
+    with found[0].open("rb") as stream:
+        is_tiktoken = _TIKTOKEN_LINE.fullmatch(stream.readline(200)) is not None
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    needed = {"tiktoken": "tiktoken"} if is_tiktoken else modules
+    if missing := [package for package, module in needed.items() if not _is_installed(module)]:
         raise UnavailableError(
             f"{files.spec} has its tokenizer in {found[0].name}, without a tokenizer.json; reading it takes"
             f" {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
             hint=f"pip install {' '.join(missing)}",
         )
-
-
-def _needed_to_read(vocabulary: Path) -> dict[str, str]:
-    """Return the packages that read a vocabulary, each with a module of it; a tiktoken file is one of text."""
-    with vocabulary.open("rb") as stream:
-        is_tiktoken = _TIKTOKEN_LINE.fullmatch(stream.readline(200)) is not None
-    return (
-        {"tiktoken": "tiktoken"} if is_tiktoken else {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    )
 
 
 def _is_installed(module: str) -> bool:
@@ -186,10 +166,7 @@ def _is_installed(module: str) -> bool:
 
 
 def locate_model(spec: str) -> ModelFiles:
-    """Find a model's folder; a hub id is taken from the cache or downloaded.
-
-    Args:
-        spec: a folder, or `owner/name[@revision]`.
+    """Find a model by its folder or hub id, `owner/name[@revision]`, which is taken from the cache or downloaded.
 
     Raises:
         UnavailableError: neither a folder nor a snapshot that can be had.
@@ -214,7 +191,6 @@ def locate_model(spec: str) -> ModelFiles:
 
 def _snapshot(spec: str) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
 
     name, _, revision = spec.partition("@")
     # The base of all errors of the hub's HTTP client, which was httpx at first and is httpx2 now.
@@ -230,7 +206,7 @@ def _snapshot(spec: str) -> Path:
                 local_files_only=unreachable is not None or constants.HF_HUB_OFFLINE,
             )
         )
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UnavailableError(
             f"the hub has no model {spec}, or it is private", hint="check the name, or set HF_TOKEN"
         ) from None

@@ -6,13 +6,13 @@ trains the attention on about a hundred rows instead, and charges it to the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
-from p2d_cli.errors import UsageError, is_out_of_memory
+from p2d_cli.errors import NonFiniteError, UsageError, is_out_of_memory
 from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
 from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
 from p2d_cli.modeling.memory import release_memory
@@ -29,7 +29,7 @@ class AttentionProxy:
     (master, gradient, two moments) of the attention weights.
 
     Args:
-        model: a causal language model, plain (no adapter). Its `requires_grad` flags are left as they were.
+        model: without adapter. Its `requires_grad` flags are left as they were.
         layout: its layout.
         lr: AdamW's learning rate, constant, without weight decay, which would move every head alike.
         projections: what is trained, of q, k, v, o; in fused modules too, only their rows.
@@ -67,7 +67,10 @@ class AttentionProxy:
                 hint="use --method readout, contrast or taylor, which only read; or pad with --task-model",
             )
         self._base = {name: weight.detach().clone() for name, weight in self._live.items()}
-        self._masters = {name: torch.nn.Parameter(_master(weight)) for name, weight in self._base.items()}
+        self._masters = {
+            name: torch.nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+            for name, weight in self._base.items()
+        }
         self._frozen_rows = _frozen_rows(self._layout, projections, self._base)
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=lr, weight_decay=0.0)
 
@@ -84,48 +87,53 @@ class AttentionProxy:
             NonFiniteError: a loss is not finite; the model has been restored.
         """
         for number, batch in enumerate(batches, start=1):
-            with trainable_only(self._model, self._live.values()):
-                loss, gradients = self._differentiate(batch, number)
+            try:
+                with trainable_only(self._model, self._live.values()):
+                    loss, gradients = self._differentiate(batch, f"proxy training, step {number}")
+            except NonFiniteError:
+                self.restore()
+                raise
             self._update(gradients)
             yield loss
 
-    def _differentiate(self, batch: Batch | None, number: int) -> tuple[float, list[torch.Tensor]]:
+    def _differentiate(self, batch: Batch | None, doing: str) -> tuple[float, list[torch.Tensor]]:
         """Return the mean loss of a step over all processes, and this process's share of its gradient."""
         weights = list(self._live.values())
         count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
         count += 0 if batch is None else scored_tokens(batch).to(count)
         self._sum_over_ranks([count])
-        found, gradients = 0.0, [torch.zeros_like(weight) for weight in weights] if batch is None else []
-        if batch is not None:
-            found, gradients = self._within_memory(batch, count, number)
+        if batch is None:
+            found, gradients = 0.0, [torch.zeros_like(weight) for weight in weights]
+        else:
+            found, gradients = self._within_memory(batch, count, doing)
         loss = torch.tensor(found, dtype=torch.float32, device=weights[0].device)
         self._sum_over_ranks([loss])
-        self._require_finite(loss, number)
+        require_finite(loss, doing)
         return loss.item(), gradients
 
-    def _within_memory(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+    def _within_memory(self, batch: Batch, count: torch.Tensor, doing: str) -> tuple[float, list[torch.Tensor]]:
         """Return loss and gradient of a batch; in parts, if it does not fit into memory as a whole."""
         while True:
+            at_a_time = max(1, len(batch["input_ids"]) // self.parts)
             try:
-                return self._sum_over_parts(batch, count, number)
+                return self._sum_over_parts(batch, at_a_time, count, doing)
             except Exception as problem:
-                if not is_out_of_memory(problem) or self._rows_at_a_time(batch) == 1:
+                if not is_out_of_memory(problem) or at_a_time == 1:
                     raise
             self.parts *= 2
             release_memory(cycles=False)
 
-    def _rows_at_a_time(self, batch: Batch) -> int:
-        return max(1, len(batch["input_ids"]) // self.parts)
-
-    def _sum_over_parts(self, batch: Batch, count: torch.Tensor, number: int) -> tuple[float, list[torch.Tensor]]:
+    def _sum_over_parts(
+        self, batch: Batch, at_a_time: int, count: torch.Tensor, doing: str
+    ) -> tuple[float, list[torch.Tensor]]:
         weights = list(self._live.values())
         total, gradients = 0.0, list[torch.Tensor]()
-        rows, at_a_time = len(batch["input_ids"]), self._rows_at_a_time(batch)
-        for start in range(0, rows, at_a_time):
-            part = {name: tensor[start : start + at_a_time] for name, tensor in batch.items()}
-            sums_B, _ = example_losses(self._model, part)
+        for start in range(0, len(batch["input_ids"]), at_a_time):
+            sums_B, _ = example_losses(
+                self._model, {name: tensor[start : start + at_a_time] for name, tensor in batch.items()}
+            )
             loss = sums_B.sum() / count
-            self._require_finite(loss, number)
+            require_finite(loss, doing)
             found = torch.autograd.grad(loss, weights)
             gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else [*found]
             total += loss.item()
@@ -145,19 +153,12 @@ class AttentionProxy:
             for name, weight in self._live.items():
                 weight.copy_(self._base[name])
 
-    def _weights(self, layer: int, tensors: dict[str, Any]) -> LayerWeights:
+    def _weights(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> LayerWeights:
         def find(name: str) -> torch.Tensor:
             found: torch.Tensor = tensors[name] if name in tensors else self._model.get_parameter(name)
             return found
 
         return layer_weights(self._layout[layer], find)
-
-    def _require_finite(self, loss: torch.Tensor, number: int) -> None:
-        try:
-            require_finite(loss, f"proxy training, step {number}")
-        except BaseException:
-            self.restore()
-            raise
 
     def _update(self, gradients: Sequence[torch.Tensor]) -> None:
         with torch.no_grad():
@@ -172,10 +173,6 @@ class AttentionProxy:
             self._optimizer.zero_grad()
             for name, weight in self._live.items():
                 weight.copy_(self._masters[name])
-
-
-def _master(weight: torch.Tensor) -> torch.Tensor:
-    return weight.clone() if weight.dtype == torch.float64 else weight.to(torch.float32, copy=True)
 
 
 def _frozen_rows(

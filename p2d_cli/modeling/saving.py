@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.modeling.finite import require_finite_weights
-from p2d_cli.modeling.loading import quiet_transformers
+from p2d_cli.modeling.loading import quiet_transformers, require_finite_weights
 from p2d_cli.modeling.model_files import TOKENIZER_FILES
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any] | None = None) -> None:
-    """Write weights and config of `model`, and the tokenizer, chat template and generation config of its base.
+    """Write weights and config of a model without adapter, and the other files of the base folder that it came from.
 
     Args:
-        model: a transformers model without adapters.
-        base: the folder that it was loaded from; its files are copied as they are.
+        model: what is saved.
+        base: its tokenizer, chat template and generation config are copied as they are.
         folder: where to; loads with transformers alone.
         state: the weights, if the model itself holds only a part of them.
 
@@ -37,12 +36,7 @@ def save_plain_model(model: Any, base: Path, folder: Path, state: dict[str, Any]
 
 
 def add_ends_of_turns(folder: Path, tokens: Sequence[int]) -> None:
-    """Let whoever generates with a model folder stop at the tokens with which its chat template ends a turn.
-
-    Args:
-        folder: what `save_plain_model` wrote; its `generation_config.json` names the tokens that end a generation.
-        tokens: their ids.
-    """
+    """Add to the generation config of a saved model the ids of the tokens with which its chat template ends a turn."""
     path = folder / GENERATION_CONFIG_NAME
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     if (known := settings.get("eos_token_id")) is None:

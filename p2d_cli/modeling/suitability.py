@@ -30,23 +30,19 @@ def require_suitable(
 
     Raises:
         ModelError: it is quantised, not a causal language model, or its attention is of a kind that rules this out.
-        DataError: its config is damaged, or it needs code from its own checkpoint.
-        UnavailableError: a package that it takes is not installed.
+        DataError, UnavailableError: see `read_config` and `skeleton`.
     """
     if weights:
         require_plain_weights(files)
-    known = _ordinary_embeddings(files)
-    return known if known is not None else _examine(files, heads=heads, attention=attention, logits=logits)
-
-
-def _examine(files: ModelFiles, *, heads: bool, attention: bool, logits: bool) -> int:
-    from p2d_cli.modeling.answers import output_embedding
+    if (count := _ordinary_embeddings(files)) is not None:
+        return count
     from p2d_cli.modeling.attention_capture import require_capturable
-    from p2d_cli.modeling.checkpoints import build_skeleton
+    from p2d_cli.modeling.checkpoints import skeleton
     from p2d_cli.modeling.layouts import model_layout
+    from p2d_cli.modeling.likelihood import output_embedding
     from p2d_cli.modeling.token_ids import count_embeddings
 
-    model = build_skeleton(files)
+    model = skeleton(files)
     if heads:
         model_layout(model)
     if attention:

@@ -17,11 +17,7 @@ _HINT = "give the model with its own tokenizer, or add the embeddings (resize_to
 
 
 class KnownIds:
-    """Refuses token ids beyond a model's embeddings.
-
-    Args:
-        tokenizer: the tokenizer that makes them.
-        num_embeddings: how many tokens the model knows.
+    """Refuses token ids beyond the embeddings of a model, of which there are `num_embeddings`.
 
     Raises:
         ModelError: the tokenizer's padding or end-of-text token is beyond them.
@@ -44,11 +40,7 @@ class KnownIds:
         return max(self._tokenizer.get_vocab().values(), default=-1)
 
     def require(self, where: str, ids: Sequence[int]) -> None:
-        """Refuse ids beyond the embeddings, in the name of `where` they come from.
-
-        Raises:
-            ModelError: with the token, its id and the number of embeddings.
-        """
+        """Raise ModelError for the first id beyond the embeddings; `where` names the place that it comes from."""
         if self.are_all or max(ids, default=0) < self._count:
             return
         wrong = next(token for token in ids if token >= self._count)
@@ -75,11 +67,7 @@ def count_embeddings(model: Any) -> int | None:
 
 @contextmanager
 def checked_ids(model: Any, known: KnownIds, where: str) -> Iterator[None]:
-    """Check, inside the block, the ids that reach the model; for rows that another library encodes.
-
-    Raises:
-        ModelError: see `KnownIds.require`.
-    """
+    """Apply `known.require` to the ids that reach the model in the block, for rows that another library encodes."""
 
     def check(_module: Any, inputs: tuple[Any, ...]) -> None:
         if inputs:
@@ -88,8 +76,5 @@ def checked_ids(model: Any, known: KnownIds, where: str) -> Iterator[None]:
     if known.are_all:
         yield
         return
-    handle = model.get_input_embeddings().register_forward_pre_hook(check)
-    try:
+    with model.get_input_embeddings().register_forward_pre_hook(check):
         yield
-    finally:
-        handle.remove()

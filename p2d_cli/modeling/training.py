@@ -17,19 +17,13 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from p2d_cli.core.cost import MEGABATCHES
 from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
-from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
+from p2d_cli.modeling.likelihood import answer_logits_only, padded
 from p2d_cli.modeling.loading import quiet_transformers
 
 Batch = dict[str, Any]
@@ -153,9 +147,11 @@ class CompletionTrainer(Trainer):
         hooks: TrainingHooks,
         tokens_seen: int,
         ranks: Ranks,
+        checkpoint_minutes: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
         self.order = order
         self.rate = rate
         """The learning rate of the update behind so many others, as a share of the peak."""
@@ -163,8 +159,12 @@ class CompletionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
-        self.saved_at: int | None = None
+        self._reported = 0
+        """The updates that `hooks.on_step` has been told."""
+        self._saved_at: int | None = None
         """The update behind which the last checkpoint was written."""
+        self._saved_time = time.monotonic()
+        self._seconds_between = 60 * checkpoint_minutes
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_finite
 
@@ -183,27 +183,22 @@ class CompletionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one micro-batch.
-
-        Raises:
-            NonFiniteError: the loss is not finite; no update was made with it.
-        """
+        """Return the loss of a micro-batch, or raise NonFiniteError before an update is made with it."""
         self.tokens_seen += inputs["labels"].numel() if inputs["names"] else 0
         total, count, outputs = self._completion_loss(model, inputs)
-        self.ranks.raise_together(self._no_number(total, inputs["names"]))
+        problem, names = None, inputs["names"]
+        if not torch.isfinite(total):
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            problem = NonFiniteError(
+                f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
+                f"Its batch: {listed}",
+                hint="look at these rows; lower --lr, or try --dtype float32",
+            )
+        self.ranks.raise_together(problem)
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def _no_number(self, total: torch.Tensor, names: Sequence[str]) -> NonFiniteError | None:
-        if torch.isfinite(total):
-            return None
-        return NonFiniteError(
-            f"the loss of update {self.state.global_step + 1} is {total.item()}; training stopped before it. "
-            f"Its batch: {_listed(names)}",
-            hint="look at these rows; lower --lr, or try --dtype float32",
-        )
 
     def tokens_of_all_ranks(self) -> int:
         """Return how many tokens all ranks have read; all of them have to ask."""
@@ -219,18 +214,16 @@ class CompletionTrainer(Trainer):
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the mean loss of all completion tokens of the held-out rows, in nats."""
-        losses: list[float] = []
-        counts: list[int] = []
+        found: list[tuple[float, int]] = []
         model: Any = self.model
         model.eval()
         with torch.no_grad():
             for batch in self._eval_batches():
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)
-                found = self.ranks.exchange((loss.item(), tokens))
-                losses.extend(loss for loss, _ in found)
-                counts.extend(tokens for _, tokens in found)
+                found += self.ranks.exchange((loss.item(), tokens))
         model.train()
+        losses, counts = zip(*found, strict=True)
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / sum(counts)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -272,19 +265,34 @@ class CompletionTrainer(Trainer):
         return norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Look at held-out rows and save, where it is time to, and stop behind that if asked to."""
+        """Pass an update on, look at held-out rows and save where it is time to, and stop behind that if asked to."""
+        done, updates = self.state.global_step, self.state.max_steps
+        if done > self._reported:  # at the end of an epoch, Trainer comes here once more
+            self.hooks.on_step(done - self._reported)
+            self._reported = done
+            if done >= updates and self.args.eval_strategy != "no":
+                self.control.should_evaluate = True
+            is_old = time.monotonic() - self._saved_time >= self._seconds_between
+            # Saving needs all ranks, and their clocks differ.
+            if done < updates and self.ranks.exchange(is_old)[0]:
+                self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        if is_last or not self.hooks.should_stop():
+        if done >= updates or self.control.should_training_stop or not self.hooks.should_stop():
             # Behind the last update there is nothing left but to write the result.
             return
-        if self.saved_at != self.state.global_step:
+        if self._saved_at != done:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise StoppedEarlyError(
-            f"stopped after update {self.state.global_step} of {self.state.max_steps}, which is kept; "
-            "run the same command again to go on"
+            f"stopped after update {done} of {updates}, which is kept; run the same command again to go on"
         )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self._saved_at, self._saved_time = self.state.global_step, time.monotonic()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        # Once all have told their tokens, all have written their part.
+        self.hooks.on_checkpoint(folder, self.tokens_of_all_ranks())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
@@ -296,13 +304,7 @@ class CompletionTrainer(Trainer):
 
 
 class LengthGrouped(Sampler[int]):
-    """Rows in random order, those of a batch of similar length; an epoch's order depends on nothing but its number.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of an update.
-        seed: of the order.
-    """
+    """Rows in random order, those of an update of similar length; an epoch's order depends on seed and number alone."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = tuple(lengths)
@@ -335,11 +337,6 @@ class RankBatches(Sampler[list[int]]):
     """One rank's micro-batches: each of those of a single process, cut among the ranks row by row.
 
     All ranks have the same number of them; where an epoch ends, some may be empty.
-
-    Args:
-        order: the rows of all updates, one after the other.
-        accumulation: micro-batches of an update.
-        ranks: who shares them.
     """
 
     def __init__(self, order: LengthGrouped, accumulation: int, ranks: Ranks) -> None:
@@ -359,39 +356,6 @@ class RankBatches(Sampler[list[int]]):
         order = list(self.batch_sampler)
         for start in range(0, len(order), self._rows):
             yield order[start : start + self._rows][self._ranks.rank :: self._ranks.size]
-
-
-class _Watcher(TrainerCallback):
-    """Pass each update on, and ask for a checkpoint when the last one is old."""
-
-    def __init__(self, hooks: TrainingHooks, minutes: float, ranks: Ranks) -> None:
-        self._hooks = hooks
-        self._ranks = ranks
-        self._seconds = 60 * minutes
-        self._saved = time.monotonic()
-        self._reported = 0
-        self.trainer: CompletionTrainer | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        del kwargs
-        self._hooks.on_step(state.global_step - self._reported)
-        self._reported = state.global_step
-        at_end = state.global_step >= state.max_steps
-        if at_end and args.eval_strategy != "no":
-            control.should_evaluate = True
-        is_old = time.monotonic() - self._saved >= self._seconds
-        # Saving needs all ranks, and their clocks differ.
-        if not at_end and self._ranks.exchange(is_old)[0]:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        del control, kwargs
-        self._saved = time.monotonic()
-        if self.trainer is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            # Once all have told their tokens, all have written their part.
-            self._hooks.on_checkpoint(folder, self.trainer.tokens_of_all_ranks())
-            self.trainer.saved_at = state.global_step
 
 
 def train(
@@ -428,35 +392,28 @@ def train(
     ranks = ranks or Ranks()
     if plan.checkpointing:
         enable_checkpointing(model)
-    hooks = hooks or TrainingHooks()
-    watcher = _Watcher(hooks, plan.checkpoint_minutes, ranks)
+    evaluates = bool(eval_rows)
     planned = planned_updates(len(rows), plan)
-    callbacks: list[TrainerCallback] = [watcher]
-    if plan.patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=plan.patience))
+    # A training that is cut short warms up as the whole one does, so that its updates are like the whole one's.
+    updates, warmup = min(planned, plan.max_steps or planned), math.ceil(plan.warmup_ratio * planned)
+    patience = plan.patience
     trainer = CompletionTrainer(
         model=model,
-        args=_arguments(plan, planned, scratch, num_rows=len(rows), evaluates=bool(eval_rows), size=ranks.size),
+        args=_arguments(plan, updates, warmup, scratch, num_rows=len(rows), evaluates=evaluates, size=ranks.size),
         train_dataset=list(rows),
         order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
-        rate=_rate_of(plan, planned),
+        rate=lambda done: rate_share(plan.schedule, done, warmup, updates),
         eval_dataset=list(eval_rows) or None,
         data_collator=lambda batch: collate_or_none(batch, pad_id, packing=plan.packing),
-        callbacks=callbacks,
-        hooks=hooks,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
+        hooks=hooks or TrainingHooks(),
         tokens_seen=resume.tokens if resume and ranks.rank == 0 else 0,
         ranks=ranks,
+        checkpoint_minutes=plan.checkpoint_minutes,
     )
-    watcher.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    with quiet_transformers():
-        _run(trainer, resume)
-    return _record(trainer, plan, planned, evaluates=bool(eval_rows))
-
-
-def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
     try:
-        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+        with quiet_transformers():
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     except UnpicklingError as problem:
         # Trainer loads with weights_only, which refuses whatever is more than tensors and numbers before it runs.
         raise ArtifactError(
@@ -464,38 +421,37 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
             f"nothing was run: {first_line(problem)}",
             hint="start anew with --force, and find out who wrote there",
         ) from problem
+    return _record(trainer, plan, planned, evaluates=evaluates)
 
 
 def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, evaluates: bool) -> TrainingRecord:
-    is_cut_short = not evaluates and trainer.state.global_step < planned
-    log = [_entry(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+    state = trainer.state
+    is_cut_short = not evaluates and state.global_step < planned
+    keys = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    looks = [entry for entry in state.log_history if {"loss", "eval_loss"} & entry.keys()]
+    log = [{key: entry[key] for key in keys if key in entry} for entry in looks]
+    whole = None
+    if trainer.is_fsdp_enabled:
+        whole = full_state(trainer.model, trainer.ranks.rank, getattr(torch, plan.autocast))
     return TrainingRecord(
         log=log,
-        steps_done=trainer.state.global_step,
+        steps_done=state.global_step,
         steps_planned=planned,
         tokens=trainer.tokens_of_all_ranks(),
         tokens_planned=planned_tokens(trainer.order, plan, trainer.ranks.size) if is_cut_short else None,
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
-        best_step=trainer.state.best_global_step if evaluates else None,
-        best_eval_loss=trainer.state.best_metric if evaluates else None,
-        full_state=full_state(trainer.model, trainer.ranks.rank, getattr(torch, plan.autocast))
-        if trainer.is_fsdp_enabled
-        else None,
+        best_step=state.best_global_step if evaluates else None,
+        best_eval_loss=state.best_metric if evaluates else None,
+        full_state=whole,
     )
 
 
 def rate_share(schedule: str, done: int, warmup: int, updates: int) -> float:
-    """Return the learning rate of an update as a share of the peak; it is above 0 for each of them.
+    """Return the learning rate of the update behind `done` others as a share of the peak, in (0, 1].
 
     It rises by equal steps to the peak, which it has after the warm-up, and falls towards 0, which it would have after
     the last update. transformers' schedules, the same behind the warm-up, begin at 0: their first update changes
     nothing, and a training of a single update nothing at all.
-
-    Args:
-        schedule: cosine, linear or constant.
-        done: the updates made before it.
-        warmup: the updates that rise to the peak.
-        updates: all updates.
     """
     if done < warmup:
         return (done + 1) / (warmup + 1)
@@ -505,13 +461,6 @@ def rate_share(schedule: str, done: int, warmup: int, updates: int) -> float:
     if schedule == "linear":
         return max(0.0, (updates - done) / left)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((done - warmup) / left))))
-
-
-def _rate_of(plan: TrainingPlan, planned: int) -> Callable[[int], float]:
-    # A training that is cut short warms up as the whole one does, so that its updates are like the whole one's.
-    warmup = math.ceil(plan.warmup_ratio * planned)
-    updates = min(planned, plan.max_steps or planned)
-    return lambda done: rate_share(plan.schedule, done, warmup, updates)
 
 
 def planned_updates(num_rows: int, plan: TrainingPlan) -> int:
@@ -525,13 +474,7 @@ def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
 
 
 def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> int:
-    """Return the number of tokens, padding included, that the updates of all epochs read.
-
-    Args:
-        order: the rows of all updates; it is left at the last epoch.
-        plan: optimisation settings.
-        size: ranks that share each micro-batch.
-    """
+    """Return the tokens, padding included, that `size` ranks read in all epochs; `order` is left at the last one."""
     updates, tokens = planned_updates(len(order), plan), 0
     shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
     for epoch in range(math.ceil(plan.epochs)):
@@ -545,10 +488,8 @@ def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> i
 
 def collate_or_none(batch: Sequence[TrainingRow], pad_id: int, *, packing: bool) -> Batch:
     """Return the rows as a batch; without rows, one token that is padding, as all ranks have to take part in a step."""
-    if batch:
-        return pack(batch) if packing else collate(batch, pad_id)
-    nothing = {"input_ids": torch.tensor([[pad_id]]), "labels": torch.tensor([[IGNORED_LABEL]]), "names": []}
-    return nothing | ({"position_ids": torch.tensor([[0]])} if packing else {})
+    found = batch or [TrainingRow("", (pad_id,), (IGNORED_LABEL,))]
+    return (pack(found) if packing else collate(found, pad_id)) | {"names": [row.name for row in batch]}
 
 
 def full_state(model: Any, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -573,11 +514,9 @@ def full_state(model: Any, rank: int, dtype: torch.dtype) -> dict[str, torch.Ten
 
 def collate(batch: Sequence[TrainingRow], pad_id: int) -> dict[str, Any]:
     """Pad on the right, without a mask: under causal attention no real token looks at the padding."""
-    longest = max(len(row.input_ids) for row in batch)
-    input_ids = [[*row.input_ids, *[pad_id] * (longest - len(row.input_ids))] for row in batch]
-    labels = [[*row.labels, *[IGNORED_LABEL] * (longest - len(row.labels))] for row in batch]
-    names = [row.name for row in batch]
-    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "names": names}
+    input_ids = padded([row.input_ids for row in batch], pad_id)
+    labels = padded([row.labels for row in batch], IGNORED_LABEL)
+    return {"input_ids": input_ids, "labels": labels, "names": [row.name for row in batch]}
 
 
 def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
@@ -593,30 +532,20 @@ def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
     return {name: torch.tensor([values]) for name, values in columns.items()} | {"names": [row.name for row in batch]}
 
 
-def _entry(entry: dict[str, Any]) -> dict[str, float]:
-    keys = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-    return {key: entry[key] for key in keys if key in entry}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def _arguments(
-    plan: TrainingPlan, planned: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
+    plan: TrainingPlan, updates: int, warmup: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
 ) -> TrainingArguments:
-    steps = min(planned, plan.max_steps) if plan.max_steps else planned
     rows = plan.micro_batch // size
     return TrainingArguments(
         output_dir=str(scratch),
-        max_steps=steps,
+        max_steps=updates,
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=plan.accumulation,
-        # What trackers show; `_rate_of` makes the rates.
+        # What trackers show; `rate_share` makes the rates.
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[plan.schedule],
-        warmup_steps=math.ceil(plan.warmup_ratio * planned),
+        warmup_steps=warmup,
         weight_decay=plan.weight_decay,
         max_grad_norm=plan.max_grad_norm,
         bf16=plan.autocast == "bfloat16",

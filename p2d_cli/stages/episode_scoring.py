@@ -21,9 +21,9 @@ from p2d_cli.data.episodes import EncodedEpisode, Episode
 from p2d_cli.data.pool import Chunk
 from p2d_cli.data.records import Record
 from p2d_cli.errors import NonFiniteError
-from p2d_cli.modeling.answers import completion_log_likelihood
 from p2d_cli.modeling.attention_capture import capture_segments
 from p2d_cli.modeling.generation import generate_greedy
+from p2d_cli.modeling.likelihood import completion_log_likelihood
 from p2d_cli.stages.pool_task import PoolTask
 from p2d_cli.stages.workbench import Workbench, finish_batches, heads_by_layer
 

@@ -86,7 +86,7 @@ class PlanTimer:
         return torch.randint(lowest, highest, (shape.rows, shape.length), generator=rng).to(self._bench.device)
 
     def _read(self, shape: BatchShape) -> float:
-        from p2d_cli.modeling.answers import answer_logits_only, forward_inputs
+        from p2d_cli.modeling.likelihood import answer_logits_only, forward_inputs
 
         bench, input_ids_BT = self._bench, self._ids(shape)
         keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)

@@ -23,12 +23,12 @@ from p2d_cli.data.episodes import EncodedEpisode, encode_episode
 from p2d_cli.data.prompts import EncodedExample, PromptTemplate
 from p2d_cli.data.records import Record
 from p2d_cli.errors import UsageError
-from p2d_cli.modeling.answers import input_device
 from p2d_cli.modeling.attention_capture import run_captured
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import LayerLayout, model_layout
 from p2d_cli.modeling.loading import (
+    input_device,
     load_model,
     placed_on,
     resolve_device,

@@ -33,7 +33,6 @@ from transformers import TrainerCallback
 from p2d_cli.config import TrainConfig, resolve
 from p2d_cli.core.head_selection import select_uniform
 from p2d_cli.modeling import training
-from p2d_cli.modeling.answers import answer_logits_only
 from p2d_cli.modeling.head_adapter import (
     attach_heads,
     attach_lora,
@@ -42,6 +41,7 @@ from p2d_cli.modeling.head_adapter import (
     unfreeze_attention,
 )
 from p2d_cli.modeling.layouts import layout_geometry, model_layout
+from p2d_cli.modeling.likelihood import answer_logits_only
 from p2d_cli.modeling.loading import load_model, resolve_dtype
 from p2d_cli.runtime.hardware import describe_hardware, synchronizer
 from p2d_cli.stages import train

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.attention_capture import (
     CAPTURE_ATTENTION,
     capture_segments,
     register_capture,
     run_captured,
 )
+from p2d_cli.modeling.likelihood import forward_inputs
 
 ModelFactory = Callable[..., Any]
 LENGTH = 14

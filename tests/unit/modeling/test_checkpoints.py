@@ -46,7 +46,7 @@ def test_shards_are_read_like_one_file(saved, tiny_model):
     assert (folder / "model.safetensors.index.json").exists()
     model = tiny_model("qwen3")
     reader = CheckpointReader(folder)
-    assert set(reader.names) == set(model.state_dict())
+    assert set(reader._file_of) == set(model.state_dict())
     for layer in model_layout(model):
         assert_same(read_layer_weights(reader, layer), layer_weights(layer, model.get_parameter))
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.generation import generate_greedy, mean_hidden_states, score_completions
+from p2d_cli.modeling.likelihood import forward_inputs
 
 ModelFactory = Callable[..., Any]
 CHARACTERS = string.ascii_letters + "012345678"  # with the three special tokens, the 64 ids of the tiny models

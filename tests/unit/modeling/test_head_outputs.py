@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from p2d_cli.modeling.answers import forward_inputs
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import model_layout
+from p2d_cli.modeling.likelihood import forward_inputs
 
 B, T = 3, 9
 

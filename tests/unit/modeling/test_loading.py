@@ -15,10 +15,10 @@ from p2d_cli.errors import DataError, ModelError, UnavailableError, UsageError
 from p2d_cli.modeling.light_tokenizer import load_light_tokenizer
 from p2d_cli.modeling.loading import (
     ensure_pad_token,
-    load_config,
     load_model,
     load_tokenizer,
     quiet_transformers,
+    read_config,
     resolve_device,
     resolve_dtype,
 )
@@ -169,7 +169,7 @@ def test_models_that_cannot_be_used_are_refused(saved, changes, message):
 
 def test_a_missing_model_is_unavailable(tmp_path):
     with pytest.raises(UnavailableError):
-        load_config(tmp_path / "nothing")
+        read_config(locate_model(str(tmp_path / "nothing")))
 
 
 def test_tokenizer_round_trip_and_padding(saved):

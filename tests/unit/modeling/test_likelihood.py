@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling import answers
-from p2d_cli.modeling.answers import (
+from p2d_cli.modeling import likelihood
+from p2d_cli.modeling.likelihood import (
     answer_logits_only,
     answer_token_logprobs,
     completion_log_likelihood,
@@ -110,7 +110,7 @@ def test_no_answers_at_all(tiny_model: ModelFactory) -> None:
 def test_chunks_of_logits_do_not_show(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_model("llama"), _padded("right")
     whole, _ = completion_log_likelihood(model, *inputs)
-    monkeypatch.setattr(answers, "_ROWS_IN_FP32", 3)
+    monkeypatch.setattr(likelihood, "_ROWS_IN_FP32", 3)
     chunked, _ = completion_log_likelihood(model, *inputs)
     torch.testing.assert_close(chunked, whole)
 
