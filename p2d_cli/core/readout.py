@@ -36,13 +36,11 @@ class Readout:
     def values(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
         """Return each head's standardised readout, float64 `[B, K]`: mean 0, variance 1 over the background."""
         outputs = np.asarray(outputs_BKd, dtype=np.float64)
-        values_BK: NDArray[np.float64] = np.einsum("BKd,Kd->BK", outputs, self.weights_Kd) - self.offsets_K
-        return values_BK
+        return np.asarray(np.einsum("BKd,Kd->BK", outputs, self.weights_Kd) - self.offsets_K)
 
     def affinity(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
         """Return the mean readout over heads, float64 `[B]`; higher is more like the target."""
-        affinity_B: NDArray[np.float64] = self.values(outputs_BKd).mean(axis=1)
-        return affinity_B
+        return np.asarray(self.values(outputs_BKd).mean(axis=1))
 
 
 def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: float = SHRINKAGE) -> Readout:
@@ -96,9 +94,8 @@ def held_out_affinity(
     fold_Q = np.arange(len(target)) % folds
     for fold in range(folds):
         is_out_Q = fold_Q == fold
-        affinity_Q[is_out_Q] = fit_readout(target[~is_out_Q], background, shrinkage=shrinkage).affinity(
-            target[is_out_Q]
-        )
+        readout = fit_readout(target[~is_out_Q], background, shrinkage=shrinkage)
+        affinity_Q[is_out_Q] = readout.affinity(target[is_out_Q])
     return affinity_Q
 
 
@@ -133,8 +130,7 @@ def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike, shrinkage: flo
     for half in (0, 1):
         readout = fit_readout(target[half::2], background[half::2], shrinkage=shrinkage)
         areas.append(_area(readout.values(target[1 - half :: 2]), readout.values(background[1 - half :: 2])))
-    mean_K: NDArray[np.float64] = np.mean(areas, axis=0)
-    return mean_K
+    return np.asarray(np.mean(areas, axis=0))
 
 
 def _area(high_QK: NDArray[np.float64], low_MK: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -152,11 +148,8 @@ def _covariance(centred_MKd: NDArray[np.float64], shrinkage: float) -> NDArray[n
     rows_KMd = centred_MKd.transpose(1, 0, 2)
     covariance_Kdd = rows_KMd.transpose(0, 2, 1) @ rows_KMd / len(centred_MKd)
     variance_K = np.trace(covariance_Kdd, axis1=1, axis2=2) / size
-    variance_K = np.where(variance_K > 0, variance_K, 1.0)
-    shrunk: NDArray[np.float64] = (1 - shrinkage) * covariance_Kdd + (
-        shrinkage * variance_K[:, None, None] * np.eye(size)
-    )
-    return shrunk
+    mean_K11 = np.where(variance_K > 0, variance_K, 1.0)[:, None, None]
+    return np.asarray((1 - shrinkage) * covariance_Kdd + (shrinkage * mean_K11 * np.eye(size)))
 
 
 def require_halves(target: int, background: int) -> None:
