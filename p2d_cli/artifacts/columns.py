@@ -63,47 +63,39 @@ class _Kinds:
             if kind not in self.plain or place < self.plain[kind][0]:
                 self.plain[kind] = (place, value)
 
+    def parts(self, names: frozenset[str] = frozenset()) -> Iterator[tuple[_Kinds, frozenset[str]]]:
+        """Return these values and all inside them, each with the names of the fields that lead there from `names`."""
+        yield self, names
+        if self.items is not None:
+            yield from self.items[1].parts(names)
+        for name, (_, kinds) in self.fields.items():
+            yield from kinds.parts(names | {name})
+
     def has_surrogates(self) -> bool:
         """Return whether a text or the name of a field holds half of a surrogate pair."""
-        return (
-            (str, False) in self.plain
-            or (self.items is not None and self.items[1].has_surrogates())
-            or any(not _is_unicode(name) or kinds.has_surrogates() for name, (_, kinds) in self.fields.items())
-        )
+        return any((str, False) in part.plain or not all(map(_is_unicode, part.fields)) for part, _ in self.parts())
 
-    def merges_numbers(self, *, exact: bool = False) -> bool:
-        """Return whether whole numbers would become floats in what models are shown as JSON: a tool's arguments.
-
-        Args:
-            exact: whether these values are such arguments.
-        """
-        if exact and {kind[0] for kind in self.plain if isinstance(kind, tuple)} >= {int, float}:
-            return True
-        inside = [] if self.items is None else [self.items[1].merges_numbers(exact=exact)]
-        return any(inside) or any(
-            kinds.merges_numbers(exact=exact or name in _SHOWN_AS_JSON) for name, (_, kinds) in self.fields.items()
+    def merges_numbers(self) -> bool:
+        """Return whether whole numbers would become floats in what models are shown as JSON: a tool's arguments."""
+        return any(
+            not names.isdisjoint(_SHOWN_AS_JSON)
+            and {kind[0] for kind in part.plain if isinstance(kind, tuple)} >= {int, float}
+            for part, names in self.parts()
         )
 
     def says_nulls(self) -> bool:
         """Return whether nulls are there because JSON has them, and not because Arrow fills them in."""
-        inside = [] if self.items is None else [self.items[1]]
-        return self.is_written or any(
-            kinds.says_nulls() for kinds in (*inside, *(part for _, part in self.fields.values()))
-        )
+        return any(part.is_written for part, _ in self.parts())
 
-    def loses_nulls(self, *, exact: bool) -> bool:
+    def loses_nulls(self, name: str) -> bool:
         """Return whether nulls of what models are shown as JSON would look like those that Arrow fills in.
 
         Args:
-            exact: whether these values are shown so.
+            name: the column's.
         """
-        inside = [] if self.items is None else [self.items[1].loses_nulls(exact=exact)]
-        return (
-            (exact and self.has_written_null)
-            or any(inside)
-            or any(
-                kinds.loses_nulls(exact=exact or name in _SHOWN_WITH_NULLS) for name, (_, kinds) in self.fields.items()
-            )
+        return any(
+            part.has_written_null and not names.isdisjoint(_SHOWN_WITH_NULLS)
+            for part, names in self.parts(frozenset({name}))
         )
 
     def samples(self) -> list[Any]:
@@ -195,14 +187,10 @@ class Columns:
 
 
 def _type_of(name: str, kinds: _Kinds) -> pa.DataType | None:
-    if kinds.merges_numbers() or kinds.loses_nulls(exact=name in _SHOWN_WITH_NULLS):
+    if kinds.merges_numbers() or kinds.loses_nulls(name):
         return None
-    return _infer([*kinds.samples(), None])
-
-
-def _infer(samples: list[Any]) -> pa.DataType | None:
     try:
-        kind = pa.array(samples).type
+        kind = pa.array([*kinds.samples(), None]).type
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         return None
     return None if _has_empty_struct(kind) else kind

@@ -148,7 +148,7 @@ def test_what_is_written_does_not_depend_on_the_parts(tmp_path, monkeypatch):
 def test_a_value_that_does_not_fit_its_column_after_all(tmp_path, monkeypatch):
     """Should Arrow ever infer a type that a later value does not have, the column becomes JSON, and nothing is lost."""
     monkeypatch.setattr(subset, "PART_ROWS", 1)
-    monkeypatch.setattr("p2d_cli.artifacts.columns._infer", lambda samples: pa.int64())
+    monkeypatch.setattr("p2d_cli.artifacts.columns._type_of", lambda name, kinds: pa.int64())
     save_rows(tmp_path, [{"x": 1, "y": 1}, {"x": "one", "y": 2}])
     assert load_subset_rows(tmp_path) == [
         {"id": "r0", "x": "1", "y": 1, "score": 1.0, "rank": 0},
