@@ -152,29 +152,25 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
             _put_back(place)
             _sweep(place, {_unfinished(place, "")}, keep=unfinished if resume else None)
             folder.mkdir()
-            _try_writing(folder)
+            # Fail on a full disk now, not after hours of work.
+            probe = folder / "probe"
+            probe.write_bytes(bytes(_PROBE_BYTES))
+            flush_file(probe)
+            probe.unlink()
             yield Draft(folder, place, unfinished)
         except P2DError:
             raise
         except Exception as problem:
-            if (reason := _storage_reason(problem)) is None:
+            if (cause := _storage_problem(problem)) is None:
                 raise
-            if _is_too_long(problem):
-                raise CannotCreateError(f"cannot create {target}: {reason}", hint=_SHORTER_NAME) from problem
+            if getattr(cause, "errno", None) == errno.ENAMETOOLONG:
+                raise CannotCreateError(f"cannot create {target}: {first_line(cause)}", hint=_SHORTER_NAME) from problem
             raise StorageError(
-                f"making the {kind} artifact {target} failed: {reason}",
+                f"making the {kind} artifact {target} failed: {first_line(cause)}",
                 hint="make room or mend the disk, and run the same command again: what was finished is kept",
             ) from problem
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _try_writing(folder: Path) -> None:
-    """Fail on a full disk now, not after hours of work."""
-    probe = folder / "probe"
-    probe.write_bytes(bytes(_PROBE_BYTES))
-    flush_file(probe)
-    probe.unlink()
 
 
 def clear_leftovers(target: Path, key: str) -> None:
@@ -390,18 +386,8 @@ def _can_exist(path: Path) -> bool:
     return True
 
 
-def _is_too_long(problem: BaseException | None) -> bool:
-    while problem is not None:
-        if isinstance(problem, OSError):
-            return problem.errno == errno.ENAMETOOLONG
+def _storage_problem(problem: BaseException | None) -> BaseException | None:
+    """Return what the system had against writing: this exception or one that it came from; None if it is another."""
+    while problem is not None and not isinstance(problem, OSError) and not _STORAGE_WORDS.search(str(problem)):
         problem = problem.__cause__
-    return False
-
-
-def _storage_reason(problem: BaseException | None) -> str | None:
-    """Return what the system had against writing, if an exception or one that it came from tells."""
-    while problem is not None:
-        if isinstance(problem, OSError) or _STORAGE_WORDS.search(str(problem)):
-            return first_line(problem)
-        problem = problem.__cause__
-    return None
+    return problem
