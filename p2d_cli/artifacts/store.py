@@ -69,13 +69,12 @@ class Draft:
         Args:
             decoration: names of files that are not part of what the artifact says, such as pictures.
         """
-        outputs = {}
-        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            name = path.relative_to(self.folder).as_posix()
-            outputs[name] = OutputFile(
-                sha256=digest_file(path), bytes=path.stat().st_size, content=name not in decoration
-            )
-        return outputs
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        named = {path.relative_to(self.folder).as_posix(): path for path in files}
+        return {
+            name: OutputFile(sha256=digest_file(path), bytes=path.stat().st_size, content=name not in decoration)
+            for name, path in named.items()
+        }
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the target's place."""
@@ -126,7 +125,7 @@ def find_current(
 
 def unfinished_folder(target: Path, key: str) -> Path:
     """Return where work for an artifact of this key is kept until it is finished."""
-    return _unfinished(_resolved(target), key)
+    return _hidden(_resolved(target), f"unfinished-{key[:16]}")
 
 
 @contextmanager
@@ -145,12 +144,12 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         StorageError: the disk is full or failed.
     """
     place = _resolved(target)
-    unfinished = _unfinished(place, key)
+    unfinished = unfinished_folder(place, key)
     with _sole_writer(target, place):
         folder = _hidden(place, f"draft-{uuid.uuid4().hex[:8]}")
         try:
             _put_back(place)
-            _sweep(place, {_unfinished(place, "")}, keep=unfinished if resume else None)
+            _sweep(place, unfinished_folder(place, ""), keep=unfinished if resume else None)
             folder.mkdir()
             # Fail on a full disk now, not after hours of work.
             probe = folder / "probe"
@@ -179,7 +178,7 @@ def clear_leftovers(target: Path, key: str) -> None:
     Nothing is done where another process is writing, or where nothing can be written.
     """
     place = _resolved(target)
-    own = {_unfinished(place, key)}
+    own = unfinished_folder(place, key)
     if not _leftovers(place, own) and not lock_path(place).exists():
         return
     with suppress(OSError, StoppedEarlyError), write_lock(place):
@@ -234,11 +233,9 @@ def ensure_nameable(target: Path) -> None:
         CannotCreateError: a part of the path is too long, or the whole.
     """
     place = _resolved(target)
-    longest_name, longest_path = (
-        _longest_of(place, "PC_NAME_MAX", _NAME_BYTES),
-        _longest_of(place, "PC_PATH_MAX", _PATH_BYTES),
-    )
-    beside = _unfinished(place, "0" * 64)
+    longest_name = _longest_of(place, "PC_NAME_MAX", _NAME_BYTES)
+    longest_path = _longest_of(place, "PC_PATH_MAX", _PATH_BYTES)
+    beside = unfinished_folder(place, "0" * 64)
     for part in (*place.parts[1:-1], beside.name):
         if len(os.fsencode(part)) > longest_name:
             raise CannotCreateError(
@@ -340,7 +337,7 @@ def _discard_aside(target: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sweep(target: Path, unfinished: set[Path], *, keep: Path | None = None) -> None:
+def _sweep(target: Path, unfinished: Path, *, keep: Path | None = None) -> None:
     """Remove what dead writers left; for the holder of the lock."""
     if target.exists():
         _discard_aside(target)
@@ -349,9 +346,9 @@ def _sweep(target: Path, unfinished: set[Path], *, keep: Path | None = None) -> 
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _leftovers(target: Path, unfinished: set[Path]) -> list[Path]:
-    """Return what lies beside an artifact for a while only; unfinished work only if its name begins as one given."""
-    starts = (_hidden(target, "draft-").name, *(path.name for path in unfinished))
+def _leftovers(target: Path, unfinished: Path) -> list[Path]:
+    """Return what lies beside an artifact for a while only; unfinished work if its name begins as the one given."""
+    starts = (_hidden(target, "draft-").name, unfinished.name)
     old = _hidden(target, "old")
     return [path for path in target.parent.iterdir() if path.name.startswith(starts) or path == old]
 
@@ -363,10 +360,6 @@ def _resolved(target: Path) -> Path:
 
 def _hidden(target: Path, suffix: str) -> Path:
     return target.parent / f".{target.name}.{suffix}"
-
-
-def _unfinished(target: Path, key: str) -> Path:
-    return _hidden(target, f"unfinished-{key[:16]}")
 
 
 def _make_folders(folder: Path) -> None:
