@@ -52,7 +52,11 @@ class _Kinds:
             if isinstance(value, JsonObject):
                 self.is_written = True
                 self.has_written_null = self.has_written_null or any(part is None for part in value.values())
-            _add_fields(self.fields, value, rank, numbers)
+            for name, part in value.items():
+                place = (rank, next(numbers))
+                first, kinds = self.fields.get(name) or (place, _Kinds())
+                self.fields[name] = (min(first, place), kinds)
+                kinds.add(part, rank, numbers)
         elif isinstance(value, list | tuple):
             first, kinds = self.items or (place, _Kinds())
             self.items = (min(first, place), kinds)
@@ -110,16 +114,6 @@ class _Kinds:
         return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
 
 
-def _add_fields(
-    fields: dict[str, tuple[Place, _Kinds]], values: Mapping[str, Any], rank: int, numbers: Iterator[int]
-) -> None:
-    for name, value in values.items():
-        place = (rank, next(numbers))
-        first, kinds = fields.get(name) or (place, _Kinds())
-        fields[name] = (min(first, place), kinds)
-        kinds.add(value, rank, numbers)
-
-
 def _kind(value: Any) -> Any:
     """Return what Arrow tells values apart by, as far as it bears on the type."""
     if isinstance(value, str):
@@ -170,16 +164,16 @@ class Columns:
     """Finds the columns of rows."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, tuple[Place, _Kinds]] = {}
+        self._rows = _Kinds()
         self._numbers = count()
 
     def add(self, row: Mapping[str, Any], rank: int) -> None:
         """Look at a row."""
-        _add_fields(self._kinds, row, rank, self._numbers)
+        self._rows.add(dict(row), rank, self._numbers)
 
     def found(self) -> dict[str, Column]:
         """Return the columns, in the order in which they first stand in the rows by rank."""
-        in_order = sorted(self._kinds.items(), key=lambda item: item[1][0])
+        in_order = sorted(self._rows.fields.items(), key=lambda item: item[1][0])
         return {
             name: Column(_type_of(name, kinds), ascii_only=kinds.has_surrogates(), says_nulls=kinds.says_nulls())
             for name, (_, kinds) in in_order

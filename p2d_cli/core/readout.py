@@ -66,9 +66,7 @@ def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: 
     return Readout(weights_Kd * scale_K[:, None], raw_MK.mean(axis=0) * scale_K)
 
 
-def held_out_affinity(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS, shrinkage: float = SHRINKAGE
-) -> NDArray[np.float64]:
+def held_out_affinity(target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS) -> NDArray[np.float64]:
     """Return each target row's affinity by a readout that was fitted without it, float64 `[Q]`.
 
     That is how a row of the task scores that the readout has not seen, such as one in the pool: a row below the
@@ -78,7 +76,6 @@ def held_out_affinity(
         target_QKd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
         background_MKd: likewise.
         folds: parts that are left out in turn, at most Q of them.
-        shrinkage: as for `fit_readout`.
 
     Raises:
         DataError: fewer than two target rows.
@@ -94,14 +91,12 @@ def held_out_affinity(
     fold_Q = np.arange(len(target)) % folds
     for fold in range(folds):
         is_out_Q = fold_Q == fold
-        readout = fit_readout(target[~is_out_Q], background, shrinkage=shrinkage)
+        readout = fit_readout(target[~is_out_Q], background)
         affinity_Q[is_out_Q] = readout.affinity(target[is_out_Q])
     return affinity_Q
 
 
-def separation(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: float = SHRINKAGE
-) -> NDArray[np.float64]:
+def separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
     """Return how well each head alone tells target rows from background rows that its readout was not fitted on.
 
     Both sets of rows are halved; the readout of one half is judged on the other, and the other way round.
@@ -109,7 +104,6 @@ def separation(
     Args:
         target_QKd: as for `fit_readout`, in random order; Q at least 2.
         background_MKd: likewise; M at least 4.
-        shrinkage: as for `fit_readout`.
 
     Returns:
         float64 `[K]`: area under the ROC curve, mean of both halves; 0.5 is chance, 1 is perfect.
@@ -121,14 +115,14 @@ def separation(
     target, background = np.asarray(target_QKd), np.asarray(background_MKd)
     require_halves(len(target), len(background))
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
-    return np.concatenate([_separation(target[:, block], background[:, block], shrinkage) for block in blocks])
+    return np.concatenate([_separation(target[:, block], background[:, block]) for block in blocks])
 
 
-def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike, shrinkage: float) -> NDArray[np.float64]:
+def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
     target, background = _checked(target_QKd, background_MKd)
     areas = []
     for half in (0, 1):
-        readout = fit_readout(target[half::2], background[half::2], shrinkage=shrinkage)
+        readout = fit_readout(target[half::2], background[half::2])
         areas.append(_area(readout.values(target[1 - half :: 2]), readout.values(background[1 - half :: 2])))
     return np.asarray(np.mean(areas, axis=0))
 
