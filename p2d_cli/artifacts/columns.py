@@ -8,6 +8,7 @@ the rows' ranks, which is the order of columns and of the fields of structs.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -32,10 +33,11 @@ Place = tuple[int, int]
 class _Kinds:
     """One value of each kind that stands at some place of a column's values, with the first place where it does."""
 
+    first: Place = (2**63, 0)
     plain: dict[Any, tuple[Place, Any]] = field(default_factory=dict)
-    items: tuple[Place, _Kinds] | None = None
+    items: _Kinds | None = None
     """Of lists."""
-    fields: dict[str, tuple[Place, _Kinds]] = field(default_factory=dict)
+    fields: dict[str, _Kinds] = field(default_factory=lambda: defaultdict(_Kinds))
     """Of objects."""
     empty_object: Place | None = None
     is_written: bool = False
@@ -46,6 +48,7 @@ class _Kinds:
     def add(self, value: Any, rank: int, numbers: Iterator[int]) -> None:
         """Look at a value."""
         place = (rank, next(numbers))
+        self.first = min(self.first, place)
         if isinstance(value, dict):
             if not value:
                 self.empty_object = min(place, self.empty_object or place)
@@ -53,15 +56,12 @@ class _Kinds:
                 self.is_written = True
                 self.has_written_null = self.has_written_null or any(part is None for part in value.values())
             for name, part in value.items():
-                place = (rank, next(numbers))
-                first, kinds = self.fields.get(name) or (place, _Kinds())
-                self.fields[name] = (min(first, place), kinds)
-                kinds.add(part, rank, numbers)
+                self.fields[name].add(part, rank, numbers)
         elif isinstance(value, list | tuple):
-            first, kinds = self.items or (place, _Kinds())
-            self.items = (min(first, place), kinds)
+            self.items = self.items or _Kinds()
+            self.items.first = min(self.items.first, place)
             for child in value:
-                kinds.add(child, rank, numbers)
+                self.items.add(child, rank, numbers)
         else:
             kind = _kind(value)
             if kind not in self.plain or place < self.plain[kind][0]:
@@ -71,8 +71,8 @@ class _Kinds:
         """Return these values and all inside them, each with the names of the fields that lead there from `names`."""
         yield self, names
         if self.items is not None:
-            yield from self.items[1].parts(names)
-        for name, (_, kinds) in self.fields.items():
+            yield from self.items.parts(names)
+        for name, kinds in self.fields.items():
             yield from kinds.parts(names | {name})
 
     def has_surrogates(self) -> bool:
@@ -106,11 +106,11 @@ class _Kinds:
         """Return values that Arrow infers the same type from as from all that were added."""
         found: list[tuple[Place, Any]] = list(self.plain.values())
         if self.items is not None:
-            found.append((self.items[0], self.items[1].samples()))
+            found.append((self.items.first, self.items.samples()))
         if self.empty_object is not None:
             found.append((self.empty_object, {}))
-        for name, (first, kinds) in self.fields.items():
-            found += [(first, {name: sample}) for sample in kinds.samples()]
+        for name, kinds in self.fields.items():
+            found += [(kinds.first, {name: sample}) for sample in kinds.samples()]
         return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -173,10 +173,10 @@ class Columns:
 
     def found(self) -> dict[str, Column]:
         """Return the columns, in the order in which they first stand in the rows by rank."""
-        in_order = sorted(self._rows.fields.items(), key=lambda item: item[1][0])
+        in_order = sorted(self._rows.fields.items(), key=lambda item: item[1].first)
         return {
             name: Column(_type_of(name, kinds), ascii_only=kinds.has_surrogates(), says_nulls=kinds.says_nulls())
-            for name, (_, kinds) in in_order
+            for name, kinds in in_order
         }
 
 
