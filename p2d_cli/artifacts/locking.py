@@ -89,8 +89,6 @@ def _flock(descriptor: int) -> bool:
     """Lock an open file; False where the file system knows no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as problem:
         if problem.errno in _NO_FLOCK:
             return False

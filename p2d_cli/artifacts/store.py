@@ -249,14 +249,10 @@ def ensure_nameable(target: Path) -> None:
 
 def _longest_of(place: Path, limit: str, otherwise: int) -> int:
     """Return a limit of the file system that a path will lie on."""
-    for folder in place.parents:
-        try:
-            return os.pathconf(folder, limit)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
-            break
-    return otherwise
+    try:
+        return os.pathconf(next(folder for folder in place.parents if folder.exists()), limit)
+    except (OSError, ValueError):
+        return otherwise
 
 
 def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, changes: str) -> None:

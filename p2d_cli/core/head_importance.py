@@ -11,7 +11,7 @@ order one to get a number of that size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -114,20 +114,24 @@ def removal_effect(context_BTHd: Tensor, grad_BTHd: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """A stretch of a head's flattened map in both models, float64 [n]; heads of a group share those of keys and values.
+class _Pair:
+    """A head's flattened map in both models, or a stretch of it, and what the distances need, each computed once.
 
-    Where no logit and no change of one is large, the softmax of the whole map needs only sums over the stretches:
-    with `w = exp(base)` and `u = w expm1(change)`, `P_base = w / sum w` and `P_task = (w + u) / sum (w + u)`.
+    Heads of a group share the stretches of keys and values.
     """
 
     base_n: Tensor
+    """The logits, float64."""
     task_n: Tensor
     temperature: float
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """`w`, `u` and the sum of each; None where a logit or a change is large, or not finite."""
+        """`w`, `u` and the sum of each; None where a logit or a change is large, or not finite.
+
+        Where none is large, the softmax of the whole map needs only sums over its stretches: with `w = exp(base)` and
+        `u = w expm1(change)`, `P_base = w / sum w` and `P_task = (w + u) / sum (w + u)`.
+        """
         weight_n, change_n = self.base_n / self.temperature, self.task_n - self.base_n
         change_n /= self.temperature
         bounds = zip((weight_n, change_n), (_NEAR_LOGIT, _NEAR_CHANGE), strict=True)
@@ -136,78 +140,6 @@ class _Stretch:
         weight_n.exp_()
         gain_n = change_n.expm1_().mul_(weight_n)
         return weight_n, gain_n, weight_n.sum(), gain_n.sum()
-
-
-def _heads_by_group(
-    base: LayerWeights, task: LayerWeights, weights: HeadWeights, temperature: float
-) -> Iterator[list[_Stretch]]:
-    """Give each query head's map, in order; what heads of a group share is converted, and its softmax taken, once."""
-    num_heads, num_groups = len(base.q_HdD), len(base.k_GdD)
-    for group, heads in groupby(range(num_heads), lambda head: head * num_groups // num_heads):
-        keys, values = ([getattr(model, name)[group].double() for model in (base, task)] for name in ("k_GdD", "v_GdD"))
-        if weights == "qkv":
-            shared = [_stretch(pair, temperature) for pair in (keys, values)]
-        else:
-            inner_dd = [key_dD @ value_dD.T for key_dD, value_dD in zip(keys, values, strict=True)]
-        for head in heads:
-            queries = [model.q_HdD[head].double() for model in (base, task)]
-            if weights == "qkv":
-                yield [_stretch(queries, temperature), *shared]
-            else:
-                maps = [query_dD.T @ map_dd for query_dD, map_dd in zip(queries, inner_dd, strict=True)]
-                yield [_stretch(maps, temperature)]
-
-
-def _stretch(pair: Sequence[Tensor], temperature: float) -> _Stretch:
-    base, task = pair
-    return _Stretch(base.flatten(), task.flatten(), temperature)
-
-
-def _compare(stretches: list[_Stretch], distance: Distance) -> Tensor:
-    """Return the distance between the two models' maps of one head, a float64 scalar."""
-    near = [stretch.sums for stretch in stretches] if distance == "w1" else [None]
-    if all(sums is not None for sums in near):
-        return _wasserstein_1_near([sums for sums in near if sums is not None])
-    base_n, task_n = (torch.cat([getattr(part, name) for part in stretches]) for name in ("base_n", "task_n"))
-    return _DISTANCES[distance](_Pair(base_n, task_n, stretches[0].temperature))
-
-
-def _wasserstein_1_near(stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
-    """Sum `|cumsum(P_base - P_task)|` over stretches, given as `_Stretch.sums`.
-
-    The difference is `(w U/W - u) / (W + U)` with the sums `W` of `w` and `U` of `u`. It is summed up in blocks, side
-    by side, and what comes before a block is added afterwards.
-    """
-    weight_sum, gain_sum = (torch.stack([sums[place] for sums in stretches]).sum() for place in (2, 3))
-    before = torch.zeros_like(weight_sum)
-    total = torch.zeros_like(weight_sum)
-    entries = 0
-    for weight_n, gain_n, *_ in stretches:
-        difference_n = torch.addcmul(gain_n, weight_n, gain_sum / weight_sum, value=-1)
-        for blocks_Bn in _blocks(difference_n):
-            torch.cumsum(blocks_Bn, dim=1, out=blocks_Bn)
-            ends_B = blocks_Bn[:, -1].cumsum(0)
-            blocks_Bn += (before + ends_B - blocks_Bn[:, -1])[:, None]
-            before = before + ends_B[-1]
-            total = total + torch.linalg.vector_norm(blocks_Bn, 1)
-        entries += len(difference_n)
-    return total / (weight_sum + gain_sum) / max(entries - 1, 1)
-
-
-def _blocks(values_n: Tensor) -> Iterator[Tensor]:
-    """Cut a vector into rows of `_BLOCK_ENTRIES`, then what is left over."""
-    whole = len(values_n) // _BLOCK_ENTRIES * _BLOCK_ENTRIES
-    blocks = (values_n[:whole].view(-1, _BLOCK_ENTRIES), values_n[whole:][None])
-    yield from (block for block in blocks if block.numel())
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Base and task logits of a head, and what the distances need of them, each computed once."""
-
-    base_n: Tensor
-    task_n: Tensor
-    temperature: float
 
     @cached_property
     def change_n(self) -> Tensor:
@@ -244,6 +176,65 @@ class _Pair:
         """Take `near_n` where the probability changed by less than a factor of e, and `far()` elsewhere, if at all."""
         is_near_n = self.log_ratio_n.abs() < 1.0
         return near_n if bool(is_near_n.all()) else torch.where(is_near_n, near_n, far())
+
+
+def _heads_by_group(
+    base: LayerWeights, task: LayerWeights, weights: HeadWeights, temperature: float
+) -> Iterator[list[_Pair]]:
+    """Give each query head's map, in order; what heads of a group share is converted, and its softmax taken, once."""
+    num_heads, num_groups = len(base.q_HdD), len(base.k_GdD)
+    for group, heads in groupby(range(num_heads), lambda head: head * num_groups // num_heads):
+        k_base, k_task, v_base, v_task = (
+            weight_GdD[group].double() for weight_GdD in (base.k_GdD, task.k_GdD, base.v_GdD, task.v_GdD)
+        )
+        if weights == "qkv":
+            shared = [_Pair(b.flatten(), t.flatten(), temperature) for b, t in ((k_base, k_task), (v_base, v_task))]
+        else:
+            inner_base, inner_task = k_base @ v_base.T, k_task @ v_task.T
+        for head in heads:
+            q_base, q_task = base.q_HdD[head].double(), task.q_HdD[head].double()
+            if weights == "qkv":
+                yield [_Pair(q_base.flatten(), q_task.flatten(), temperature), *shared]
+            else:
+                yield [_Pair((q_base.T @ inner_base).flatten(), (q_task.T @ inner_task).flatten(), temperature)]
+
+
+def _compare(stretches: list[_Pair], distance: Distance) -> Tensor:
+    """Return the distance between the two models' maps of one head, a float64 scalar."""
+    near = [stretch.sums for stretch in stretches] if distance == "w1" else [None]
+    if all(sums is not None for sums in near):
+        return _wasserstein_1_near([sums for sums in near if sums is not None])
+    base_n, task_n = (torch.cat([getattr(part, name) for part in stretches]) for name in ("base_n", "task_n"))
+    return _DISTANCES[distance](_Pair(base_n, task_n, stretches[0].temperature))
+
+
+def _wasserstein_1_near(stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    """Sum `|cumsum(P_base - P_task)|` over stretches, given as `_Pair.sums`.
+
+    The difference is `(w U/W - u) / (W + U)` with the sums `W` of `w` and `U` of `u`. It is summed up in blocks, side
+    by side, and what comes before a block is added afterwards.
+    """
+    weight_sum, gain_sum = (torch.stack([sums[place] for sums in stretches]).sum() for place in (2, 3))
+    before = torch.zeros_like(weight_sum)
+    total = torch.zeros_like(weight_sum)
+    entries = 0
+    for weight_n, gain_n, *_ in stretches:
+        difference_n = torch.addcmul(gain_n, weight_n, gain_sum / weight_sum, value=-1)
+        for blocks_Bn in _blocks(difference_n):
+            torch.cumsum(blocks_Bn, dim=1, out=blocks_Bn)
+            ends_B = blocks_Bn[:, -1].cumsum(0)
+            blocks_Bn += (before + ends_B - blocks_Bn[:, -1])[:, None]
+            before = before + ends_B[-1]
+            total = total + torch.linalg.vector_norm(blocks_Bn, 1)
+        entries += len(difference_n)
+    return total / (weight_sum + gain_sum) / max(entries - 1, 1)
+
+
+def _blocks(values_n: Tensor) -> Iterator[Tensor]:
+    """Cut a vector into rows of `_BLOCK_ENTRIES`, then what is left over."""
+    whole = len(values_n) // _BLOCK_ENTRIES * _BLOCK_ENTRIES
+    blocks = (values_n[:whole].view(-1, _BLOCK_ENTRIES), values_n[whole:][None])
+    yield from (block for block in blocks if block.numel())
 
 
 def _entropy_excess(x: Tensor) -> Tensor:

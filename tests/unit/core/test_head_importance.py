@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from p2d_cli.core import head_importance
-from p2d_cli.core.head_importance import LayerWeights, _compare, _Stretch, removal_effect, score_layer
+from p2d_cli.core.head_importance import LayerWeights, _compare, _Pair, removal_effect, score_layer
 from p2d_cli.errors import UsageError
 
 DISTANCES = ["w1", "kl", "js", "cosine", "l2", "relative-l2"]
@@ -37,7 +37,7 @@ def _nudged(layer: LayerWeights, size: float, seed: int = 1) -> LayerWeights:
 
 def alignment_distance(base: Tensor, task: Tensor, *, distance: str = "w1", temperature: float = 1.0) -> float:
     """The distance of one head whose map is given."""
-    return float(_compare([_Stretch(base.double(), task.double(), temperature)], distance))
+    return float(_compare([_Pair(base.double(), task.double(), temperature)], distance))
 
 
 def alignment_logits(w_q: Tensor, w_k: Tensor, w_v: Tensor, weights: str) -> Tensor:
