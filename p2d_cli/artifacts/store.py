@@ -69,12 +69,13 @@ class Draft:
         Args:
             decoration: names of files that are not part of what the artifact says, such as pictures.
         """
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        named = {path.relative_to(self.folder).as_posix(): path for path in files}
-        return {
-            name: OutputFile(sha256=digest_file(path), bytes=path.stat().st_size, content=name not in decoration)
-            for name, path in named.items()
-        }
+        outputs = {}
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            name = path.relative_to(self.folder).as_posix()
+            outputs[name] = OutputFile(
+                sha256=digest_file(path), bytes=path.stat().st_size, content=name not in decoration
+            )
+        return outputs
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the target's place."""
