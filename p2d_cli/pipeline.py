@@ -83,3 +83,8 @@ EXPORT = Stage(
 def stage_named(name: str) -> Stage:
     """Return the stage called `name`; raises KeyError for any other word."""
     return {stage.name: stage for stage in (*STAGES, EXPORT)}[name]
+
+
+def stage_writing(kind: str) -> Stage:
+    """Return the stage that writes artifacts of this kind."""
+    return next(stage for stage in (*STAGES, EXPORT) if stage.writes == kind)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.artifacts.cards import CARD_NAME
+from p2d_cli.artifacts.cards import save_card
 from p2d_cli.core.adapter_rank import SERVED_RANKS, common_rank
 
 TRAINING_LOG_NAME = "training_log.jsonl"
@@ -52,7 +52,7 @@ def save_model_card(
     more += _GOING_ON if scope == "heads" else ""
     text = (
         f"# Fine-tuned with p2d, scope `{scope}`\n\nBase model: `{_pinned(base, revision)}`\n\n"
-        f"{_table(figures)}\n\n```python\n{loading}```\n\n{more}{_PROVENANCE}"
+        f"{_table(figures)}\n\n```python\n{loading}```{more}"
     )
     _write_card(folder, base, "peft" if is_adapter else "transformers", ["p2d", *["lora"] * is_adapter], text)
 
@@ -70,25 +70,24 @@ def save_merged_card(folder: Path, base: str, revision: str | None, adapter: str
     text = (
         f"# {Path(adapter).name}, merged with p2d\n\n"
         f"`p2d export` added the adapter `{adapter}` to the weights of its base model `{_pinned(base, revision)}`, in "
-        f"float32, and rounded once.\n\n{_table(figures)}\n\n```python\n{_LOAD_MODEL}```\n\n{_PROVENANCE}"
+        f"float32, and rounded once.\n\n{_table(figures)}\n\n```python\n{_LOAD_MODEL}```"
     )
     _write_card(folder, base, "transformers", ["p2d"], text)
 
 
-_PROVENANCE = "`manifest.json` records the inputs with their digests, every setting with its origin, and the cost.\n"
 _LOAD_MODEL = (
     "from transformers import AutoModelForCausalLM\n\n"
     'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
 )
-_GOING_ON = """To train on with PEFT, freeze the 0/1 factors that place the heads' rows again, which PEFT unfreezes:
+_GOING_ON = """
+
+To train on with PEFT, freeze the 0/1 factors that place the heads' rows again, which PEFT unfreezes:
 
 ```python
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER", is_trainable=True)
 for factor in (p for name, p in model.named_parameters() if "lora_" in name and ((p == 0) | (p == 1)).all()):
     factor.requires_grad_(False)
-```
-
-"""
+```"""
 
 
 def _load_adapter(base: str, revision: str | None) -> str:
@@ -105,13 +104,13 @@ def _serving(base: str, rank: int) -> str:
     served = common_rank([rank])
     if served not in SERVED_RANKS:
         return (
-            f"All modules have rank {rank}, and vLLM serves adapters of up to {SERVED_RANKS[-1]}: merge it with "
-            "`p2d export` to serve it there.\n\n"
+            f"\n\nAll modules have rank {rank}, and vLLM serves adapters of up to {SERVED_RANKS[-1]}: merge it with "
+            "`p2d export` to serve it there."
         )
     return (
-        f"All modules have rank {rank}: vLLM needs `--max-lora-rank {served}`.\n\n```sh\n"
+        f"\n\nAll modules have rank {rank}: vLLM needs `--max-lora-rank {served}`.\n\n```sh\n"
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {served} --lora-modules NAME=PATH_OF_THIS_FOLDER"
-        "\n```\n\n"
+        "\n```"
     )
 
 
@@ -128,5 +127,5 @@ def _write_card(folder: Path, base: str, library: str, tags: Sequence[str], text
     # What YAML could take for something else than a text is quoted as in JSON, which YAML reads too.
     name = base if _PLAIN_SCALAR.fullmatch(base) else json.dumps(base, ensure_ascii=False)
     listed = "".join(f"- {tag}\n" for tag in tags)
-    header = f"base_model: {name}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n{listed}"
-    (folder / CARD_NAME).write_text(f"---\n{header}---\n\n{text}", encoding="utf-8")
+    front = f"base_model: {name}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n{listed}"
+    save_card(folder, front, text)

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CARD_NAME = "README.md"
-_RECORD = "`manifest.json` records the inputs with their digests, every setting with its origin, and the cost."
+_RECORD = "`manifest.json` records the inputs with their digests, every setting with its origin, and the cost.\n"
+
+
+def save_card(folder: Path, front: str, text: str) -> None:
+    """Write a card: YAML that hubs read, what there is to say, and where the record is."""
+    (folder / CARD_NAME).write_text(f"---\n{front}---\n\n{text}\n\n{_RECORD}", encoding="utf-8")
 
 
 def save_data_card(folder: Path, tables: Mapping[str, tuple[str, str]], *, title: str, text: str) -> None:
@@ -31,6 +36,5 @@ def save_data_card(folder: Path, tables: Mapping[str, tuple[str, str]], *, title
         for name, (file, split) in tables.items()
     )
     front = "tags:\n- p2d\n" + (f"configs:\n{configs}" if tables else "")
-    code = f"```python\nfrom datasets import load_dataset\n\n{calls}```\n\n" if tables else ""
-    content = f"---\n{front}---\n\n# {title}\n\n{text}\n\n{code}{_RECORD}\n"
-    (folder / CARD_NAME).write_text(content, encoding="utf-8")
+    code = f"\n\n```python\nfrom datasets import load_dataset\n\n{calls}```" if tables else ""
+    save_card(folder, front, f"# {title}\n\n{text}{code}")

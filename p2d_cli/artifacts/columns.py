@@ -8,6 +8,7 @@ the rows' ranks, which is the order of columns and of the fields of structs.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -32,10 +33,11 @@ Place = tuple[int, int]
 class _Kinds:
     """One value of each kind that stands at some place of a column's values, with the first place where it does."""
 
+    first: Place = (2**63, 0)
     plain: dict[Any, tuple[Place, Any]] = field(default_factory=dict)
-    items: tuple[Place, _Kinds] | None = None
+    items: _Kinds | None = None
     """Of lists."""
-    fields: dict[str, tuple[Place, _Kinds]] = field(default_factory=dict)
+    fields: dict[str, _Kinds] = field(default_factory=lambda: defaultdict(_Kinds))
     """Of objects."""
     empty_object: Place | None = None
     is_written: bool = False
@@ -46,86 +48,70 @@ class _Kinds:
     def add(self, value: Any, rank: int, numbers: Iterator[int]) -> None:
         """Look at a value."""
         place = (rank, next(numbers))
+        self.first = min(self.first, place)
         if isinstance(value, dict):
             if not value:
                 self.empty_object = min(place, self.empty_object or place)
             if isinstance(value, JsonObject):
                 self.is_written = True
                 self.has_written_null = self.has_written_null or any(part is None for part in value.values())
-            _add_fields(self.fields, value, rank, numbers)
+            for name, part in value.items():
+                self.fields[name].add(part, rank, numbers)
         elif isinstance(value, list | tuple):
-            first, kinds = self.items or (place, _Kinds())
-            self.items = (min(first, place), kinds)
+            self.items = self.items or _Kinds()
+            self.items.first = min(self.items.first, place)
             for child in value:
-                kinds.add(child, rank, numbers)
+                self.items.add(child, rank, numbers)
         else:
             kind = _kind(value)
             if kind not in self.plain or place < self.plain[kind][0]:
                 self.plain[kind] = (place, value)
 
+    def parts(self, names: frozenset[str] = frozenset()) -> Iterator[tuple[_Kinds, frozenset[str]]]:
+        """Return these values and all inside them, each with the names of the fields that lead there from `names`."""
+        yield self, names
+        if self.items is not None:
+            yield from self.items.parts(names)
+        for name, kinds in self.fields.items():
+            yield from kinds.parts(names | {name})
+
     def has_surrogates(self) -> bool:
         """Return whether a text or the name of a field holds half of a surrogate pair."""
-        return (
-            (str, False) in self.plain
-            or (self.items is not None and self.items[1].has_surrogates())
-            or any(not _is_unicode(name) or kinds.has_surrogates() for name, (_, kinds) in self.fields.items())
-        )
+        return any((str, False) in part.plain or not all(map(_is_unicode, part.fields)) for part, _ in self.parts())
 
-    def merges_numbers(self, *, exact: bool = False) -> bool:
-        """Return whether whole numbers would become floats in what models are shown as JSON: a tool's arguments.
-
-        Args:
-            exact: whether these values are such arguments.
-        """
-        if exact and {kind[0] for kind in self.plain if isinstance(kind, tuple)} >= {int, float}:
-            return True
-        inside = [] if self.items is None else [self.items[1].merges_numbers(exact=exact)]
-        return any(inside) or any(
-            kinds.merges_numbers(exact=exact or name in _SHOWN_AS_JSON) for name, (_, kinds) in self.fields.items()
+    def merges_numbers(self) -> bool:
+        """Return whether whole numbers would become floats in what models are shown as JSON: a tool's arguments."""
+        return any(
+            not names.isdisjoint(_SHOWN_AS_JSON)
+            and {kind[0] for kind in part.plain if isinstance(kind, tuple)} >= {int, float}
+            for part, names in self.parts()
         )
 
     def says_nulls(self) -> bool:
         """Return whether nulls are there because JSON has them, and not because Arrow fills them in."""
-        inside = [] if self.items is None else [self.items[1]]
-        return self.is_written or any(
-            kinds.says_nulls() for kinds in (*inside, *(part for _, part in self.fields.values()))
-        )
+        return any(part.is_written for part, _ in self.parts())
 
-    def loses_nulls(self, *, exact: bool) -> bool:
+    def loses_nulls(self, name: str) -> bool:
         """Return whether nulls of what models are shown as JSON would look like those that Arrow fills in.
 
         Args:
-            exact: whether these values are shown so.
+            name: the column's.
         """
-        inside = [] if self.items is None else [self.items[1].loses_nulls(exact=exact)]
-        return (
-            (exact and self.has_written_null)
-            or any(inside)
-            or any(
-                kinds.loses_nulls(exact=exact or name in _SHOWN_WITH_NULLS) for name, (_, kinds) in self.fields.items()
-            )
+        return any(
+            part.has_written_null and not names.isdisjoint(_SHOWN_WITH_NULLS)
+            for part, names in self.parts(frozenset({name}))
         )
 
     def samples(self) -> list[Any]:
         """Return values that Arrow infers the same type from as from all that were added."""
         found: list[tuple[Place, Any]] = list(self.plain.values())
         if self.items is not None:
-            found.append((self.items[0], self.items[1].samples()))
+            found.append((self.items.first, self.items.samples()))
         if self.empty_object is not None:
             found.append((self.empty_object, {}))
-        for name, (first, kinds) in self.fields.items():
-            found += [(first, {name: sample}) for sample in kinds.samples()]
+        for name, kinds in self.fields.items():
+            found += [(kinds.first, {name: sample}) for sample in kinds.samples()]
         return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
-
-
-def _add_fields(
-    fields: dict[str, tuple[Place, _Kinds]], values: Mapping[str, Any], rank: int, numbers: Iterator[int]
-) -> None:
-    for name, value in values.items():
-        place = (rank, next(numbers))
-        first, kinds = fields.get(name) or (place, _Kinds())
-        fields[name] = (min(first, place), kinds)
-        kinds.add(value, rank, numbers)
 
 
 def _kind(value: Any) -> Any:
@@ -178,31 +164,27 @@ class Columns:
     """Finds the columns of rows."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, tuple[Place, _Kinds]] = {}
+        self._rows = _Kinds()
         self._numbers = count()
 
     def add(self, row: Mapping[str, Any], rank: int) -> None:
         """Look at a row."""
-        _add_fields(self._kinds, row, rank, self._numbers)
+        self._rows.add(dict(row), rank, self._numbers)
 
     def found(self) -> dict[str, Column]:
         """Return the columns, in the order in which they first stand in the rows by rank."""
-        in_order = sorted(self._kinds.items(), key=lambda item: item[1][0])
+        in_order = sorted(self._rows.fields.items(), key=lambda item: item[1].first)
         return {
             name: Column(_type_of(name, kinds), ascii_only=kinds.has_surrogates(), says_nulls=kinds.says_nulls())
-            for name, (_, kinds) in in_order
+            for name, kinds in in_order
         }
 
 
 def _type_of(name: str, kinds: _Kinds) -> pa.DataType | None:
-    if kinds.merges_numbers() or kinds.loses_nulls(exact=name in _SHOWN_WITH_NULLS):
+    if kinds.merges_numbers() or kinds.loses_nulls(name):
         return None
-    return _infer([*kinds.samples(), None])
-
-
-def _infer(samples: list[Any]) -> pa.DataType | None:
     try:
-        kind = pa.array(samples).type
+        kind = pa.array([*kinds.samples(), None]).type
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         return None
     return None if _has_empty_struct(kind) else kind

@@ -18,14 +18,10 @@ REMEMBERED_BYTES = 16 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def digest_text(text: str) -> str:
-    """Return the SHA-256 of `text` as UTF-8, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def digest_json(value: object) -> str:
-    """Return the SHA-256 of a JSON value in canonical form: sorted keys, no spaces."""
-    return digest_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+    """Return the SHA-256 of a JSON value in canonical form: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
@@ -40,11 +36,10 @@ def digest_file(path: Path) -> str:
     if status.st_size < REMEMBERED_BYTES:
         return read_digest(path)
     stamp = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    memory = _memory_file()
-    remembered = _recall(memory)
+    remembered = _recall()
     if stamp not in remembered:
         remembered[stamp] = read_digest(path)
-        _remember(memory, remembered)
+        _remember(remembered)
     return remembered[stamp]
 
 
@@ -66,32 +61,32 @@ def read_digest(path: Path) -> str:
 
 
 def _memory_file() -> Path:
+    """Return where digests are remembered.
+
+    Raises:
+        RuntimeError: the user has no home, as in some containers.
+    """
     if base := os.environ.get("P2D_CACHE_DIR"):
         return Path(base) / "digests.json"
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d" / "digests.json"
-    except RuntimeError:  # a user without a home, as in some containers
-        return Path(os.devnull)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "p2d" / "digests.json"
 
 
-def _recall(memory: Path) -> dict[str, str]:
+def _recall() -> dict[str, str]:
     try:
-        remembered = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
+        remembered = json.loads(_memory_file().read_bytes())
+    except (OSError, ValueError, RuntimeError):
         return {}
     return remembered if isinstance(remembered, dict) else {}
 
 
-def _remember(memory: Path, remembered: dict[str, str]) -> None:
+def _remember(remembered: dict[str, str]) -> None:
     """Write the digests aside and rename; a home that cannot be written only costs the time saved."""
-    newest = dict(list(remembered.items())[-1000:])
-    aside = memory.with_name(f"{memory.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        if memory == Path(os.devnull):
-            return
+    with suppress(OSError, RuntimeError):
+        memory = _memory_file()
         memory.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(newest), encoding="utf-8")
-        aside.replace(memory)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink()
+        aside = memory.with_name(f"{memory.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            aside.write_text(json.dumps(dict(list(remembered.items())[-1000:])), encoding="utf-8")
+            aside.replace(memory)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -28,23 +28,20 @@ def save_evaluation(folder: Path, metrics: Mapping[str, MetricValue], prediction
 
     A card is added, by which `datasets.load_dataset` opens the folder: the predictions, as split `test`.
     """
-    text = json.dumps(metric_entries(metrics), indent=2)
-    (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
+    entries = json.dumps(metric_entries(metrics), indent=2)
+    (folder / METRICS_NAME).write_text(entries + "\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in predictions]), folder / PREDICTIONS_NAME)
     # A table without rows has no columns either, and opens as no data set.
     tables = {"default": (PREDICTIONS_NAME, "test")} if predictions else {}
-    save_data_card(folder, tables, title="Evaluated with p2d", text=_card_text(metrics, len(predictions)))
-
-
-def _card_text(metrics: Mapping[str, MetricValue], rows: int) -> str:
     lines = [
         f"| {name} | {metric.value:.4f} | {metric.low:.4f} to {metric.high:.4f} | {metric.count} |"
         for name, metric in metrics.items()
     ]
-    return (
-        f"`{PREDICTIONS_NAME}` holds what was asked and answered in {rows} examples, `{METRICS_NAME}` these:\n\n"
-        "| metric | value | interval | examples |\n|---|---|---|---|\n" + "\n".join(lines)
+    text = (
+        f"`{PREDICTIONS_NAME}` holds what was asked and answered in {len(predictions)} examples, `{METRICS_NAME}` "
+        "these:\n\n| metric | value | interval | examples |\n|---|---|---|---|\n" + "\n".join(lines)
     )
+    save_data_card(folder, tables, title="Evaluated with p2d", text=text)
 
 
 def metric_entries(metrics: Mapping[str, MetricValue]) -> dict[str, dict[str, Any]]:
@@ -75,11 +72,10 @@ def metric_values(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricV
         ValueError: a figure is missing, or is no number.
         AttributeError: it is no table of metrics.
     """
-    return {name: _METRIC.validate_python(_with_nan(metric)) for name, metric in entries.items()}
-
-
-def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if value is None else value for key, value in metric.items()}
+    return {
+        name: _METRIC.validate_python({key: math.nan if value is None else value for key, value in metric.items()})
+        for name, metric in entries.items()
+    }
 
 
 def load_predictions(folder: Path) -> list[dict[str, Any]]:

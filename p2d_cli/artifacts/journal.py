@@ -16,8 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,12 +52,12 @@ class Journal:
     def __init__(self, path: Path, plan: Sequence[Sequence[int]], *, work: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"plan": digest_json([list(batch) for batch in plan]), "work": work}
-        lines, length = _read(path)
+        self._stream = path.open("r+b" if path.exists() else "w+b")
+        lines, length = _read(self._stream)
         if lines[:1] != [header]:
             lines, length = [], 0
         self.finished = {line["batch"]: line["entry"] for line in lines[1:]}
         """By the position of the batch in the plan."""
-        self._stream = path.open("r+b" if path.exists() else "w+b")
         self._stream.truncate(length)
         self._stream.seek(length)
         self._flushed = time.monotonic()
@@ -73,9 +72,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -98,18 +95,15 @@ def unpack_texts(packed: NDArray[np.uint8]) -> list[str]:
     return texts
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read(stream: BinaryIO) -> tuple[list[dict[str, Any]], int]:
     """Return the sound lines at the start of a journal, and how many bytes they take."""
-    if not path.exists():
-        return [], 0
     lines: list[dict[str, Any]] = []
     length = 0
-    with path.open("rb") as stream:
-        for raw in stream:
-            if (line := _line(raw, is_header=not lines)) is None:
-                break
-            lines.append(line)
-            length += len(raw)
+    for raw in stream:
+        if (line := _line(raw, is_header=not lines)) is None:
+            break
+        lines.append(line)
+        length += len(raw)
     return lines, length
 
 
@@ -126,12 +120,8 @@ def _line(raw: bytes, *, is_header: bool) -> dict[str, Any] | None:
 
 
 def _pack(array: NDArray[Any]) -> dict[str, Any]:
-    array = np.ascontiguousarray(array)
-    return {
-        "dtype": array.dtype.str,
-        "shape": list(array.shape),
-        "data": base64.b64encode(array.tobytes()).decode("ascii"),
-    }
+    data = base64.b64encode(array.tobytes()).decode("ascii")
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
 
 
 def _entry(line: Mapping[str, Any]) -> Entry:

@@ -89,8 +89,6 @@ def _flock(descriptor: int) -> bool:
     """Lock an open file; False where the file system knows no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as problem:
         if problem.errno in _NO_FLOCK:
             return False
@@ -166,20 +164,14 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as problem:
+        return isinstance(problem, ProcessLookupError)
     return False
 
 
 def _taken(target: Path, path: Path) -> StoppedEarlyError:
     holder = _holder(path)
-    who = (
-        ""
-        if holder is None
-        else f": pid {holder['pid']} on {holder['host']} since {holder['since']}, `{holder['command']}`"
-    )
+    who = "" if holder is None else ": pid {pid} on {host} since {since}, `{command}`".format_map(holder)
     hint = "wait for it and run the same command again"
     if holder is not None and holder["host"] != socket.gethostname():
         hint += f"; if that process is gone, remove {path}"

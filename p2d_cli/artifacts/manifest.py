@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.errors import ArtifactError
-from p2d_cli.pipeline import ArtifactKind
+from p2d_cli.pipeline import ArtifactKind, stage_writing
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSIONS: dict[ArtifactKind, int] = dict.fromkeys(get_args(ArtifactKind), 1)
@@ -151,7 +151,7 @@ def read_manifest(folder: Path, *, kind: ArtifactKind | None = None) -> Manifest
     expected = f"an artifact of kind {kind}" if kind else "an artifact"
     if not path.is_file():
         found = "an unfinished or foreign folder: it has no manifest.json" if folder.is_dir() else "nothing there"
-        hint = f"give the folder that {_writer_of(kind)} wrote" if kind else "give a folder that p2d wrote"
+        hint = f"give the folder that p2d {stage_writing(kind).name} wrote" if kind else "give a folder that p2d wrote"
         raise ArtifactError(f"expected {expected} at {folder}, found {found}", hint=hint)
     try:
         fields = json.loads(path.read_bytes())
@@ -206,14 +206,8 @@ def _check_schema(fields: Any, path: Path, kind: ArtifactKind | None) -> None:
     if kind is not None and found != kind:
         raise ArtifactError(
             f"expected an artifact of kind {kind} at {path.parent}, found one of kind {found}",
-            hint=f"give the folder that {_writer_of(kind)} wrote",
+            hint=f"give the folder that p2d {stage_writing(kind).name} wrote",
         )
-
-
-def _writer_of(kind: str | None) -> str:
-    from p2d_cli.pipeline import EXPORT, STAGES
-
-    return next(f"p2d {stage.name}" for stage in (*STAGES, EXPORT) if stage.writes == kind)
 
 
 def verify_outputs(folder: Path, manifest: Manifest) -> None:

@@ -126,7 +126,7 @@ def find_current(
 
 def unfinished_folder(target: Path, key: str) -> Path:
     """Return where work for an artifact of this key is kept until it is finished."""
-    return _unfinished(_resolved(target), key)
+    return _hidden(_resolved(target), f"unfinished-{key[:16]}")
 
 
 @contextmanager
@@ -145,36 +145,32 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         StorageError: the disk is full or failed.
     """
     place = _resolved(target)
-    unfinished = _unfinished(place, key)
+    unfinished = unfinished_folder(place, key)
     with _sole_writer(target, place):
         folder = _hidden(place, f"draft-{uuid.uuid4().hex[:8]}")
         try:
             _put_back(place)
-            _sweep(place, {_unfinished(place, "")}, keep=unfinished if resume else None)
+            _sweep(place, unfinished_folder(place, ""), keep=unfinished if resume else None)
             folder.mkdir()
-            _try_writing(folder)
+            # Fail on a full disk now, not after hours of work.
+            probe = folder / "probe"
+            probe.write_bytes(bytes(_PROBE_BYTES))
+            flush_file(probe)
+            probe.unlink()
             yield Draft(folder, place, unfinished)
         except P2DError:
             raise
         except Exception as problem:
-            if (reason := _storage_reason(problem)) is None:
+            if (cause := _storage_problem(problem)) is None:
                 raise
-            if _is_too_long(problem):
-                raise CannotCreateError(f"cannot create {target}: {reason}", hint=_SHORTER_NAME) from problem
+            if getattr(cause, "errno", None) == errno.ENAMETOOLONG:
+                raise CannotCreateError(f"cannot create {target}: {first_line(cause)}", hint=_SHORTER_NAME) from problem
             raise StorageError(
-                f"making the {kind} artifact {target} failed: {reason}",
+                f"making the {kind} artifact {target} failed: {first_line(cause)}",
                 hint="make room or mend the disk, and run the same command again: what was finished is kept",
             ) from problem
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _try_writing(folder: Path) -> None:
-    """Fail on a full disk now, not after hours of work."""
-    probe = folder / "probe"
-    probe.write_bytes(bytes(_PROBE_BYTES))
-    flush_file(probe)
-    probe.unlink()
 
 
 def clear_leftovers(target: Path, key: str) -> None:
@@ -183,7 +179,7 @@ def clear_leftovers(target: Path, key: str) -> None:
     Nothing is done where another process is writing, or where nothing can be written.
     """
     place = _resolved(target)
-    own = {_unfinished(place, key)}
+    own = unfinished_folder(place, key)
     if not _leftovers(place, own) and not lock_path(place).exists():
         return
     with suppress(OSError, StoppedEarlyError), write_lock(place):
@@ -238,11 +234,9 @@ def ensure_nameable(target: Path) -> None:
         CannotCreateError: a part of the path is too long, or the whole.
     """
     place = _resolved(target)
-    longest_name, longest_path = (
-        _longest_of(place, "PC_NAME_MAX", _NAME_BYTES),
-        _longest_of(place, "PC_PATH_MAX", _PATH_BYTES),
-    )
-    beside = _unfinished(place, "0" * 64)
+    longest_name = _longest_of(place, "PC_NAME_MAX", _NAME_BYTES)
+    longest_path = _longest_of(place, "PC_PATH_MAX", _PATH_BYTES)
+    beside = unfinished_folder(place, "0" * 64)
     for part in (*place.parts[1:-1], beside.name):
         if len(os.fsencode(part)) > longest_name:
             raise CannotCreateError(
@@ -256,14 +250,10 @@ def ensure_nameable(target: Path) -> None:
 
 def _longest_of(place: Path, limit: str, otherwise: int) -> int:
     """Return a limit of the file system that a path will lie on."""
-    for folder in place.parents:
-        try:
-            return os.pathconf(folder, limit)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
-            break
-    return otherwise
+    try:
+        return os.pathconf(next(folder for folder in place.parents if folder.exists()), limit)
+    except (OSError, ValueError):
+        return otherwise
 
 
 def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, changes: str) -> None:
@@ -344,7 +334,7 @@ def _discard_aside(target: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sweep(target: Path, unfinished: set[Path], *, keep: Path | None = None) -> None:
+def _sweep(target: Path, unfinished: Path, *, keep: Path | None = None) -> None:
     """Remove what dead writers left; for the holder of the lock."""
     if target.exists():
         _discard_aside(target)
@@ -353,9 +343,9 @@ def _sweep(target: Path, unfinished: set[Path], *, keep: Path | None = None) -> 
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _leftovers(target: Path, unfinished: set[Path]) -> list[Path]:
-    """Return what lies beside an artifact for a while only; unfinished work only if its name begins as one given."""
-    starts = (_hidden(target, "draft-").name, *(path.name for path in unfinished))
+def _leftovers(target: Path, unfinished: Path) -> list[Path]:
+    """Return what lies beside an artifact for a while only; unfinished work if its name begins as the one given."""
+    starts = (_hidden(target, "draft-").name, unfinished.name)
     old = _hidden(target, "old")
     return [path for path in target.parent.iterdir() if path.name.startswith(starts) or path == old]
 
@@ -367,10 +357,6 @@ def _resolved(target: Path) -> Path:
 
 def _hidden(target: Path, suffix: str) -> Path:
     return target.parent / f".{target.name}.{suffix}"
-
-
-def _unfinished(target: Path, key: str) -> Path:
-    return _hidden(target, f"unfinished-{key[:16]}")
 
 
 def _make_folders(folder: Path) -> None:
@@ -390,18 +376,8 @@ def _can_exist(path: Path) -> bool:
     return True
 
 
-def _is_too_long(problem: BaseException | None) -> bool:
-    while problem is not None:
-        if isinstance(problem, OSError):
-            return problem.errno == errno.ENAMETOOLONG
+def _storage_problem(problem: BaseException | None) -> BaseException | None:
+    """Return what the system had against writing: this exception or one that it came from; None if it is another."""
+    while problem is not None and not isinstance(problem, OSError) and not _STORAGE_WORDS.search(str(problem)):
         problem = problem.__cause__
-    return False
-
-
-def _storage_reason(problem: BaseException | None) -> str | None:
-    """Return what the system had against writing, if an exception or one that it came from tells."""
-    while problem is not None:
-        if isinstance(problem, OSError) or _STORAGE_WORDS.search(str(problem)):
-            return first_line(problem)
-        problem = problem.__cause__
-    return None
+    return problem

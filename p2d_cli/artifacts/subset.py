@@ -12,8 +12,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +36,7 @@ GROUP_ROWS = 2**17
 PART_ROWS, PART_CHARACTERS, MOST_PARTS = 2**14, 2**26, 256
 """Rows and characters of the chosen rows that are held at a time, and the number of files that they are parted into."""
 WAITING_CHARACTERS = 2**25
+_POOL_SCHEMA = pa.schema({"id": pa.string(), "score": pa.float64(), "rank": pa.int64(), "draws": pa.int64()})
 _ARROW = "\0arrow"
 _Spilled = tuple[int, str, float, dict[str, Any]]
 """Rank, id, score and own columns of a chosen row."""
@@ -74,12 +75,25 @@ def save_subset(
     """
     with TemporaryDirectory(dir=folder, prefix=".rows-") as spill:
         chosen = _ChosenRows(Path(spill), count, parts=-(-characters // PART_CHARACTERS))
-        with _PoolScoresWriter(folder / POOL_SCORES_NAME, pool) as writer:
+        ids: list[str] = []
+        with pq.ParquetWriter(folder / POOL_SCORES_NAME, _POOL_SCHEMA, compression="zstd") as writer:
             for place, (name, fields) in enumerate(rows):
-                writer.add(name)
+                ids.append(name)
+                if len(ids) == GROUP_ROWS:
+                    _write_scores(writer, ids, pool, place + 1)
+                    ids.clear()
                 if (rank := int(pool.ranks_N[place])) < count:
                     chosen.add(rank, name, float(pool.scores_N[place]), fields)
+            if ids:
+                _write_scores(writer, ids, pool, place + 1)
         chosen.write(folder / SUBSET_NAME)
+
+
+def _write_scores(writer: pq.ParquetWriter, ids: Sequence[str], pool: PoolScores, end: int) -> None:
+    """Write the scores of the rows before position `end`, of which these are the ids."""
+    part = slice(end - len(ids), end)
+    columns = [ids, pool.scores_N[part], pool.ranks_N[part], pool.draws_N[part]]
+    writer.write_table(pa.table(columns, schema=_POOL_SCHEMA))
 
 
 def save_subset_card(folder: Path, *, method: str, chosen: int, total: int) -> None:
@@ -99,40 +113,6 @@ def save_subset_card(folder: Path, *, method: str, chosen: int, total: int) -> N
     )
     tables = {"default": (SUBSET_NAME, "train"), "pool_scores": (POOL_SCORES_NAME, "train")}
     save_data_card(folder, tables, title="Rows chosen with p2d", text=text)
-
-
-class _PoolScoresWriter:
-    """Writes `pool_scores.parquet` as the ids come."""
-
-    def __init__(self, path: Path, pool: PoolScores) -> None:
-        self._pool = pool
-        self._ids: list[str] = []
-        self._done = 0
-        kinds = {"id": pa.string(), "score": pa.float64(), "rank": pa.int64(), "draws": pa.int64()}
-        self._schema = pa.schema(list(kinds.items()))
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-
-    def __enter__(self) -> _PoolScoresWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
-
-    def add(self, name: str) -> None:
-        """Take the id of the next row."""
-        self._ids.append(name)
-        if len(self._ids) == GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        part = slice(self._done, self._done + len(self._ids))
-        pool = self._pool
-        columns = [self._ids, pool.scores_N[part], pool.ranks_N[part], pool.draws_N[part]]
-        if self._ids:
-            self._writer.write_table(pa.table(columns, schema=self._schema))
-        self._done, self._ids = part.stop, []
 
 
 class _ChosenRows:
@@ -183,42 +163,39 @@ class _ChosenRows:
             try:
                 self._write(path, columns)
             except _MisfitError as misfit:
-                columns[misfit.column] = replace(columns[misfit.column], type=None)
+                name = str(misfit)
+                columns[name] = replace(columns[name], type=None)
             else:
                 return
 
     def _write(self, path: Path, columns: Mapping[str, Column]) -> None:
-        with ExitStack() as opened:
-            writer: pq.ParquetWriter | None = None
-            for part in range(MOST_PARTS):
-                if not self._path(part).exists():
-                    return
-                table = _table(self._read(part), columns)
-                if writer is None:
-                    writer = opened.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+        parts = (part for part in map(self._path, range(MOST_PARTS)) if part.exists())
+        tables = (_table(_read_rows(part), columns) for part in parts)
+        if (first := next(tables, None)) is None:
+            return
+        with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+            for table in chain([first], tables):
                 writer.write_table(table)
 
-    def _read(self, part: int) -> list[_Spilled]:
-        with self._path(part).open(encoding="ascii") as stream:
-            rows: list[_Spilled] = [json.loads(line, object_hook=_arrow_value) for line in stream]
-        return sorted(rows, key=lambda row: row[0])
+
+def _read_rows(part: Path) -> list[_Spilled]:
+    with part.open(encoding="ascii") as stream:
+        rows: list[_Spilled] = [json.loads(line, object_hook=_arrow_value) for line in stream]
+    return sorted(rows, key=lambda row: row[0])
 
 
 class _MisfitError(Exception):
-    """A value that does not fit the type of its column."""
-
-    def __init__(self, column: str) -> None:
-        super().__init__(column)
-        self.column = column
+    """A value does not fit the type of its column, which is named."""
 
 
 def _table(rows: Sequence[_Spilled], columns: Mapping[str, Column]) -> pa.Table:
-    """Return rows as they stand in the file.
+    """Return rows as they stand in the file; columns of JSON are marked, and read again as they came.
 
     Raises:
         _MisfitError: a value does not fit its column; as JSON, every value does.
     """
     arrays = {"id": pa.array([name for _, name, _, _ in rows], pa.string())}
+    marks: dict[str, dict[bytes, bytes]] = {}
     for column, name in _free_names(columns).items():
         try:
             arrays[name] = columns[column].array([fields.get(column) for _, _, _, fields in rows])
@@ -226,16 +203,12 @@ def _table(rows: Sequence[_Spilled], columns: Mapping[str, Column]) -> pa.Table:
             if columns[column].type is None:
                 raise
             raise _MisfitError(column) from None
+        if columns[column].type is None:
+            marks[name] = JSON_MARK
     arrays["score"] = pa.array([score for _, _, score, _ in rows], pa.float64())
     arrays["rank"] = pa.array([rank for rank, _, _, _ in rows], pa.int64())
-    return pa.table(arrays, _marked_schema(arrays, columns))
-
-
-def _marked_schema(arrays: Mapping[str, pa.Array], columns: Mapping[str, Column]) -> pa.Schema:
-    """Return the schema, with a mark on columns of JSON: their rows are read again as they came."""
-    are_json = {name for column, name in _free_names(columns).items() if columns[column].type is None}
-    marks = {name: JSON_MARK if name in are_json else None for name in arrays}
-    return pa.schema([pa.field(name, array.type, metadata=marks[name]) for name, array in arrays.items()])
+    fields = [pa.field(name, array.type, metadata=marks.get(name)) for name, array in arrays.items()]
+    return pa.table(arrays, pa.schema(fields))
 
 
 def _free_names(columns: Iterable[str]) -> dict[str, str]:
@@ -287,27 +260,6 @@ def load_pool_scores(folder: Path) -> NamedPoolScores:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
 
 
-def load_subset_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read the chosen rows, best first, with their `id`, `score` and `rank`.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
-    path = folder / SUBSET_NAME
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
-        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
-    _require_named(path, rows)
-    return rows
-
-
-def _require_named(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not all(isinstance(row.get("id"), str) and isinstance(row.get("score"), float) for row in rows):
-        hint = "rerun p2d mine-data"
-        raise ArtifactError(f"{path} does not name and score every row in the columns 'id' and 'score'", hint=hint)
-
-
 def load_extreme_rows(folder: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Read the best of the chosen rows and the last ones, `count` of each, best first, without holding the others.
 
@@ -324,7 +276,9 @@ def load_extreme_rows(folder: Path, count: int) -> tuple[list[dict[str, Any]], l
             last = _rows_of_groups(file, reversed(groups), count)[-count:]
     except (OSError, pa.ArrowException, ValueError, OverflowError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d mine-data") from None
-    _require_named(path, [*best, *last])
+    if not all(isinstance(row.get("id"), str) and isinstance(row.get("score"), float) for row in [*best, *last]):
+        hint = "rerun p2d mine-data"
+        raise ArtifactError(f"{path} does not name and score every row in the columns 'id' and 'score'", hint=hint)
     return best, last
 
 

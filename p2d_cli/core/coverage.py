@@ -54,8 +54,7 @@ def _best(rows_MW: Any, nearest_M: NDArray[np.float64], bounds_M: NDArray[np.flo
 
 def _likeness(rows_MW: Any, candidates_C: ArrayLike) -> NDArray[np.float64]:
     """Return how like every row each candidate is, `[M, C]`; several times as fast as by sparse candidates."""
-    likeness_MC: NDArray[np.float64] = rows_MW @ rows_MW[candidates_C].T.toarray()
-    return likeness_MC
+    return np.asarray(rows_MW @ rows_MW[candidates_C].T.toarray())
 
 
 def _highest(values_M: NDArray[np.float64], count: int) -> NDArray[np.int64]:

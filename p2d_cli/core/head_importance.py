@@ -11,9 +11,10 @@ order one to get a number of that size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -41,56 +42,9 @@ class LayerWeights:
     """Value rows of each key/value group."""
 
     @property
-    def num_heads(self) -> int:
-        """Number of query heads."""
-        return int(self.q_HdD.shape[0])
-
-    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the three tensors, in the order q, k, v."""
         return tuple(self.q_HdD.shape), tuple(self.k_GdD.shape), tuple(self.v_GdD.shape)
-
-
-def alignment_logits(w_q_dD: Tensor, w_k_dD: Tensor, w_v_dD: Tensor, weights: HeadWeights = "product") -> Tensor:
-    """Return the numbers whose softmax is the parameter alignment distribution of one head.
-
-    `product` is the head's map `W_o(h) = W_qᵀ W_k W_vᵀ` as `[D, d]`, row by row (ALPS, arXiv:2505.18799, eq. 5,
-    with `nn.Linear` weights). It is computed as `W_qᵀ (W_k W_vᵀ)`, which never forms a `D x D` matrix. `qkv` is
-    the three projections, flattened one after the other: what the public ALPS code measures.
-
-    Returns:
-        float64 [n], with `n = D * d` (product) or `3 * d * D` (qkv).
-    """
-    q_dD, k_dD, v_dD = w_q_dD.double(), w_k_dD.double(), w_v_dD.double()
-    if weights == "qkv":
-        return torch.cat([q_dD.flatten(), k_dD.flatten(), v_dD.flatten()])
-    return (q_dD.T @ (k_dD @ v_dD.T)).flatten()
-
-
-def alignment_distance(
-    base_logits: Tensor, task_logits: Tensor, *, distance: Distance = "w1", temperature: float = 1.0
-) -> float:
-    """Return how far the task model's head lies from the base model's.
-
-    With `P = softmax(logits / temperature)` (ALPS eq. 6):
-
-    - `w1`: Wasserstein-1 between `P_base` and `P_task` over `n` positions evenly on [0, 1] (ALPS eq. 7), that is
-      `sum |cumsum(P_base - P_task)[:n-1]| / (n - 1)`;
-    - `kl`: `KL(P_task || P_base)` in nats; `js`: the Jensen-Shannon divergence in nats (not its root);
-    - `cosine`: 1 - cosine similarity of the raw logits; `l2`: norm of their difference; `relative-l2`: that over
-      the norm of the base logits. These three ignore the temperature.
-
-    Args:
-        base_logits: [n], as `alignment_logits` gives them.
-        task_logits: [n], likewise.
-        distance: Which distance.
-        temperature: Divides the logits before the softmax; above 0.
-
-    Returns:
-        A number >= 0, in float64 precision; nan if a logit is not finite.
-    """
-    stretch = _Stretch(base_logits.double(), task_logits.double(), temperature)
-    return float(_compare([stretch], distance))
 
 
 def score_layer(
@@ -101,16 +55,35 @@ def score_layer(
     distance: Distance = "w1",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the alignment distance of every query head of a layer.
+    """Return how far each query head `h` of a layer, with its key/value group `floor(h * G / H)`, was moved.
 
-    Query head `h` is paired with key/value group `floor(h * G / H)`.
+    What is compared is each head's map, flattened to n `logits`. `product`: `W_o(h) = W_qᵀ W_k W_vᵀ` as `[D, d]`, row
+    by row (ALPS, arXiv:2505.18799, eq. 5, with `nn.Linear` weights), computed as `W_qᵀ (W_k W_vᵀ)`, which never forms a
+    `D x D` matrix. `qkv`: the three projections, one after the other, as the public ALPS code measures.
+
+    With `P = softmax(logits / temperature)` (ALPS eq. 6), the distance is:
+
+    - `w1`: Wasserstein-1 between `P_base` and `P_task` over `n` positions evenly on [0, 1] (ALPS eq. 7), that is
+      `sum |cumsum(P_base - P_task)[:n-1]| / (n - 1)`;
+    - `kl`: `KL(P_task || P_base)` in nats; `js`: the Jensen-Shannon divergence in nats (not its root);
+    - `cosine`: 1 - cosine similarity of the raw logits; `l2`: norm of their difference; `relative-l2`: that over
+      the norm of the base logits. These three ignore the temperature.
+
+    Args:
+        base: the layer of the base model.
+        task: the same layer of the task model.
+        weights: what of a head is compared.
+        distance: which distance.
+        temperature: divides the logits before the softmax; above 0.
 
     Returns:
         float64 [H] on the CPU; a head with a weight that is not finite scores nan.
 
     Raises:
-        UsageError: the two layers have different shapes.
+        UsageError: the two layers have different shapes, or the temperature is not above 0.
     """
+    if not temperature > 0:
+        raise UsageError(f"the softmax temperature must be above 0, found {temperature}")
     if base.shapes != task.shapes:
         raise UsageError(
             f"comparing heads of two models: expected q, k, v of shapes {base.shapes}, found {task.shapes}",
@@ -141,24 +114,24 @@ def removal_effect(context_BTHd: Tensor, grad_BTHd: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """A stretch of a head's flattened map in both models, float64 [n]; heads of a group share those of keys and values.
+class _Pair:
+    """A head's flattened map in both models, or a stretch of it, and what the distances need, each computed once.
 
-    Where no logit and no change of one is large, the softmax of the whole map needs only sums over the stretches:
-    with `w = exp(base)` and `u = w expm1(change)`, `P_base = w / sum w` and `P_task = (w + u) / sum (w + u)`.
+    Heads of a group share the stretches of keys and values.
     """
 
     base_n: Tensor
+    """The logits, float64."""
     task_n: Tensor
     temperature: float
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UsageError(f"the softmax temperature must be above 0, found {self.temperature}")
-
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """`w`, `u` and the sum of each; None where a logit or a change is large, or not finite."""
+        """`w`, `u` and the sum of each; None where a logit or a change is large, or not finite.
+
+        Where none is large, the softmax of the whole map needs only sums over its stretches: with `w = exp(base)` and
+        `u = w expm1(change)`, `P_base = w / sum w` and `P_task = (w + u) / sum (w + u)`.
+        """
         weight_n, change_n = self.base_n / self.temperature, self.task_n - self.base_n
         change_n /= self.temperature
         bounds = zip((weight_n, change_n), (_NEAR_LOGIT, _NEAR_CHANGE), strict=True)
@@ -168,46 +141,75 @@ class _Stretch:
         gain_n = change_n.expm1_().mul_(weight_n)
         return weight_n, gain_n, weight_n.sum(), gain_n.sum()
 
+    @cached_property
+    def change_n(self) -> Tensor:
+        """Difference of the raw logits."""
+        return self.task_n - self.base_n
+
+    @cached_property
+    def log_p_base_n(self) -> Tensor:
+        return torch.log_softmax(self.base_n / self.temperature, dim=0)
+
+    @cached_property
+    def p_base_n(self) -> Tensor:
+        return self.log_p_base_n.exp()
+
+    @cached_property
+    def log_ratio_n(self) -> Tensor:
+        """`log(P_task / P_base)`, accurate relative to its own size however small it is.
+
+        With the logits' difference `c`, the ratio is `c - log(sum P_base e^c)`. For a small change that logarithm
+        is taken as `log1p(sum P_base expm1(c))`, around the largest `c` so that nothing overflows.
+        """
+        change_n = self.change_n / self.temperature
+        largest = change_n.amax()
+        shortfall = (self.p_base_n * torch.expm1(change_n - largest)).sum()
+        if bool(shortfall > -0.5):
+            return change_n - (largest + torch.log1p(shortfall))
+        return change_n - torch.logsumexp(self.log_p_base_n + change_n, dim=0)
+
+    @cached_property
+    def log_p_task_n(self) -> Tensor:
+        return self.log_p_base_n + self.log_ratio_n
+
+    def pick(self, near_n: Tensor, far: Callable[[], Tensor]) -> Tensor:
+        """Take `near_n` where the probability changed by less than a factor of e, and `far()` elsewhere, if at all."""
+        is_near_n = self.log_ratio_n.abs() < 1.0
+        return near_n if bool(is_near_n.all()) else torch.where(is_near_n, near_n, far())
+
 
 def _heads_by_group(
     base: LayerWeights, task: LayerWeights, weights: HeadWeights, temperature: float
-) -> Iterator[list[_Stretch]]:
+) -> Iterator[list[_Pair]]:
     """Give each query head's map, in order; what heads of a group share is converted, and its softmax taken, once."""
-    models = (base, task)
-    num_groups = int(base.k_GdD.shape[0])
-    for group in range(num_groups):
-        keys, values = ([getattr(model, name)[group].double() for model in models] for name in ("k_GdD", "v_GdD"))
+    num_heads, num_groups = len(base.q_HdD), len(base.k_GdD)
+    for group, heads in groupby(range(num_heads), lambda head: head * num_groups // num_heads):
+        k_base, k_task, v_base, v_task = (
+            weight_GdD[group].double() for weight_GdD in (base.k_GdD, task.k_GdD, base.v_GdD, task.v_GdD)
+        )
         if weights == "qkv":
-            shared = [_stretch(pair, temperature) for pair in (keys, values)]
+            shared = [_Pair(b.flatten(), t.flatten(), temperature) for b, t in ((k_base, k_task), (v_base, v_task))]
         else:
-            inner_dd = [key_dD @ value_dD.T for key_dD, value_dD in zip(keys, values, strict=True)]
-        for head in range(base.num_heads):
-            if head * num_groups // base.num_heads != group:
-                continue
-            queries = [model.q_HdD[head].double() for model in models]
+            inner_base, inner_task = k_base @ v_base.T, k_task @ v_task.T
+        for head in heads:
+            q_base, q_task = base.q_HdD[head].double(), task.q_HdD[head].double()
             if weights == "qkv":
-                yield [_stretch(queries, temperature), *shared]
+                yield [_Pair(q_base.flatten(), q_task.flatten(), temperature), *shared]
             else:
-                maps = [query_dD.T @ map_dd for query_dD, map_dd in zip(queries, inner_dd, strict=True)]
-                yield [_stretch(maps, temperature)]
+                yield [_Pair((q_base.T @ inner_base).flatten(), (q_task.T @ inner_task).flatten(), temperature)]
 
 
-def _stretch(pair: Sequence[Tensor], temperature: float) -> _Stretch:
-    base, task = pair
-    return _Stretch(base.flatten(), task.flatten(), temperature)
-
-
-def _compare(stretches: list[_Stretch], distance: Distance) -> Tensor:
+def _compare(stretches: list[_Pair], distance: Distance) -> Tensor:
     """Return the distance between the two models' maps of one head, a float64 scalar."""
     near = [stretch.sums for stretch in stretches] if distance == "w1" else [None]
     if all(sums is not None for sums in near):
         return _wasserstein_1_near([sums for sums in near if sums is not None])
-    base_n, task_n = (torch.cat(parts) for parts in zip(*((s.base_n, s.task_n) for s in stretches), strict=True))
-    return _DISTANCES[distance](_Pair(base_n[None], task_n[None], stretches[0].temperature))[0]
+    base_n, task_n = (torch.cat([getattr(part, name) for part in stretches]) for name in ("base_n", "task_n"))
+    return _DISTANCES[distance](_Pair(base_n, task_n, stretches[0].temperature))
 
 
 def _wasserstein_1_near(stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
-    """Sum `|cumsum(P_base - P_task)|` over stretches, given as `_Stretch.sums`.
+    """Sum `|cumsum(P_base - P_task)|` over stretches, given as `_Pair.sums`.
 
     The difference is `(w U/W - u) / (W + U)` with the sums `W` of `w` and `U` of `u`. It is summed up in blocks, side
     by side, and what comes before a block is added afterwards.
@@ -231,61 +233,8 @@ def _wasserstein_1_near(stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]]) 
 def _blocks(values_n: Tensor) -> Iterator[Tensor]:
     """Cut a vector into rows of `_BLOCK_ENTRIES`, then what is left over."""
     whole = len(values_n) // _BLOCK_ENTRIES * _BLOCK_ENTRIES
-    if whole:
-        yield values_n[:whole].view(-1, _BLOCK_ENTRIES)
-    if whole < len(values_n):
-        yield values_n[whole:][None]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Base and task logits of the same heads, and what the distances need of them, each computed once."""
-
-    base_Hn: Tensor
-    task_Hn: Tensor
-    temperature: float
-
-    @cached_property
-    def change_Hn(self) -> Tensor:
-        """Difference of the raw logits."""
-        return self.task_Hn - self.base_Hn
-
-    @cached_property
-    def log_p_base_Hn(self) -> Tensor:
-        return torch.log_softmax(self.base_Hn / self.temperature, dim=1)
-
-    @cached_property
-    def p_base_Hn(self) -> Tensor:
-        return self.log_p_base_Hn.exp()
-
-    @cached_property
-    def log_ratio_Hn(self) -> Tensor:
-        """`log(P_task / P_base)`, accurate relative to its own size however small it is.
-
-        With the logits' difference `c`, the ratio is `c - log(sum P_base e^c)`. For a small change that logarithm
-        is taken as `log1p(sum P_base expm1(c))`, around the largest `c` so that nothing overflows.
-        """
-        change_Hn = self.change_Hn / self.temperature
-        largest_H1 = change_Hn.amax(dim=1, keepdim=True)
-        shortfall_H1 = (self.p_base_Hn * torch.expm1(change_Hn - largest_H1)).sum(dim=1, keepdim=True)
-        near_H1 = largest_H1 + torch.log1p(shortfall_H1.clamp(min=-0.5))
-        if bool((shortfall_H1 > -0.5).all()):
-            return change_Hn - near_H1
-        far_H1 = torch.logsumexp(self.log_p_base_Hn + change_Hn, dim=1, keepdim=True)
-        return change_Hn - torch.where(shortfall_H1 > -0.5, near_H1, far_H1)
-
-    @cached_property
-    def is_near_Hn(self) -> Tensor:
-        """Entries whose probability changed by less than a factor of e: the small-change formulas hold."""
-        return self.log_ratio_Hn.abs() < 1.0
-
-    @cached_property
-    def log_p_task_Hn(self) -> Tensor:
-        return self.log_p_base_Hn + self.log_ratio_Hn
-
-    def pick(self, near_Hn: Tensor, far: Callable[[], Tensor]) -> Tensor:
-        """Take `near_Hn` where the change is small, and `far()` elsewhere, if there is an elsewhere."""
-        return near_Hn if bool(self.is_near_Hn.all()) else torch.where(self.is_near_Hn, near_Hn, far())
+    blocks = (values_n[:whole].view(-1, _BLOCK_ENTRIES), values_n[whole:][None])
+    yield from (block for block in blocks if block.numel())
 
 
 def _entropy_excess(x: Tensor) -> Tensor:
@@ -296,56 +245,54 @@ def _entropy_excess(x: Tensor) -> Tensor:
 
 
 def _wasserstein_1(pair: _Pair) -> Tensor:
-    near_Hn = -pair.p_base_Hn * torch.expm1(pair.log_ratio_Hn)
-    difference_Hn = pair.pick(near_Hn, lambda: pair.p_base_Hn - pair.log_p_task_Hn.exp())
-    steps = max(difference_Hn.shape[1] - 1, 1)
-    return difference_Hn.cumsum(dim=1)[:, :-1].abs().sum(dim=1) / steps
+    near_n = -pair.p_base_n * torch.expm1(pair.log_ratio_n)
+    difference_n = pair.pick(near_n, lambda: pair.p_base_n - pair.log_p_task_n.exp())
+    return difference_n.cumsum(0)[:-1].abs().sum() / max(len(difference_n) - 1, 1)
 
 
 def _kl_divergence(pair: _Pair) -> Tensor:
     # Bregman form, sum P_base ((1+u) log(1+u) - u) with u = P_task/P_base - 1: every term is >= 0.
     def far() -> Tensor:
-        p_task_Hn = pair.log_p_task_Hn.exp()
-        return p_task_Hn * pair.log_ratio_Hn - p_task_Hn + pair.p_base_Hn
+        p_task_n = pair.log_p_task_n.exp()
+        return p_task_n * pair.log_ratio_n - p_task_n + pair.p_base_n
 
-    near_Hn = pair.p_base_Hn * _entropy_excess(torch.expm1(pair.log_ratio_Hn))
-    return pair.pick(near_Hn, far).sum(dim=1)
+    near_n = pair.p_base_n * _entropy_excess(torch.expm1(pair.log_ratio_n))
+    return pair.pick(near_n, far).sum()
 
 
 def _js_divergence(pair: _Pair) -> Tensor:
     # The same form towards the mixture: sum P_base (g(u) - 2 g(u/2)) / 2 with g the excess above.
     def far() -> Tensor:
-        log_p_base_Hn, log_p_task_Hn = pair.log_p_base_Hn, pair.log_p_task_Hn
-        log_mixture_Hn = torch.logaddexp(log_p_base_Hn, log_p_task_Hn) - math.log(2.0)
-        from_base_Hn = pair.p_base_Hn * (log_p_base_Hn - log_mixture_Hn)
-        return (from_base_Hn + log_p_task_Hn.exp() * (log_p_task_Hn - log_mixture_Hn)) / 2
+        log_mixture_n = torch.logaddexp(pair.log_p_base_n, pair.log_p_task_n) - math.log(2.0)
+        from_base_n = pair.p_base_n * (pair.log_p_base_n - log_mixture_n)
+        return (from_base_n + pair.log_p_task_n.exp() * (pair.log_p_task_n - log_mixture_n)) / 2
 
-    growth_Hn = torch.expm1(pair.log_ratio_Hn)
-    near_Hn = pair.p_base_Hn * (_entropy_excess(growth_Hn) / 2 - _entropy_excess(growth_Hn / 2))
-    return pair.pick(near_Hn, far).sum(dim=1)
+    growth_n = torch.expm1(pair.log_ratio_n)
+    near_n = pair.p_base_n * (_entropy_excess(growth_n) / 2 - _entropy_excess(growth_n / 2))
+    return pair.pick(near_n, far).sum()
+
+
+def _norm(values_n: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values_n)
+    return norm
 
 
 def _cosine_distance(pair: _Pair) -> Tensor:
     # 1 - cos = sin² / (1 + cos), with the sine from the part of the change that is orthogonal to the base.
-    base_norm_H, task_norm_H = pair.base_Hn.norm(dim=1), pair.task_Hn.norm(dim=1)
-    unit_Hn = pair.base_Hn / base_norm_H.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    along_H = (unit_Hn * pair.change_Hn).sum(dim=1)
-    across_H = (pair.change_Hn - along_H[:, None] * unit_Hn).norm(dim=1)
-    cosine_H = ((base_norm_H + along_H) / task_norm_H).clamp(-1.0, 1.0)
-    distance_H = torch.where(cosine_H > 0, (across_H / task_norm_H) ** 2 / (1 + cosine_H), 1 - cosine_H)
-    # A head of zeros has no direction: the same as another head of zeros, unlike any other.
-    empty = (base_norm_H == 0) | (task_norm_H == 0)
-    return torch.where(empty, (base_norm_H != task_norm_H).double(), distance_H)
-
-
-def _l2_distance(pair: _Pair) -> Tensor:
-    distance_H: Tensor = pair.change_Hn.norm(dim=1)
-    return distance_H
+    base_norm, task_norm = _norm(pair.base_n), _norm(pair.task_n)
+    if base_norm == 0 or task_norm == 0:
+        # A head of zeros has no direction: the same as another head of zeros, unlike any other.
+        return (base_norm != task_norm).double()
+    unit_n = pair.base_n / base_norm
+    along = (unit_n * pair.change_n).sum()
+    across = _norm(pair.change_n - along * unit_n)
+    cosine = ((base_norm + along) / task_norm).clamp(-1.0, 1.0)
+    return (across / task_norm) ** 2 / (1 + cosine) if cosine > 0 else 1 - cosine
 
 
 def _relative_l2_distance(pair: _Pair) -> Tensor:
-    change_H = pair.change_Hn.norm(dim=1)
-    return torch.where(change_H == 0, change_H, change_H / pair.base_Hn.norm(dim=1))
+    change = _norm(pair.change_n)
+    return change if change == 0 else change / _norm(pair.base_n)
 
 
 _DISTANCES: dict[Distance, Callable[[_Pair], Tensor]] = {
@@ -353,6 +300,6 @@ _DISTANCES: dict[Distance, Callable[[_Pair], Tensor]] = {
     "kl": _kl_divergence,
     "js": _js_divergence,
     "cosine": _cosine_distance,
-    "l2": _l2_distance,
+    "l2": lambda pair: _norm(pair.change_n),
     "relative-l2": _relative_l2_distance,
 }

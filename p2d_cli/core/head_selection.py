@@ -205,8 +205,7 @@ def contrast_scores(target_share: ArrayLike, num_demos: int) -> NDArray[np.float
     shares = np.asarray(target_share, dtype=np.float64)
     if len(shares) == 0 or num_demos < 1:
         raise ValueError(f"contrast needs episodes and demos, found {len(shares)} and {num_demos}")
-    scores: NDArray[np.float64] = shares.mean(axis=0) - 1.0 / num_demos
-    return scores
+    return np.asarray(shares.mean(axis=0) - 1.0 / num_demos)
 
 
 def _ranked(scores_LH: ArrayLike) -> NDArray[np.int64]:
@@ -236,8 +235,7 @@ def _mask(flat: NDArray[Any], num_layers: int, num_heads: int) -> NDArray[np.boo
 def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
     average = np.cumsum(sizes) - (sizes - 1) / 2
-    ranks: NDArray[np.float64] = average[place] - (values.size + 1) / 2
-    return ranks
+    return np.asarray(average[place] - (values.size + 1) / 2)
 
 
 def _log_choose(n: int, k: int) -> float:

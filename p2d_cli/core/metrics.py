@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -139,10 +139,8 @@ def bootstrap_interval(
     Returns:
         (low, high); (nan, nan) if there are no values or one is nan.
     """
-    scores = np.asarray(values, dtype=np.float64).ravel()
-    _check_bootstrap(confidence, resamples)
-    means = _joined(scores[drawn].mean(axis=1) for drawn in _resampled_rows(scores.size, resamples, rng))
-    return _percentiles(means, confidence)
+    score_n = np.asarray(values, dtype=np.float64).ravel()
+    return _interval(lambda drawn_Rn: score_n[drawn_Rn].mean(axis=1), score_n.size, confidence, resamples, rng)
 
 
 def perplexity_interval(
@@ -165,10 +163,10 @@ def perplexity_interval(
     Returns:
         (low, high); (nan, nan) if there are no rows or one is nan.
     """
-    _check_bootstrap(confidence, resamples)
     logprob_n, tokens_n = _as_pairs(logprobs, tokens)
-    drawn = _resampled_rows(logprob_n.size, resamples, rng)
-    return _percentiles(_joined(_perplexities(logprob_n, tokens_n, rows) for rows in drawn), confidence)
+    return _interval(
+        lambda drawn_Rn: _perplexities(logprob_n, tokens_n, drawn_Rn), logprob_n.size, confidence, resamples, rng
+    )
 
 
 @dataclass(frozen=True)
@@ -215,19 +213,9 @@ def compare_means(
     """
     scores_2n = _as_pairs(first, second)
     difference_n = scores_2n[1] - scores_2n[0]
-    low, high = bootstrap_interval(difference_n, confidence=confidence, resamples=resamples, rng=rng)
-    means = scores_2n.mean(axis=1) if difference_n.size else np.full(2, math.nan)
-    gain_n = -difference_n if lower_is_better else difference_n
-    return PairedComparison(
-        first=float(means[0]),
-        second=float(means[1]),
-        difference=float(difference_n.mean()) if difference_n.size else math.nan,
-        low=low,
-        high=high,
-        won=int((gain_n > 0).sum()),
-        lost=int((gain_n < 0).sum()),
-        count=difference_n.size,
-    )
+    interval = bootstrap_interval(difference_n, confidence=confidence, resamples=resamples, rng=rng)
+    values = (*scores_2n.mean(axis=1), difference_n.mean()) if difference_n.size else (math.nan,) * 3
+    return _comparison(values, interval, -difference_n if lower_is_better else difference_n)
 
 
 def compare_perplexities(
@@ -258,23 +246,24 @@ def compare_perplexities(
         DataError: the runs were scored on different numbers of rows.
     """
     logprob_2n, tokens_2n = _as_pairs(first, second), _as_pairs(first_tokens, second_tokens)
-    gain_n = logprob_2n[1] - logprob_2n[0]
-    _check_bootstrap(confidence, resamples)
-    values = [corpus_perplexity(float(logprob_2n[run].sum()), int(tokens_2n[run].sum())) for run in (0, 1)]
-    differences = _joined(
-        _perplexities(logprob_2n[1], tokens_2n[1], rows) - _perplexities(logprob_2n[0], tokens_2n[0], rows)
-        for rows in _resampled_rows(gain_n.size, resamples, rng)
-    )
-    low, high = _percentiles(differences, confidence)
+    runs = list(zip(logprob_2n, tokens_2n, strict=True))
+
+    def differences(drawn_Rn: NDArray[np.int64]) -> NDArray[np.float64]:
+        before_R, after_R = (_perplexities(*run, drawn_Rn) for run in runs)
+        return after_R - before_R
+
+    interval = _interval(differences, logprob_2n.shape[1], confidence, resamples, rng)
+    before, after = (corpus_perplexity(float(logprob_n.sum()), int(tokens_n.sum())) for logprob_n, tokens_n in runs)
+    return _comparison((before, after, after - before), interval, logprob_2n[1] - logprob_2n[0])
+
+
+def _comparison(
+    values: Sequence[float], interval: tuple[float, float], gain_n: NDArray[np.float64]
+) -> PairedComparison:
+    """Put together both runs' values and their difference, its interval, and what the second run gains by row."""
+    first, second, difference = map(float, values)
     return PairedComparison(
-        first=values[0],
-        second=values[1],
-        difference=values[1] - values[0],
-        low=low,
-        high=high,
-        won=int((gain_n > 0).sum()),
-        lost=int((gain_n < 0).sum()),
-        count=gain_n.size,
+        first, second, difference, *interval, int((gain_n > 0).sum()), int((gain_n < 0).sum()), gain_n.size
     )
 
 
@@ -321,20 +310,26 @@ def _shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _check_bootstrap(confidence: float, resamples: int) -> None:
+def _interval(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    count: int,
+    confidence: float,
+    resamples: int,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of what `statistic` makes of resampled rows, `[R, count]` to `[R]`."""
     if not 0.0 < confidence < 1.0 or resamples < 1:
         raise ValueError(f"a bootstrap of {resamples} resamples at level {confidence} is not possible")
-
-
-def _resampled_rows(count: int, resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Draw rows with replacement, a few resamples at a time; nothing without rows."""
     at_once = max(1, _BOOTSTRAP_ENTRIES // max(count, 1))
-    for start in range(0, resamples if count else 0, at_once):
-        yield rng.integers(0, count, size=(min(at_once, resamples - start), count))
-
-
-def _joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.concatenate([np.empty(0), *parts])
+    found = [
+        statistic(rng.integers(0, count, size=(min(at_once, resamples - start), count)))
+        for start in range(0, resamples if count else 0, at_once)
+    ]
+    if not found or np.isnan(values_R := np.concatenate(found)).any():
+        return math.nan, math.nan
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(values_R, [tail, 1.0 - tail])
+    return float(low), float(high)
 
 
 def _perplexities(
@@ -343,14 +338,6 @@ def _perplexities(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         mean_R = logprob_n[drawn_Rn].sum(axis=1) / tokens_n[drawn_Rn].sum(axis=1)
         return np.asarray(np.exp(-mean_R))
-
-
-def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    if values.size == 0 or np.isnan(values).any():
-        return math.nan, math.nan
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(values, [tail, 1.0 - tail])
-    return float(low), float(high)
 
 
 def _as_pairs(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:

@@ -36,13 +36,11 @@ class Readout:
     def values(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
         """Return each head's standardised readout, float64 `[B, K]`: mean 0, variance 1 over the background."""
         outputs = np.asarray(outputs_BKd, dtype=np.float64)
-        values_BK: NDArray[np.float64] = np.einsum("BKd,Kd->BK", outputs, self.weights_Kd) - self.offsets_K
-        return values_BK
+        return np.asarray(np.einsum("BKd,Kd->BK", outputs, self.weights_Kd) - self.offsets_K)
 
     def affinity(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
         """Return the mean readout over heads, float64 `[B]`; higher is more like the target."""
-        affinity_B: NDArray[np.float64] = self.values(outputs_BKd).mean(axis=1)
-        return affinity_B
+        return np.asarray(self.values(outputs_BKd).mean(axis=1))
 
 
 def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: float = SHRINKAGE) -> Readout:
@@ -68,9 +66,7 @@ def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: 
     return Readout(weights_Kd * scale_K[:, None], raw_MK.mean(axis=0) * scale_K)
 
 
-def held_out_affinity(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS, shrinkage: float = SHRINKAGE
-) -> NDArray[np.float64]:
+def held_out_affinity(target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS) -> NDArray[np.float64]:
     """Return each target row's affinity by a readout that was fitted without it, float64 `[Q]`.
 
     That is how a row of the task scores that the readout has not seen, such as one in the pool: a row below the
@@ -80,7 +76,6 @@ def held_out_affinity(
         target_QKd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
         background_MKd: likewise.
         folds: parts that are left out in turn, at most Q of them.
-        shrinkage: as for `fit_readout`.
 
     Raises:
         DataError: fewer than two target rows.
@@ -96,15 +91,12 @@ def held_out_affinity(
     fold_Q = np.arange(len(target)) % folds
     for fold in range(folds):
         is_out_Q = fold_Q == fold
-        affinity_Q[is_out_Q] = fit_readout(target[~is_out_Q], background, shrinkage=shrinkage).affinity(
-            target[is_out_Q]
-        )
+        readout = fit_readout(target[~is_out_Q], background)
+        affinity_Q[is_out_Q] = readout.affinity(target[is_out_Q])
     return affinity_Q
 
 
-def separation(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: float = SHRINKAGE
-) -> NDArray[np.float64]:
+def separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
     """Return how well each head alone tells target rows from background rows that its readout was not fitted on.
 
     Both sets of rows are halved; the readout of one half is judged on the other, and the other way round.
@@ -112,7 +104,6 @@ def separation(
     Args:
         target_QKd: as for `fit_readout`, in random order; Q at least 2.
         background_MKd: likewise; M at least 4.
-        shrinkage: as for `fit_readout`.
 
     Returns:
         float64 `[K]`: area under the ROC curve, mean of both halves; 0.5 is chance, 1 is perfect.
@@ -124,17 +115,16 @@ def separation(
     target, background = np.asarray(target_QKd), np.asarray(background_MKd)
     require_halves(len(target), len(background))
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
-    return np.concatenate([_separation(target[:, block], background[:, block], shrinkage) for block in blocks])
+    return np.concatenate([_separation(target[:, block], background[:, block]) for block in blocks])
 
 
-def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike, shrinkage: float) -> NDArray[np.float64]:
+def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
     target, background = _checked(target_QKd, background_MKd)
     areas = []
     for half in (0, 1):
-        readout = fit_readout(target[half::2], background[half::2], shrinkage=shrinkage)
+        readout = fit_readout(target[half::2], background[half::2])
         areas.append(_area(readout.values(target[1 - half :: 2]), readout.values(background[1 - half :: 2])))
-    mean_K: NDArray[np.float64] = np.mean(areas, axis=0)
-    return mean_K
+    return np.asarray(np.mean(areas, axis=0))
 
 
 def _area(high_QK: NDArray[np.float64], low_MK: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -152,11 +142,8 @@ def _covariance(centred_MKd: NDArray[np.float64], shrinkage: float) -> NDArray[n
     rows_KMd = centred_MKd.transpose(1, 0, 2)
     covariance_Kdd = rows_KMd.transpose(0, 2, 1) @ rows_KMd / len(centred_MKd)
     variance_K = np.trace(covariance_Kdd, axis1=1, axis2=2) / size
-    variance_K = np.where(variance_K > 0, variance_K, 1.0)
-    shrunk: NDArray[np.float64] = (1 - shrinkage) * covariance_Kdd + (
-        shrinkage * variance_K[:, None, None] * np.eye(size)
-    )
-    return shrunk
+    mean_K11 = np.where(variance_K > 0, variance_K, 1.0)[:, None, None]
+    return np.asarray((1 - shrinkage) * covariance_Kdd + (shrinkage * mean_K11 * np.eye(size)))
 
 
 def require_halves(target: int, background: int) -> None:

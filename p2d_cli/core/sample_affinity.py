@@ -13,15 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from p2d_cli.errors import NonFiniteError
 
-EMPTY_SLOT = -1
-"""Row index of a demo slot that no pool row fills."""
-
 
 def demo_shares(
-    attention_BKS: ArrayLike,
-    *,
-    normalise: Literal["pooled", "per-head"] = "pooled",
-    mask_BS: ArrayLike | None = None,
+    attention_BKS: ArrayLike, *, normalise: Literal["pooled", "per-head"] = "pooled"
 ) -> NDArray[np.float64]:
     """Return each demo's share of the attention that an episode's query pays to its demos.
 
@@ -32,31 +26,22 @@ def demo_shares(
     Args:
         attention_BKS: Mean attention from the query's tokens to each demo's tokens, >= 0.
         normalise: Which of the two.
-        mask_BS: True where a slot holds a demo; all slots do by default.
 
     Returns:
-        float64 [B, S]; rows sum to 1 over the filled slots, and empty slots are 0. Where no attention falls on
-        any demo, the shares are equal. An episode without demos is all 0.
+        float64 [B, S]; rows sum to 1. Where no attention falls on any demo, the shares are equal.
     """
     attention = np.asarray(attention_BKS, dtype=np.float64)
-    batch, _, slots = attention.shape
-    filled_BS = np.ones((batch, slots), np.bool_) if mask_BS is None else np.asarray(mask_BS, np.bool_)
-    attention = np.where(filled_BS[:, None, :], attention, 0.0)
     if normalise == "pooled":
-        return _shares(attention.sum(axis=1), filled_BS)
-    shares_BKS = _shares(attention, np.broadcast_to(filled_BS[:, None, :], attention.shape))
-    mean_BS: NDArray[np.float64] = shares_BKS.mean(axis=1)
-    return mean_BS
+        return _shares(attention.sum(axis=1))
+    return np.asarray(_shares(attention).mean(axis=1))
 
 
-def _shares(amounts: NDArray[np.float64], filled: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Divide the last axis by its sum, or evenly over the filled slots where the sum is 0."""
+def _shares(amounts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide the last axis by its sum, or evenly where the sum is 0."""
     # By the largest first: subnormal amounts would lose their ratios in the sum's reciprocal.
     largest = amounts.max(axis=-1, keepdims=True)
-    amounts = np.where(largest == 0, filled, amounts / np.where(largest == 0, 1.0, largest))
-    totals = amounts.sum(axis=-1, keepdims=True)
-    shares: NDArray[np.float64] = amounts / np.where(totals == 0, 1.0, totals)
-    return shares
+    amounts = np.where(largest == 0, 1.0, amounts / np.where(largest == 0, 1.0, largest))
+    return np.asarray(amounts / amounts.sum(axis=-1, keepdims=True))
 
 
 class AffinityTally:
@@ -76,21 +61,20 @@ class AffinityTally:
         return self._counts.copy()
 
     def add(self, rows_BS: ArrayLike, values_BS: ArrayLike) -> None:
-        """Count one value for each filled slot; a row that fills two slots counts twice.
+        """Count one value for each slot; a row in two slots counts twice.
 
         Args:
-            rows_BS: Pool row in each slot, 0 to N-1, or -1 for an empty slot.
-            values_BS: Value of each slot; whatever stands in an empty slot is ignored.
+            rows_BS: Pool row in each slot, 0 to N-1.
+            values_BS: Value of each slot.
 
         Raises:
             IndexError: a row is not in the pool.
-            NonFiniteError: a filled slot's value is nan or infinite; nothing was added.
+            NonFiniteError: a value is nan or infinite; nothing was added.
         """
         rows, values = np.asarray(rows_BS, dtype=np.int64), np.asarray(values_BS, dtype=np.float64)
         if rows.shape != values.shape:
             raise ValueError(f"rows of shape {list(rows.shape)} with values of shape {list(values.shape)}")
-        filled = rows != EMPTY_SLOT
-        rows, values = rows[filled], values[filled]
+        rows, values = rows.ravel(), values.ravel()
         if rows.size and not 0 <= rows.min() <= rows.max() < self._sums.size:
             raise IndexError(f"pool rows go from 0 to {self._sums.size - 1}, found {rows.min()} to {rows.max()}")
         if not np.isfinite(values).all():

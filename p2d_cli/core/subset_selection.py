@@ -29,7 +29,12 @@ def resolve_count(num_rows: int, ratio: float | None = None, count: int | None =
         raise UsageError("choosing rows: a share and a number exclude each other", hint="give --ratio or --count")
     if count is None:
         return share_count(DEFAULT_RATIO if ratio is None else ratio, num_rows)
-    return _checked_count(count, num_rows)
+    if not 1 <= count <= num_rows:
+        raise UsageError(
+            f"choosing rows: expected a number from 1 to {num_rows}, the size of the pool, found {count}",
+            hint="lower --count, or give a share with --ratio",
+        )
+    return count
 
 
 def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
@@ -41,23 +46,10 @@ def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
     Raises:
         DataError: no row has a score.
     """
-    order = _order(scores)
-    ranks = np.empty(order.size, dtype=np.int64)
-    ranks[order] = np.arange(order.size)
-    return ranks
-
-
-def _order(scores: ArrayLike) -> NDArray[np.int64]:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).all():
         raise DataError(f"ranking rows: none of the {values.size} rows of the pool has a score")
-    return np.argsort(-values, kind="stable")  # nan is sorted to the end
-
-
-def _checked_count(count: int, num_rows: int) -> int:
-    if not 1 <= count <= num_rows:
-        raise UsageError(
-            f"choosing rows: expected a number from 1 to {num_rows}, the size of the pool, found {count}",
-            hint="lower --count, or give a share with --ratio",
-        )
-    return count
+    order = np.argsort(-values, kind="stable")  # nan is sorted to the end
+    ranks = np.empty(order.size, dtype=np.int64)
+    ranks[order] = np.arange(order.size)
+    return ranks

@@ -163,12 +163,9 @@ def raise_together(problem: P2DError | None) -> None:
     Raises:
         P2DError: the first rank's that has one.
     """
-
-    def fail() -> None:
-        if problem is not None:
-            raise problem
-
-    exchange_results(fail)
+    if isinstance(problem, PeerLostError):
+        raise problem
+    _raise_first(exchange(problem))
 
 
 def stop_together(name: str | None) -> None:
@@ -180,10 +177,8 @@ def stop_together(name: str | None) -> None:
     Raises:
         StoppedEarlyError: on all ranks.
     """
-    asked = name and StoppedEarlyError(
-        f"stopped by {name}; what was finished is kept, run the same command again to go on"
-    )
-    raise_together(asked or None)
+    kept = "what was finished is kept, run the same command again to go on"
+    raise_together(StoppedEarlyError(f"stopped by {name}; {kept}") if name else None)
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:
@@ -223,9 +218,7 @@ def end_together(problem: P2DError) -> bool:
     Returns:
         Whether this process is the one to say it: rank 0, or a rank that the others have not heard.
     """
-    if world_size() == 1:
-        return True
-    if isinstance(problem, PeerLostError):
+    if world_size() == 1 or isinstance(problem, PeerLostError):
         return True
     if _group is not None and (_group.is_closed or problem is _group.heard):
         return is_main_process()
@@ -311,7 +304,7 @@ class _Group:
     def post(self, problem: P2DError) -> bool:
         """Tell the error to the others, and return whether this rank has to say it itself."""
         text = json.dumps([type(problem).__name__, problem.message, problem.hint])
-        self._store.set(self._key("failed", self._here.rank), text)
+        self._store.set(f"failed/{self._here.rank}", text)
         self.close()
         # The store may live in this process: it must outlast their reading. Rank 0 speaks; the others need its ear.
         waited_for = set(range(self._here.size)) - {self._here.rank} if self._here.rank == 0 else {0}
@@ -321,8 +314,11 @@ class _Group:
         """Return why the connection to another rank was lost: its error if it posted one."""
         self.close()
         try:
-            self._store.set(self._key("seen", self._here.rank), "1")
-            return self._posted() or self._gone()
+            self._store.set(f"seen/{self._here.rank}", "1")
+            if (posted := self._posted()) is not None:
+                return posted
+            missing = self._wait_for(set(range(self._here.size)))
+            return self._posted() or _lost(sorted(missing))
         except Exception:  # noqa: BLE001 - torch has many names for a store that is gone
             return _lost([0])
 
@@ -337,31 +333,20 @@ class _Group:
 
     def _posted(self) -> P2DError | None:
         for number in range(self._here.size):
-            if self._store.check([self._key("failed", number)]):
-                kind, message, hint = json.loads(self._store.get(self._key("failed", number)))
+            if self._store.check([f"failed/{number}"]):
+                kind, message, hint = json.loads(self._store.get(f"failed/{number}"))
                 found: type[P2DError] = getattr(errors, kind, P2DError)
                 return _of_rank(found(message, hint=hint), number)
         return None
-
-    def _gone(self) -> P2DError:
-        missing = self._wait_for(set(range(self._here.size)))
-        return self._posted() or _lost(sorted(missing))
 
     def _wait_for(self, others: set[int]) -> set[int]:
         """Wait until these ranks have noticed or posted a failure; return those that did not."""
         deadline = time.monotonic() + SECONDS_TO_LEARN
         while others and time.monotonic() < deadline:
-            others = {
-                number
-                for number in others
-                if not any(self._store.check([self._key(sign, number)]) for sign in ("seen", "failed"))
-            }
+            signs = {number: (f"seen/{number}", f"failed/{number}") for number in others}
+            others = {number for number in others if not any(self._store.check([sign]) for sign in signs[number])}
             time.sleep(0.05)
         return others
-
-    @staticmethod
-    def _key(sign: str, number: int) -> str:
-        return f"{sign}/{number}"
 
 
 def _lost(missing: Sequence[int]) -> PeerLostError:

@@ -38,7 +38,7 @@ def describe_hardware(device: str, *, accelerators: int = 1) -> dict[str, Any]:
         `label` (short and comparable between runs), `device`, `processor`, `cores`, `system`, and for CUDA
         `accelerators` and `accelerator_gib`.
     """
-    processor = _processor_name()
+    processor = _kernel_says("cpuinfo", "model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     described: dict[str, Any] = {
         "device": device,
@@ -92,23 +92,19 @@ def _counted(names: Iterable[str], between: str) -> str:
     return " + ".join(f"{count} {between} {name}" for name, count in sorted(Counter(names).items()))
 
 
-def highest_memory_gib(ranks: Iterable[dict[str, float]]) -> dict[str, float]:
+def highest_memory_gib(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the highest of each of the peaks of several processes."""
-    highest: dict[str, float] = {}
-    for peaks in ranks:
-        for name, value in peaks.items():
-            highest[name] = max(value, highest.get(name, 0.0))
-    return highest
+    names = dict.fromkeys(name for peaks in ranks for name in peaks)
+    return {name: max(peaks.get(name, 0.0) for peaks in ranks) for name in names}
 
 
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n"):
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _kernel_says(file: str, name: str) -> str | None:
+    """Return what stands behind the first line of this name in a file of /proc; None where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text(encoding="utf-8").split("\n"):
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return None
 
 
 def synchronizer(device: str) -> Callable[[], None]:
@@ -144,10 +140,8 @@ def peak_memory_gib(device: str) -> dict[str, float]:
 
 def _peak_host_bytes() -> int:
     # Linux counts in `ru_maxrss` what the parent held when it started this process; VmHWM is this program's own.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").split("\n"):
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak_kib := _kernel_says("self/status", "VmHWM:")) is not None:
+        return int(peak_kib.split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows has no resource module
@@ -165,8 +159,5 @@ def likely_dtype(asked: str, device: str) -> str:
         return asked
     if device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists()):
         return "bfloat16"
-    try:
-        features = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "float32"
+    features = _kernel_says("cpuinfo", "flags") or ""
     return "bfloat16" if "amx_bf16" in features or "avx512_bf16" in features else "float32"

@@ -15,7 +15,7 @@ from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.sources import hub_commit
 from p2d_cli.errors import ArtifactError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.pipeline import EXPORT, STAGES
+from p2d_cli.pipeline import stage_writing
 
 
 def identify_model(files: ModelFiles) -> ModelIdentity:
@@ -70,8 +70,7 @@ def recorded_identity(manifest: Manifest) -> dict[str, Any]:
     Versions differ in the settings they have and in those that an identity leaves out. A setting that the artifact's
     version did not have counts as neutral; one that has gone since is kept, so that it differs from any of today.
     """
-    stage = next(stage for stage in (*STAGES, EXPORT) if stage.writes == manifest.kind)
-    model = STAGE_CONFIGS[stage.name]
+    model = STAGE_CONFIGS[stage_writing(manifest.kind).name]
     extras = {name: declared(field) for name, field in model.model_fields.items()}
     values = {name: extra["neutral"] for name, extra in extras.items() if "neutral" in extra}
     values |= {name: entry.get("value") for name, entry in manifest.config.items() if name in extras}

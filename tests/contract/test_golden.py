@@ -11,7 +11,7 @@ from p2d_cli.artifacts.evaluation import load_metrics
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.manifest import SCHEMA_VERSIONS, read_manifest
 from p2d_cli.artifacts.store import open_artifact
-from p2d_cli.artifacts.subset import load_pool_scores, load_subset_rows
+from p2d_cli.artifacts.subset import load_extreme_rows, load_pool_scores
 from p2d_cli.core.aer import StageCost
 
 KINDS = sorted(SCHEMA_VERSIONS)
@@ -47,7 +47,7 @@ def test_golden_heads(golden):
 
 
 def test_golden_subset(golden):
-    rows, pool = load_subset_rows(golden / "subset"), load_pool_scores(golden / "subset")
+    (rows, _), pool = load_extreme_rows(golden / "subset", 40), load_pool_scores(golden / "subset")
     assert len(rows) == 8
     assert len(pool.ids) == 40
     assert [row["id"] for row in rows] == [pool.ids[index] for index in np.argsort(pool.ranks_N)[:8]]

@@ -17,8 +17,8 @@ from p2d_cli.artifacts.evaluation import load_metrics, save_evaluation
 from p2d_cli.artifacts.head_scores import HEAD_SCORES_NAME, HeadScores, load_head_scores, save_head_scores
 from p2d_cli.artifacts.subset import (
     NamedPoolScores,
+    load_extreme_rows,
     load_pool_scores,
-    load_subset_rows,
     save_subset,
     save_subset_card,
 )
@@ -67,6 +67,11 @@ def test_damaged_heads_are_refused(tmp_path, content):
         load_head_scores(tmp_path)
 
 
+def read_rows_of(folder):
+    """The chosen rows, best first, as they stand in the file."""
+    return pq.read_table(folder / "subset.parquet").to_pylist()
+
+
 def save_rows(folder, rows):
     """Save rows that stand in the pool in the order of their ranks, and one behind them that was not chosen."""
     return save_pool(folder, [*rows, {"never": "chosen"}], np.append(np.linspace(1, 0.5, len(rows)), np.nan), len(rows))
@@ -92,7 +97,7 @@ def test_subset_keeps_rows_as_they_came(tmp_path):
     read = pq.read_table(tmp_path / "subset.parquet").to_pylist()
     assert [{name: row[name] for name in ("id", "prompt", "completion", "meta")} for row in read] == rows
     assert [row["rank"] for row in read] == [0, 1]
-    assert read == load_subset_rows(tmp_path)
+    assert read == read_rows_of(tmp_path)
     scores = load_pool_scores(tmp_path)
     assert scores.ids == pool.ids
     assert np.array_equal(scores.scores_N, pool.scores_N, equal_nan=True)
@@ -100,7 +105,7 @@ def test_subset_keeps_rows_as_they_came(tmp_path):
 
 def test_a_rows_own_score_column_is_kept_under_another_name(tmp_path):
     save_rows(tmp_path, [{"id": "mine", "score": "high", "rank": 9, "prompt": "p"}])
-    (row,) = load_subset_rows(tmp_path)
+    (row,) = read_rows_of(tmp_path)
     assert row["source_score"] == "high"
     assert row["source_rank"] == 9
     assert row["source_id"] == "mine"
@@ -109,7 +114,7 @@ def test_a_rows_own_score_column_is_kept_under_another_name(tmp_path):
 
 def test_columns_of_mixed_types_become_json(tmp_path):
     save_rows(tmp_path, [{"x": 1}, {"x": "one"}, {"x": [1]}])
-    assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == [1, "one", [1]]
+    assert [json.loads(row["x"]) for row in read_rows_of(tmp_path)] == [1, "one", [1]]
 
 
 def test_what_is_written_does_not_depend_on_the_parts(tmp_path, monkeypatch):
@@ -135,7 +140,7 @@ def test_what_is_written_does_not_depend_on_the_parts(tmp_path, monkeypatch):
     assert pq.read_table(whole / "pool_scores.parquet").equals(pq.read_table(parts / "pool_scores.parquet"))
     assert pq.ParquetFile(parts / "subset.parquet").num_row_groups == 11
     assert sorted(path.name for path in parts.iterdir()) == ["pool_scores.parquet", "subset.parquet"]
-    in_order = [rows[int(row["id"][1:])] for row in load_subset_rows(whole)]
+    in_order = [rows[int(row["id"][1:])] for row in read_rows_of(whole)]
     table = pq.read_table(whole / "subset.parquet")
     for name in ("prompt", "even", "at", "raw", "price"):
         assert table[name].to_pylist() == [row.get(name) for row in in_order]
@@ -148,9 +153,9 @@ def test_what_is_written_does_not_depend_on_the_parts(tmp_path, monkeypatch):
 def test_a_value_that_does_not_fit_its_column_after_all(tmp_path, monkeypatch):
     """Should Arrow ever infer a type that a later value does not have, the column becomes JSON, and nothing is lost."""
     monkeypatch.setattr(subset, "PART_ROWS", 1)
-    monkeypatch.setattr("p2d_cli.artifacts.columns._infer", lambda samples: pa.int64())
+    monkeypatch.setattr("p2d_cli.artifacts.columns._type_of", lambda name, kinds: pa.int64())
     save_rows(tmp_path, [{"x": 1, "y": 1}, {"x": "one", "y": 2}])
-    assert load_subset_rows(tmp_path) == [
+    assert read_rows_of(tmp_path) == [
         {"id": "r0", "x": "1", "y": 1, "score": 1.0, "rank": 0},
         {"id": "r1", "x": '"one"', "y": 2, "score": 0.5, "rank": 1},
     ]
@@ -159,13 +164,13 @@ def test_a_value_that_does_not_fit_its_column_after_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("values", [[2**70, 1], ["\ud800", "b"], [3, {"\ud800": "\ud800"}], [{}, {}], [[{}], []]])
 def test_what_parquet_cannot_hold_becomes_json(tmp_path, values):
     save_rows(tmp_path, [{"x": value} for value in values])
-    assert [json.loads(row["x"]) for row in load_subset_rows(tmp_path)] == values
+    assert [json.loads(row["x"]) for row in read_rows_of(tmp_path)] == values
 
 
 def test_unreadable_subsets_are_refused(tmp_path):
     (tmp_path / "subset.parquet").write_bytes(b"no")
     with pytest.raises(ArtifactError, match="cannot be read"):
-        load_subset_rows(tmp_path)
+        load_extreme_rows(tmp_path, 1)
     with pytest.raises(ArtifactError):
         load_pool_scores(tmp_path)
 
@@ -254,7 +259,7 @@ def test_a_subset_opens_with_datasets_as_it_was_written(tmp_path, rows):
     (folder / "manifest.json").write_text("{}")
     (folder / "scores.png").write_bytes(b"")
     opened = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
-    assert opened.to_list() == load_subset_rows(folder)
+    assert opened.to_list() == read_rows_of(folder)
     scores = datasets.load_dataset(str(folder), "pool_scores", split="train", cache_dir=str(tmp_path / "cache"))
     assert scores["id"][:] == list(pool.ids)
     assert scores["rank"][:] == pool.ranks_N.tolist()
@@ -265,7 +270,7 @@ def test_a_subset_without_its_manifest_is_read_by_its_card(tmp_path):
 
     save_rows(tmp_path, ODD_ROWS[:1])
     save_subset_card(tmp_path, method="random", chosen=1, total=2)
-    assert [row.fields for row in read_rows(locate(str(tmp_path)))] == load_subset_rows(tmp_path)
+    assert [row.fields for row in read_rows(locate(str(tmp_path)))] == read_rows_of(tmp_path)
 
 
 def test_an_evaluation_opens_with_datasets(tmp_path):

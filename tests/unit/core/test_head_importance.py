@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from p2d_cli.core import head_importance
-from p2d_cli.core.head_importance import (
-    LayerWeights,
-    alignment_distance,
-    alignment_logits,
-    removal_effect,
-    score_layer,
-)
+from p2d_cli.core.head_importance import LayerWeights, _compare, _Pair, removal_effect, score_layer
 from p2d_cli.errors import UsageError
 
 DISTANCES = ["w1", "kl", "js", "cosine", "l2", "relative-l2"]
@@ -39,6 +33,18 @@ def _nudged(layer: LayerWeights, size: float, seed: int = 1) -> LayerWeights:
     return LayerWeights(
         *(w + size * torch.randn(w.shape, generator=generator) for w in (layer.q_HdD, layer.k_GdD, layer.v_GdD))
     )
+
+
+def alignment_distance(base: Tensor, task: Tensor, *, distance: str = "w1", temperature: float = 1.0) -> float:
+    """The distance of one head whose map is given."""
+    return float(_compare([_Pair(base.double(), task.double(), temperature)], distance))
+
+
+def alignment_logits(w_q: Tensor, w_k: Tensor, w_v: Tensor, weights: str) -> Tensor:
+    """The map of one head, by its definition."""
+    if weights == "qkv":
+        return torch.cat([w.double().flatten() for w in (w_q, w_k, w_v)])
+    return torch.einsum("id,im,jm->dj", w_q.double(), w_k.double(), w_v.double()).flatten()
 
 
 def _exact(base: Tensor, task: Tensor, distance: str, temperature: float) -> float:
@@ -141,29 +147,7 @@ def test_heads_of_zeros_have_no_direction():
 def test_the_temperature_must_be_positive():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(UsageError, match="temperature must be above 0"):
-            alignment_distance(_logits(3), _logits(3), temperature=temperature)
-
-
-def test_product_logits_are_the_flattened_map_from_hidden_to_head():
-    generator = torch.Generator().manual_seed(0)
-    w_q, w_k, w_v = torch.randn(3, 2, 5, generator=generator).double()  # d = 2, D = 5
-    expected = [
-        sum(float(w_q[i, row] * w_k[i, m] * w_v[column, m]) for i in range(2) for m in range(5))
-        for row in range(5)
-        for column in range(2)
-    ]
-    logits = alignment_logits(w_q, w_k, w_v, "product")
-    assert logits.shape == (10,)
-    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64))
-    explicit = w_q.transpose(0, 1) @ w_k @ w_v.transpose(0, 1)
-    torch.testing.assert_close(logits.reshape(5, 2), explicit)
-
-
-def test_qkv_logits_are_the_three_projections_one_after_the_other():
-    w_q, w_k, w_v = torch.arange(30.0).reshape(3, 2, 5)
-    logits = alignment_logits(w_q, w_k, w_v, "qkv")
-    assert logits.dtype == torch.float64
-    assert logits.tolist() == list(range(30))
+            score_layer(_layer(2, 1), _layer(2, 1), temperature=temperature)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["mha", "gqa", "mqa"])

@@ -13,20 +13,17 @@ from p2d_cli.errors import NonFiniteError
 MODES = ["pooled", "per-head"]
 
 
-def _plain_shares(attention: np.ndarray, mask: np.ndarray, mode: str) -> np.ndarray:
+def _plain_shares(attention: np.ndarray, mode: str) -> np.ndarray:
     """The definition, one number at a time."""
     batch, heads, slots = attention.shape
     shares = np.zeros((batch, slots))
     for b in range(batch):
-        filled = [s for s in range(slots) if mask[b, s]]
-        if not filled:
-            continue
         groups = [list(range(heads))] if mode == "pooled" else [[k] for k in range(heads)]
         for group in groups:
-            amount = {s: sum(attention[b, k, s] for k in group) for s in filled}
+            amount = {s: sum(attention[b, k, s] for k in group) for s in range(slots)}
             total = sum(amount.values())
-            for s in filled:
-                shares[b, s] += (amount[s] / total if total > 0 else 1 / len(filled)) / len(groups)
+            for s in range(slots):
+                shares[b, s] += (amount[s] / total if total > 0 else 1 / slots) / len(groups)
     return shares
 
 
@@ -36,11 +33,9 @@ def _plain_shares(attention: np.ndarray, mask: np.ndarray, mode: str) -> np.ndar
 def test_shares_are_the_plain_definition(mode: str, seed: int, batch: int, heads: int, slots: int):
     rng = np.random.default_rng(seed)
     attention = rng.exponential(size=(batch, heads, slots)) * rng.integers(0, 2, size=(batch, heads, 1))
-    mask = rng.random((batch, slots)) < 0.7
-    shares = demo_shares(attention, normalise=mode, mask_BS=mask)
-    assert shares == pytest.approx(_plain_shares(attention, mask, mode), abs=1e-12)
-    assert shares.sum(axis=1) == pytest.approx(mask.any(axis=1).astype(float))
-    assert (shares[~mask] == 0).all()
+    shares = demo_shares(attention, normalise=mode)
+    assert shares == pytest.approx(_plain_shares(attention, mode), abs=1e-12)
+    assert shares.sum(axis=1) == pytest.approx(np.ones(batch))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -62,28 +57,19 @@ def test_pooled_weighs_heads_by_their_attention_and_per_head_does_not():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_attention_gives_equal_shares_and_no_demo_none(mode: str):
-    mask = np.array([[True, True, False, True], [False] * 4])
-    shares = demo_shares(np.zeros((2, 3, 4), dtype=np.float32), normalise=mode, mask_BS=mask)
-    assert shares == pytest.approx(np.array([[1 / 3, 1 / 3, 0, 1 / 3], [0, 0, 0, 0]]))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_whatever_stands_in_an_empty_slot_does_not_count(mode: str):
-    attention = np.array([[[1.0, 3.0, math.nan]]])
-    mask = np.array([[True, True, False]])
-    assert demo_shares(attention, normalise=mode, mask_BS=mask) == pytest.approx(np.array([[0.25, 0.75, 0.0]]))
+def test_no_attention_gives_equal_shares(mode: str):
+    shares = demo_shares(np.zeros((2, 3, 4), dtype=np.float32), normalise=mode)
+    assert shares == pytest.approx(np.full((2, 4), 1 / 4))
 
 
 def test_the_tally_is_the_mean_of_each_rows_values():
     rng = np.random.default_rng(0)
     tally, seen = AffinityTally(6), {row: [] for row in range(6)}
     for _ in range(20):
-        rows, values = rng.integers(-1, 5, size=(2, 3)), rng.normal(size=(2, 3))
+        rows, values = rng.integers(0, 5, size=(2, 3)), rng.normal(size=(2, 3))
         tally.add(rows, values)
         for row, value in zip(rows.ravel().tolist(), values.ravel().tolist(), strict=True):
-            if row >= 0:
-                seen[row].append(value)
+            seen[row].append(value)
     assert tally.counts.tolist() == [len(values) for values in seen.values()]
     means = tally.means()
     assert means[:5] == pytest.approx([np.mean(seen[row]) for row in range(5)])
@@ -91,9 +77,9 @@ def test_the_tally_is_the_mean_of_each_rows_values():
     assert tally.counts[5] == 0
 
 
-def test_a_row_in_two_slots_counts_twice_and_an_empty_slot_not_at_all():
+def test_a_row_in_two_slots_counts_twice():
     tally = AffinityTally(2)
-    tally.add([[1, 1, -1]], [[1.0, 3.0, math.nan]])
+    tally.add([[1, 1]], [[1.0, 3.0]])
     assert tally.counts.tolist() == [0, 2]
     assert tally.means()[1] == 2.0
     tally.counts[0] = 99
@@ -102,7 +88,7 @@ def test_a_row_in_two_slots_counts_twice_and_an_empty_slot_not_at_all():
 
 def test_the_tally_refuses_foreign_rows_and_values_that_are_not_finite_and_stays_as_it_was():
     tally = AffinityTally(2)
-    for rows in ([[0, 2]], [[0, -2]]):
+    for rows in ([[0, 2]], [[0, -1]]):
         with pytest.raises(IndexError, match="from 0 to 1"):
             tally.add(rows, [[1.0, 1.0]])
     with pytest.raises(NonFiniteError, match="found nan for row 1"):
