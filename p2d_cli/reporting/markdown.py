@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from p2d_cli.core.aer import AerReport
+from p2d_cli.core.aer import AerReport, AerRow, SeedGroup
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
     SEEDS_EXPLAINED,
+    Column,
     Mark,
-    Table,
-    group_table,
+    columns,
+    group_columns,
+    marks_of,
     marks_used,
     other_metrics,
     reference_sentence,
-    run_table,
-    score_table,
+    score_columns,
 )
 
 SIGNS: dict[Mark, str] = {"reference": "§", "extrapolated": "¶", "control": "†", "scorer": "#", "mixed": "‡"}
@@ -30,14 +31,19 @@ def aer_markdown(report: AerReport) -> str:
     legend = (f"{SIGNS[mark]} {mark}: {MARK_MEANINGS[mark]}" for mark in marks_used(report))
     parts = ["# Adaptation efficiency", escape(reference_sentence(report))]
     if report.groups:
-        parts += ["## Over seeds", escape(SEEDS_EXPLAINED), _table(group_table(report)), "## Each run"]
-    parts += [_table(run_table(report)), "  \n".join(legend)]
+        parts += [
+            "## Over seeds",
+            escape(SEEDS_EXPLAINED),
+            _table("Runs", group_columns(report), report.groups, report),
+            "## Each run",
+        ]
+    parts += [_table("Run", columns(report), report.rows, report), "  \n".join(legend)]
     if report.warnings:
         parts += ["## Warnings", _bullets(report.warnings)]
     if report.flags:
         parts += ["## Not strictly comparable", _bullets(report.flags)]
     if other_metrics(report):
-        parts += ["## Other scores", _table(score_table(report))]
+        parts += ["## Other scores", _table("Run", score_columns(report), report.rows, report)]
     paths = (f"{number}. {code(row.path)}" for number, row in enumerate(report.rows, start=1))
     parts += ["## Artifacts", "\n".join(paths), escape(DEFINITION)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,14 +61,13 @@ def code(text: str) -> str:
     return f"{fence} {flat} {fence}" if flat.startswith("`") or flat.endswith("`") else f"{fence}{flat}{fence}"
 
 
-def _table(table: Table) -> str:
-    headings = ["no.", table.heading, *(escape(column.heading) for column in table.columns)]
-    rule = ["---:", "---", *["---:"] * len(table.columns)]
-    lines = []
-    for line in table.lines:
-        signs = "".join(SIGNS[mark] for mark in line.marks)
-        lines.append([str(line.number), f"{escape(line.row.name)} {signs}".rstrip(), *line.cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
+def _table(heading: str, shown: Sequence[Column], rows: Sequence[AerRow | SeedGroup], report: AerReport) -> str:
+    headings = ["no.", heading, *(escape(column.heading) for column in shown)]
+    lines = [headings, ["---:", "---", *["---:"] * len(shown)]]
+    for number, row in enumerate(rows, start=1):
+        signs = "".join(SIGNS[mark] for mark in marks_of(row, report))
+        lines.append([str(number), f"{escape(row.name)} {signs}".rstrip(), *(column.cell(row) for column in shown)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _bullets(texts: Iterable[str]) -> str:

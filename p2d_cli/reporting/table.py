@@ -1,9 +1,9 @@
-"""The comparison as tables of text: one choice of columns, figures and marks for Markdown and HTML."""
+"""The comparison as cells of text: one choice of columns, figures and marks for the Markdown and the HTML report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,50 +47,15 @@ class Column:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a table: a run, or runs of several seeds as one."""
-
-    number: int
-    row: AerRow | SeedGroup
-    marks: tuple[Mark, ...]
-    cells: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbered names with the columns to their right."""
-
-    heading: str
-    """Heading of the names."""
-    columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
-
-
-def run_table(report: AerReport) -> Table:
-    """Return the comparison, one line a run."""
-    return _table("Run", columns(report), report.rows, report)
-
-
-def group_table(report: AerReport) -> Table:
-    """Return the runs of several seeds, one line a group."""
-    metric = main_metric(report)
-    scores: tuple[Column, ...] = ()
-    if metric is not None:
-        ends = Column("lowest to highest seed", lambda group: range_text(group.ranges.get(metric)))
-        scores = (_score_column(metric, f"mean, {interval_name(report)}"), ends)
-    members = Column("Runs", lambda group: str(len(group.members)))
-    return _table("Runs", (*scores, *_RATIOS, members), report.groups, report)
-
-
-def score_table(report: AerReport) -> Table:
-    """Return all scores of the runs, the main metric first."""
-    names = (main_metric(report), *other_metrics(report))
-    return _table("Run", tuple(_score_column(name) for name in names if name is not None), report.rows, report)
+_RATIOS = (
+    Column("AER", lambda row: ratio_text(row.aer)),
+    Column("Speed-up", lambda row: speedup_text(row.speedup)),
+    Column("STR", lambda row: ratio_text(row.str_ratio)),
+)
 
 
 def columns(report: AerReport) -> tuple[Column, ...]:
-    """Return the columns of the comparison, most important first."""
+    """Return the columns to the right of a run's name, most important first."""
     metric = main_metric(report)
     knows_truth = any(row.precision is not None for row in report.rows)
     return (
@@ -108,23 +73,23 @@ def columns(report: AerReport) -> tuple[Column, ...]:
     )
 
 
-_RATIOS = (
-    Column("AER", lambda row: ratio_text(row.aer)),
-    Column("Speed-up", lambda row: speedup_text(row.speedup)),
-    Column("STR", lambda row: ratio_text(row.str_ratio)),
-)
+def score_columns(report: AerReport) -> tuple[Column, ...]:
+    """Return a column for each score of the runs, the main metric first."""
+    return tuple(_score_column(name) for name in (main_metric(report), *other_metrics(report)) if name is not None)
+
+
+def group_columns(report: AerReport) -> tuple[Column, ...]:
+    """Return the columns to the right of the name of runs of several seeds."""
+    metric = main_metric(report)
+    scores: tuple[Column, ...] = ()
+    if metric is not None:
+        ends = Column("lowest to highest seed", lambda group: range_text(group.ranges.get(metric)))
+        scores = (_score_column(metric, f"mean, {interval_name(report)}"), ends)
+    return (*scores, *_RATIOS, Column("Runs", lambda group: str(len(group.members))))
 
 
 def _score_column(metric: str, unit: str = "") -> Column:
     return Column(metric, lambda row: score_text(row.metrics.get(metric)), unit)
-
-
-def _table(heading: str, shown: tuple[Column, ...], rows: Sequence[AerRow | SeedGroup], report: AerReport) -> Table:
-    lines = (
-        Line(number, row, marks_of(row, report), tuple(column.cell(row) for column in shown))
-        for number, row in enumerate(rows, start=1)
-    )
-    return Table(heading, shown, tuple(lines))
 
 
 def main_metric(report: AerReport) -> str | None:
