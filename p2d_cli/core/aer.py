@@ -475,7 +475,9 @@ def _seed_group(rows: Sequence[AerRow], places: tuple[int, ...]) -> SeedGroup:
         str_ratio=fmean(row.str_ratio for row in rows),
         metrics={
             name: MetricValue(
-                *(fmean(getattr(score, part) for score in found) for part in ("value", "low", "high")),
+                value=fmean(score.value for score in found),
+                low=fmean(score.low for score in found),
+                high=fmean(score.high for score in found),
                 count=min(score.count for score in found),
             )
             for name, found in scores.items()
@@ -488,23 +490,22 @@ def _seed_group(rows: Sequence[AerRow], places: tuple[int, ...]) -> SeedGroup:
 
 def _head_maps(runs: Sequence[RunCost]) -> tuple[HeadMap, ...]:
     """Return the map of each score-heads artifact that recorded one, in the order of the runs."""
-    found: dict[str, StageCost] = {}
-    users: dict[str, list[str]] = {}
+    found: dict[str, tuple[StageCost, list[str]]] = {}
     for run in runs:
         for cost in run.stages_of("score-heads"):
             if "levels" in cost.settings:
-                found.setdefault(cost.artifact, cost)
-                users.setdefault(cost.artifact, []).append(run.name)
+                found.setdefault(cost.artifact, (cost, []))[1].append(run.name)
     return tuple(
         HeadMap(
-            cost.settings["method"],
-            artifact,
-            *cost.settings["shape"],
+            method=cost.settings["method"],
+            artifact=artifact,
+            num_layers=cost.settings["shape"][0],
+            num_heads=cost.settings["shape"][1],
             selected=tuple(cost.settings["selected"]),
             levels=cost.settings["levels"],
-            used_by=tuple(users[artifact]),
+            used_by=tuple(users),
         )
-        for artifact, cost in found.items()
+        for artifact, (cost, users) in found.items()
     )
 
 

@@ -43,7 +43,6 @@ def aer_html(report: AerReport, *, recipe: str | None = None) -> str:
         table=table,
         width_of=_width_of,
         uncrowded_ticks=_uncrowded_ticks,
-        stage_seconds=_stage_seconds,
         bar_scale=_bar_scale,
         heads_at=_heads_at,
         zip=zip,
@@ -74,10 +73,6 @@ def _uncrowded_ticks(layout: scatter.Layout) -> Iterator[tuple[float, str]]:
         if x - last >= _width_of(text + " "):
             last = x
             yield x, text
-
-
-def _stage_seconds(row: AerRow) -> tuple[float, ...]:
-    return row.score_heads_seconds, row.mine_data_seconds, row.train_seconds
 
 
 def _bar_scale(rows: Sequence[AerRow]) -> float:

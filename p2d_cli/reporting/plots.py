@@ -210,7 +210,8 @@ def _figure(path: Path | str, size: tuple[float, float], *, layout: Any = "const
         matplotlib.rc("font", size=9.5)
         matplotlib.rc("text", color=INK)
         matplotlib.rc("axes", labelcolor=INK, edgecolor=FAINT)
-        matplotlib.rc(("xtick", "ytick"), color=MUTED)
+        matplotlib.rc("xtick", color=MUTED)
+        matplotlib.rc("ytick", color=MUTED)
         figure = Figure(figsize=size, dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
         yield figure
