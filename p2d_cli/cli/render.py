@@ -20,12 +20,6 @@ from p2d_cli.stages.templates import describe_prompt
 
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
-STATUS_WORDS = {
-    "done": "done",
-    "up-to-date": "up to date",
-    "would-run": "would run",
-    "would-skip": "would skip: up to date",
-}
 
 
 def _table(headings: Sequence[str], *, no_wrap: Collection[str]) -> Table:
@@ -60,16 +54,17 @@ def result_document(result: StageResult) -> dict[str, Any]:
 
 def print_result(result: StageResult) -> None:
     """Write what a stage did, in what time, where it is, and its main figures, or what they would take."""
+    status = result.status.replace("-", " ") + (": up to date" if result.status == "would-skip" else "")
     seconds = f"  {result.wall_seconds:.1f} s" if result.status == "done" else ""
-    line = Text.assemble((result.stage, "bold"), f" {STATUS_WORDS[result.status]}", (seconds, "dim"), f"  {result.out}")
+    line = Text.assemble((result.stage, "bold"), f" {status}", (seconds, "dim"), f"  {result.out}")
     out.print(line, soft_wrap=True)
-    if result.manifest is None:
-        for name, entry in result.inputs.items():
-            out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
-        if result.plan is not None:
-            print_plan(result.plan)
+    if result.manifest is not None:
+        print_summary(result.manifest)
         return
-    print_summary(result.manifest)
+    for name, entry in result.inputs.items():
+        out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
+    if result.plan is not None:
+        print_plan(result.plan)
 
 
 # --- plans of dry runs

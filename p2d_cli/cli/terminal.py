@@ -90,10 +90,8 @@ class LineProgress:
 
 
 def _how_far(done: int, total: int | None, seconds: float, found: int) -> str:
-    if total is None:
-        return f"{done}, {seconds:.0f} s"
-    so_far = f"{done}/{total}, {seconds:.0f} s"
-    if done <= found:
+    so_far = f"{done}, {seconds:.0f} s" if total is None else f"{done}/{total}, {seconds:.0f} s"
+    if total is None or done <= found:
         return so_far
     left = seconds / (done - found) * (total - done)
     return f"{so_far}, about {f'{left:.0f} s' if left < 100 else seconds_text(left)} left"
