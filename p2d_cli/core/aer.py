@@ -11,13 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from p2d_cli.core.metrics import lower_is_better
 from p2d_cli.errors import ArtifactError, UsageError
 
-StageName = Literal["score-heads", "mine-data", "train", "eval"]
-CHARGED_STAGES: tuple[StageName, ...] = ("score-heads", "mine-data", "train")
+CHARGED_STAGES = ("score-heads", "mine-data", "train")
 UNCHARGED_PHASES = frozenset({"load", "compile", "evaluate"})
 """Phases that every run has alike, or that are no part of adapting: timed, shown, and left out of AER."""
 STEPS_PHASE = "train"
