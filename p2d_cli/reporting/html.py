@@ -15,12 +15,7 @@ _DWARFED = 3.0  # a reference so many times as long as the longest other run has
 
 
 def aer_html(report: AerReport, *, recipe: str | None = None) -> str:
-    """Return the comparison as an HTML document that needs nothing but itself.
-
-    Args:
-        report: what to show.
-        recipe: the text of the recipe that made the runs, if one did.
-    """
+    """Return the comparison as an HTML document that needs nothing but itself, with the text of the runs' recipe."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -59,13 +59,9 @@ _KINDS: dict[Kind, dict[str, Any]] = {
 
 
 def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str) -> None:
-    """Draw the score of each head, layers downward and heads to the right, with the selected heads outlined.
+    """Draw the scores of heads, [L, H], layers downward and heads to the right, with the selected ones outlined.
 
-    Args:
-        scores_LH: Scores, [L, H]; one that is not finite is drawn grey.
-        selected_LH: Which heads were selected, bool [L, H].
-        path: The PNG file to write.
-        title: Heading of the picture, one line.
+    `selected_LH` says which those are, bool [L, H]. A score that is not finite is drawn grey.
     """
     scores = np.asarray(scores_LH, dtype=np.float64)
     num_layers, num_heads = scores.shape
@@ -88,13 +84,9 @@ def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str,
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:
-    """Draw how the scores of the samples are distributed, and the score of the last row that was chosen.
+    """Draw how the scores of all rows are distributed, and the `cut`, the score of the last row that was chosen.
 
-    Args:
-        scores: Score of each row, higher is chosen first; rows whose score is not finite are counted in a note.
-        cut: Score of the last chosen row.
-        path: The PNG file to write.
-        title: Heading of the picture, one line.
+    Rows of higher scores are chosen first; those whose score is not finite are counted in a note.
     """
     every = np.asarray(scores, dtype=np.float64).ravel()
     finite = every[np.isfinite(every)]
@@ -156,13 +148,10 @@ def aer_scatter(report: AerReport, path: Path | str) -> None:
 def loss_curve(
     steps: ArrayLike, losses: ArrayLike, path: Path | str, held_out: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Draw the training loss over optimizer updates, with a running mean where there are many.
+    """Draw the training loss, [n], over optimizer updates, [n], with a running mean where there are many.
 
-    Args:
-        steps: Number of each update, [n].
-        losses: Its loss, [n]; values that are not finite leave a gap.
-        path: The PNG file to write.
-        held_out: Update and loss of each look at held-out rows; the lowest is marked.
+    A loss that is not finite leaves a gap. Of `held_out`, update and loss of each look at held-out rows, the lowest
+    loss is marked.
     """
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, losses))
     with _figure(path, (7.0, 3.6)) as figure:
