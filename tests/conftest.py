@@ -44,7 +44,7 @@ class Done:
 
 def run_p2d(*arguments) -> Done:
     """Run the real command line in this process; a traceback of any kind fails the test."""
-    from p2d_cli.cli import render
+    from p2d_cli.cli import terminal
     from p2d_cli.cli.app import app
 
     words = [str(argument) for argument in arguments]
@@ -53,7 +53,7 @@ def run_p2d(*arguments) -> Done:
     sys.argv = ["p2d", *words]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            render.out.file, render.err.file = out, err
+            terminal.out.file, terminal.err.file = out, err
             app(words)
     except SystemExit as end:
         code = end.code or 0

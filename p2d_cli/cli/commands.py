@@ -111,7 +111,7 @@ def _fail_internally(problem: Exception) -> NoReturn:
 
 def _fail(problem: P2DError) -> NoReturn:
     from p2d_cli.cli.ranks import exit_note, speaking
-    from p2d_cli.cli.render import print_error
+    from p2d_cli.cli.terminal import print_error
 
     with speaking(problem) as speaks:
         if speaks:
@@ -136,7 +136,7 @@ def _stop(interruption: signals.Interruption) -> NoReturn:
 def _tell_program(code: int, message: str, hint: str | None) -> None:
     """With `--json`, say on stdout as well why there is no result."""
     if "--json" in sys.argv:
-        from p2d_cli.cli.render import print_json
+        from p2d_cli.cli.terminal import print_json
 
         document = {"status": "error", "exit_code": code, "meaning": EXIT_CODES[code], "message": message, "hint": hint}
         print_json(document)
@@ -150,7 +150,8 @@ def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
         if invocation.print_config:
             _print_config(resolved, as_json=invocation.json)
             return
-        from p2d_cli.cli.render import print_json, print_result, result_document
+        from p2d_cli.cli.render import print_result, result_document
+        from p2d_cli.cli.terminal import print_json
 
         stage = importlib.import_module(stage_named(name).module)
         result = stage.run(resolved, _run_options(invocation))
@@ -173,7 +174,7 @@ def _resolve_stage(name: str, settings: dict[str, Any], source: Path | None) -> 
 
 
 def _run_options(invocation: Invocation) -> Any:
-    from p2d_cli.cli.render import progress_for
+    from p2d_cli.cli.terminal import progress_for
     from p2d_cli.stages.execution import RunOptions
 
     if invocation.time and not invocation.dry_run:
@@ -188,7 +189,7 @@ def _run_options(invocation: Invocation) -> Any:
 
 
 def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
-    from p2d_cli.cli.render import out, print_json
+    from p2d_cli.cli.terminal import out, print_json
 
     provenance = resolved.provenance()
     if as_json:
@@ -200,7 +201,8 @@ def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
 
 def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     """Do a whole recipe."""
-    from p2d_cli.cli.render import plan_totals, print_json, print_plan_totals, print_result, result_document
+    from p2d_cli.cli.render import plan_totals, print_plan_totals, print_result, result_document
+    from p2d_cli.cli.terminal import print_json
     from p2d_cli.stages.run import run
 
     if invocation.config is not None:
@@ -242,7 +244,8 @@ def inspect_command(
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON document.")] = False,
 ) -> None:
     """Verify an artifact and show what made it: inputs, settings, cost; for heads a heat map, for rows the best."""
-    from p2d_cli.cli.render import err, print_extremes, print_heat_map, print_json, print_manifest
+    from p2d_cli.cli.render import print_extremes, print_heat_map, print_manifest
+    from p2d_cli.cli.terminal import err, print_json
     from p2d_cli.stages.inspection import inspect
 
     artifact = _expanded(artifact)
@@ -273,7 +276,8 @@ def compare_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Compare two evaluations of the same rows: paired differences with intervals, and the rows that changed."""
-    from p2d_cli.cli.render import comparison_document, print_comparison, print_json
+    from p2d_cli.cli.render import comparison_document, print_comparison
+    from p2d_cli.cli.terminal import print_json
     from p2d_cli.stages.comparison import compare
 
     if not 0.0 < confidence < 1.0:

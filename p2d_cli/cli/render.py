@@ -1,152 +1,36 @@
-"""Results in words: tables and heat maps on stdout, progress and errors on stderr."""
+"""Results in words: tables and heat maps on stdout."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
-from p2d_cli.cli.streams import visible
+from p2d_cli.cli.terminal import out, seconds_text
 from p2d_cli.core.cost import StagePlan
-from p2d_cli.errors import P2DError
-from p2d_cli.runtime.distributed import is_main_process
-from p2d_cli.runtime.progress import Advance, SilentProgress
-from p2d_cli.runtime.progress import Progress as ProgressProtocol
-from p2d_cli.stages.comparison import ChangedRow, Comparison
+from p2d_cli.stages.comparison import Comparison
 from p2d_cli.stages.execution import StageResult
 from p2d_cli.stages.templates import describe_prompt
 
-SECONDS_BETWEEN_LINES = 10.0
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
 
 
-class PlainConsole(Console):
-    """A console whose texts cannot steer the terminal."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does, with the control characters of the texts written out."""
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to the command's boundary, where rich would exit with a code of its own."""
-        raise BrokenPipeError
-
-
-out = PlainConsole(highlight=False)
-err = PlainConsole(stderr=True, highlight=False)
-
-
-class BarProgress:
-    """Bars on a terminal."""
-
-    @contextmanager
-    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
-        """Show a bar of `total` units while the body runs; the time left is by the speed of the last 30 seconds."""
-        del found
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=err, transient=True) as bars:
-            bar = bars.add_task(label, total=total)
-            yield lambda units: bars.advance(bar, units)
-
-    def note(self, message: str) -> None:
-        """Write one line."""
-        err.print(f"[dim]note:[/] {escape(message)}", soft_wrap=True)
-
-
-class LineProgress:
-    """A line now and then, for logs."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-
-    @contextmanager
-    def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
-        """Write a line every ten seconds while the body runs."""
-        started = last = self._clock()
-        done = 0
-
-        def advance(units: int) -> None:
-            nonlocal done, last
-            done += units
-            now = self._clock()
-            if now - last >= SECONDS_BETWEEN_LINES:
-                last = now
-                self.note(f"{label}: {_how_far(done, total, now - started, found)}")
-
-        yield advance
-
-    def note(self, message: str) -> None:
-        """Write one line."""
-        sys.stderr.write(f"{visible(message)}\n")
-        sys.stderr.flush()
-
-
-def _how_far(done: int, total: int | None, seconds: float, found: int) -> str:
-    if total is None:
-        return f"{done}, {seconds:.0f} s"
-    so_far = f"{done}/{total}, {seconds:.0f} s"
-    if done <= found:
-        return so_far
-    left = seconds / (done - found) * (total - done)
-    return f"{so_far}, about {f'{left:.0f} s' if left < 100 else seconds_text(left)} left"
-
-
-def progress_for(*, quiet: bool) -> ProgressProtocol:
-    """Return bars on a terminal, lines elsewhere, nothing when quiet or on a rank that is not the first."""
-    if quiet or not is_main_process():
-        return SilentProgress()
-    return BarProgress() if err.is_terminal else LineProgress()
-
-
-def print_json(document: dict[str, Any]) -> None:
-    """Write one JSON document to stdout, in ASCII where the locale is not of Unicode."""
-    is_unicode = (sys.stdout.encoding or "utf").lower().startswith("utf")
-    text = json.dumps(document, indent=2, ensure_ascii=not is_unicode, default=str)
-    # Halves of surrogate pairs, which no encoding takes, end as the escapes that JSON has for them.
-    sys.stdout.write(text.translate(_JSON_CONTROLS) + "\n")
-
-
-def print_error(problem: P2DError, note: str | None = None) -> None:
-    """Write what went wrong and what to do next, and a note if there is one."""
-    err.print(Text("error: ", style="bold red") + Text(problem.message), soft_wrap=True)
-    if problem.hint:
-        err.print(Text("  try: ", style="bold") + Text(problem.hint), soft_wrap=True)
-    if note:
-        err.print(Text(f"  {note}"), soft_wrap=True)
+def _table(headings: Sequence[str], *, no_wrap: Collection[str]) -> Table:
+    """Return an empty table whose first column is of names, the others of figures."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=heading in no_wrap)
+    return table
 
 
 # --- results of stages
-
-_JSON_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
-"""The control characters that JSON allows in a text, which a terminal might obey."""
-
-STATUS_WORDS = {
-    "done": "done",
-    "up-to-date": "up to date",
-    "would-run": "would run",
-    "would-skip": "would skip: up to date",
-}
 
 
 def result_document(result: StageResult) -> dict[str, Any]:
@@ -170,16 +54,17 @@ def result_document(result: StageResult) -> dict[str, Any]:
 
 def print_result(result: StageResult) -> None:
     """Write what a stage did, in what time, where it is, and its main figures, or what they would take."""
+    status = result.status.replace("-", " ") + (": up to date" if result.status == "would-skip" else "")
     seconds = f"  {result.wall_seconds:.1f} s" if result.status == "done" else ""
-    line = Text.assemble((result.stage, "bold"), f" {STATUS_WORDS[result.status]}", (seconds, "dim"), f"  {result.out}")
+    line = Text.assemble((result.stage, "bold"), f" {status}", (seconds, "dim"), f"  {result.out}")
     out.print(line, soft_wrap=True)
-    if result.manifest is None:
-        for name, entry in result.inputs.items():
-            out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
-        if result.plan is not None:
-            print_plan(result.plan)
+    if result.manifest is not None:
+        print_summary(result.manifest)
         return
-    print_summary(result.manifest)
+    for name, entry in result.inputs.items():
+        out.print(f"  {name:<12} {entry.kind:<10} {entry.digest[:12]}  {escape(entry.source)}", soft_wrap=True)
+    if result.plan is not None:
+        print_plan(result.plan)
 
 
 # --- plans of dry runs
@@ -205,25 +90,24 @@ def print_plan(plan: StagePlan) -> None:
 
 
 def _works_table(plan: StagePlan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    headings = ("  work", "rows", "forward", "backward", "tokens", "TFLOP", "time")
-    for heading in headings[: 7 if plan.seconds is not None else 6]:
-        table.add_column(heading, justify="left" if heading == "  work" else "right", no_wrap=True)
+    is_timed = plan.seconds is not None
+    headings = ["  work", "rows", "forward", "backward", "tokens", "TFLOP", *["time"] * is_timed]
+    table = _table(headings, no_wrap=headings)
     for work in plan.works:
-        cells = [work.rows, work.passes, work.backward_passes, work.tokens]
-        time_cell = [] if plan.seconds is None else [seconds_text(work.seconds)]
-        table.add_row(f"  {work.name}", *(f"{cell:,}" for cell in cells), f"{work.flops / 1e12:,.3g}", *time_cell)
+        counts = (f"{count:,}" for count in (work.rows, work.passes, work.backward_passes, work.tokens))
+        seconds = [seconds_text(work.seconds)] * is_timed
+        table.add_row(f"  {work.name}", *counts, f"{work.flops / 1e12:,.3g}", *seconds)
     return table
 
 
 def print_plan_totals(results: Sequence[StageResult]) -> None:
     """Write what all stages of a recipe would take together."""
     total = plan_totals(results)
-    tokens, passes = total["tokens"], total["forward_passes"]
+    time = "" if total["seconds"] is None else f", about {seconds_text(total['seconds'])}"
     out.print(
-        f"in all: {passes:,} forward and {total['backward_passes']:,} backward passes, {tokens:,} tokens, memory up to"
-        f" {bytes_text(total['peak_memory_bytes'])}, disk {bytes_text(total['disk_bytes'])}"
-        + ("" if total["seconds"] is None else f", about {seconds_text(total['seconds'])}"),
+        f"in all: {total['forward_passes']:,} forward and {total['backward_passes']:,} backward passes,"
+        f" {total['tokens']:,} tokens, memory up to {bytes_text(total['peak_memory_bytes'])},"
+        f" disk {bytes_text(total['disk_bytes'])}{time}",
         soft_wrap=True,
     )
 
@@ -250,13 +134,7 @@ def bytes_text(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def seconds_text(seconds: float | None) -> str:
-    """Return a duration in the unit that suits it."""
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+# --- what an artifact holds
 
 
 def print_summary(manifest: Manifest) -> None:
@@ -269,18 +147,14 @@ def print_summary(manifest: Manifest) -> None:
         "report": _report_lines,
         "model": lambda summary: [f"{summary['parameters']:,} parameters, {summary['dtype']}, base {summary['base']}"],
     }
-    for line in [*describe[manifest.kind](manifest.summary), *_bad_row_lines(manifest.summary)]:
+    for line in describe[manifest.kind](manifest.summary):
         if isinstance(line, str):
             out.print("  " + escape(line), soft_wrap=True)
         else:
             out.print(line)
-
-
-def _bad_row_lines(summary: dict[str, Any]) -> list[str]:
-    return [
-        f"{bad['count']} bad rows of --{name} were left out, the first: {bad['first'][0]}"
-        for name, bad in summary.get("bad_rows", {}).items()
-    ]
+    for name, bad in manifest.summary.get("bad_rows", {}).items():
+        text = f"{bad['count']} bad rows of --{name} were left out, the first: {bad['first'][0]}"
+        out.print("  " + escape(text), soft_wrap=True)
 
 
 def _heads_lines(summary: dict[str, Any]) -> list[Any]:
@@ -357,24 +231,17 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
 
 def _evaluation_lines(summary: dict[str, Any]) -> list[Any]:
     width = max([20, *map(len, summary["metrics"])])
-    lines = [
-        f"{name:<{width}} {_number(metric['value'])}  [{_number(metric['low'])}, {_number(metric['high'])}]"
-        f"  {metric['count']} rows"
-        for name, metric in summary["metrics"].items()
-    ]
-    lines += [f"{name}: {count}" for name, count in summary.items() if name.endswith("_unparsed")]
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4f}"
+    lines = []
+    for name, metric in summary["metrics"].items():
+        value, low, high = ("?" if (x := metric[part]) is None else f"{x:.4f}" for part in ("value", "low", "high"))
+        lines.append(f"{name:<{width}} {value}  [{low}, {high}]  {metric['count']} rows")
+    return lines + [f"{name}: {count}" for name, count in summary.items() if name.endswith("_unparsed")]
 
 
 def _report_lines(summary: dict[str, Any]) -> list[Any]:
     metric = next(iter(summary["rows"][0]["metrics"]), None)
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("run", metric or "score", "AER", "speed-up", "STR", "seconds", "params"):
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=heading != "run")
+    headings = ("run", metric or "score", "AER", "speed-up", "STR", "seconds", "params")
+    table = _table(headings, no_wrap=headings[1:])
     for row in summary["rows"]:
         table.add_row(*_report_cells(row, metric), style="bold" if row["is_reference"] else None)
     lines: list[Any] = [table]
@@ -385,50 +252,53 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
     lines.append("* control, = reference, ! another model, hardware, precision or number of epochs")
     if any(row.get("scorer_model") for row in summary["rows"]):
         lines.append("^ a smaller model chose the rows; its seconds are charged")
-    lines += [f"warning: {warning}" for warning in summary["warnings"]]
-    return lines
-
-
-def _seeds_table(groups: list[dict[str, Any]], metric: str | None) -> Table:
-    """Return the runs that differ in nothing but their seed, as one each."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("over seeds", metric or "score", "lowest - highest", "AER", "speed-up", "runs"):
-        table.add_column(heading, justify="left" if heading == "over seeds" else "right", no_wrap=heading == "AER")
-    for group in groups:
-        score, ends = group["metrics"].get(metric), group["ranges"].get(metric)
-        table.add_row(
-            f"{group['name']}{' =' if group['is_reference'] else ' *' if group['is_control'] else ''}",
-            "" if score is None else _with_margin(score),
-            "" if ends is None else f"{ends[0]:.3f} - {ends[1]:.3f}",
-            f"{group['aer']:.3f}",
-            "" if group["speedup"] is None else f"{group['speedup']:.1f}x",
-            str(len(group["members"])),
-            style="bold" if group["is_reference"] else None,
-        )
-    return table
+    return lines + [f"warning: {warning}" for warning in summary["warnings"]]
 
 
 def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:
     marks = "=" * row["is_reference"] + "*" * row["is_control"] + "!" * bool(row["mixed"])
     marks += "^" * (row.get("scorer_model") is not None)
-    score = row["metrics"].get(metric)
-    speedup = row["speedup"]
     share = row.get("trainable_share")
     return [
         f"{row['name']}{' ' + marks if marks else ''}",
-        "" if score is None else _with_margin(score),
+        _score(row, metric),
         f"{row['aer']:.3f}",
-        "" if speedup is None else f"{speedup:.1f}x",
+        _speedup(row),
         f"{row['str_ratio']:.3f}",
         f"{row['total_seconds']:.1f}",
         "" if share is None else f"{share:.2%}",
     ]
 
 
-def _with_margin(score: dict[str, Any]) -> str:
+def _seeds_table(groups: list[dict[str, Any]], metric: str | None) -> Table:
+    """Return the runs that differ in nothing but their seed, as one each."""
+    headings = ("over seeds", metric or "score", "lowest - highest", "AER", "speed-up", "runs")
+    table = _table(headings, no_wrap=("AER",))
+    for group in groups:
+        ends = group["ranges"].get(metric)
+        table.add_row(
+            f"{group['name']}{' =' if group['is_reference'] else ' *' if group['is_control'] else ''}",
+            _score(group, metric),
+            "" if ends is None else f"{ends[0]:.3f} - {ends[1]:.3f}",
+            f"{group['aer']:.3f}",
+            _speedup(group),
+            str(len(group["members"])),
+            style="bold" if group["is_reference"] else None,
+        )
+    return table
+
+
+def _score(run: dict[str, Any], metric: str | None) -> str:
+    """Return the score of a run, or of a group of them, with half the width of its interval."""
+    if (score := run["metrics"].get(metric)) is None:
+        return ""
     if score["low"] is None or score["high"] is None:
         return f"{score['value']:.3f}"
     return f"{score['value']:.3f} ±{(score['high'] - score['low']) / 2:.3f}"
+
+
+def _speedup(run: dict[str, Any]) -> str:
+    return "" if run["speedup"] is None else f"{run['speedup']:.1f}x"
 
 
 # --- inspect
@@ -463,12 +333,11 @@ def print_heat_map(scores_LH: Any, selected_LH: Any) -> None:
     low, high = float(scores_LH.min()), float(scores_LH.max())
     span = high - low or 1.0
     out.print("\n[bold]heads[/] (layers downward, heads across; # selected)")
-    for layer in range(scores_LH.shape[0]):
+    for layer, (scores_H, selected_H) in enumerate(zip(scores_LH, selected_LH, strict=True)):
         line = Text(f"  {layer:>3} ")
-        for head in range(scores_LH.shape[1]):
-            level = int((float(scores_LH[layer, head]) - low) / span * (len(SHADES) - 1))
-            mark = "#" if selected_LH[layer, head] else " "
-            line.append(f"{mark}{mark}", style=f"bold black on color({SHADES[level]})")
+        for score, is_selected in zip(scores_H, selected_H, strict=True):
+            shade = SHADES[int((float(score) - low) / span * (len(SHADES) - 1))]
+            line.append("##" if is_selected else "  ", style=f"bold black on color({shade})")
         out.print(line)
     scale = Text("      ")
     for shade in SHADES:
@@ -499,9 +368,8 @@ def print_comparison(found: Comparison, rows: int) -> None:
     out.print(Text.assemble(("B", "bold"), f"  {found.second}"), soft_wrap=True)
     made = f", made with another {escape(', '.join(found.differences))}" if found.differences else ""
     out.print(f"{found.rows} rows{made}\n")
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in ("metric", "A", "B", "B - A", f"{found.confidence:.0%} interval", "won", "lost"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading != "metric")
+    headings = ("metric", "A", "B", "B - A", f"{found.confidence:.0%} interval", "won", "lost")
+    table = _table(headings, no_wrap=headings[1:])
     for name, metric in found.metrics.items():
         values = (f"{metric.first:.4f}", f"{metric.second:.4f}", f"{metric.difference:+.4f}")
         sure = "*" if metric.low > 0 or metric.high < 0 else " "
@@ -513,16 +381,12 @@ def print_comparison(found: Comparison, rows: int) -> None:
         out.print(f"not compared: {escape(', '.join(found.left_out))}", style="dim")
     out.print(f"\n[bold]{len(found.changed)} of {found.rows} rows changed[/]")
     for row in found.changed[:rows]:
-        _print_changed_row(row)
+        changes = ", ".join(f"{name} {before:.4g} -> {after:.4g}" for name, (before, after) in row.changes.items())
+        out.print(Text.assemble(f"  {row.id}  ", (changes, "dim")), soft_wrap=True)
+        texts = {"prompt": row.prompt, "reference": row.reference, "A": row.answers[0], "B": row.answers[1]}
+        for name, text in texts.items():
+            if text is not None:
+                shown = (f"    {name:<10} ", "dim"), " ".join(text.split())
+                out.print(Text.assemble(*shown), overflow="ellipsis", no_wrap=True)
     if (hidden := len(found.changed) - rows) > 0:
         out.print(f"  {hidden} more: --rows {len(found.changed)} shows all, --json too", style="dim")
-
-
-def _print_changed_row(row: ChangedRow) -> None:
-    changes = ", ".join(f"{name} {before:.4g} -> {after:.4g}" for name, (before, after) in row.changes.items())
-    out.print(Text.assemble(f"  {row.id}  ", (changes, "dim")), soft_wrap=True)
-    texts = {"prompt": row.prompt, "reference": row.reference, "A": row.answers[0], "B": row.answers[1]}
-    for name, text in texts.items():
-        if text is not None:
-            shown = " ".join(text.split())
-            out.print(Text.assemble((f"    {name:<10} ", "dim"), shown), overflow="ellipsis", no_wrap=True)

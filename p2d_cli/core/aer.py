@@ -8,15 +8,15 @@ arXiv:2505.12212). All times are device-synchronised wall seconds, read from man
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 from p2d_cli.core.metrics import lower_is_better
 from p2d_cli.errors import ArtifactError, UsageError
 
-StageName = Literal["score-heads", "mine-data", "train", "eval"]
-CHARGED_STAGES: tuple[StageName, ...] = ("score-heads", "mine-data", "train")
+CHARGED_STAGES = ("score-heads", "mine-data", "train")
 UNCHARGED_PHASES = frozenset({"load", "compile", "evaluate"})
 """Phases that every run has alike, or that are no part of adapting: timed, shown, and left out of AER."""
 STEPS_PHASE = "train"
@@ -132,19 +132,27 @@ class RunCost:
         return math.fsum(cost.charged_seconds for cost in self.stages_of(stage))
 
     @property
+    def charged_stages(self) -> tuple[StageCost, ...]:
+        """The entries of all stages that AER counts."""
+        return tuple(cost for stage in CHARGED_STAGES for cost in self.stages_of(stage))
+
+    @property
     def selection_seconds(self) -> float:
         """Seconds spent on scoring heads and mining data."""
         return self.seconds_of("score-heads") + self.seconds_of("mine-data")
 
     @property
-    def train_seconds(self) -> float:
-        """Seconds spent on training."""
-        return self.seconds_of("train")
-
-    @property
     def total_seconds(self) -> float:
         """Selection and training together: the numerator of AER."""
-        return self.selection_seconds + self.train_seconds
+        return self.selection_seconds + self.seconds_of("train")
+
+    def trained(self, setting: str) -> Any:
+        """Return a setting of the run's training, or None.
+
+        What heads and rows were trained stands with the training itself: the heads that mined the rows may be others.
+        """
+        trainings = self.stages_of("train")
+        return trainings[-1].settings.get(setting) if trainings else None
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,14 @@ class AerReport:
         return document
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def reference_seconds(run: RunCost) -> Reference:
     """Return the time of a full fine-tuning: that of its training alone, whatever prepared its rows.
 
@@ -304,7 +320,7 @@ def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = 
     denominator = reference_seconds(reference)
     if all(run.path != reference.path for run in runs):
         runs = [*runs, reference]
-    differences = [_differences(run, reference) for run in runs]
+    differences = [{} if run.path == reference.path else _differences(run, reference) for run in runs]
     flags = [text for found in differences for text in found.values()]
     if flags and not allow_mixed:
         raise UsageError(
@@ -316,27 +332,27 @@ def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = 
             f"t_reference is extrapolated from {denominator.measured_steps} of {denominator.planned_steps} updates;"
             f" the scores of '{reference.name}' are those of an unfinished training"
         )
+    levels = {
+        cost.settings.get("confidence", DEFAULT_CONFIDENCE) for run in runs for cost in run.stages_of("eval")[-1:]
+    }
+    if len(levels) > 1:
+        flags.append("the scores' intervals are of several levels: " + ", ".join(f"{x:g}" for x in sorted(levels)))
     rows = [
         _reference_row(run, denominator) if run.path == reference.path else _row(run, denominator.seconds, tuple(found))
         for run, found in zip(runs, differences, strict=True)
     ]
     rows.sort(key=lambda row: (row.aer, row.name, row.path))
-    levels = {level for run in runs for level in _confidence(run)}
-    if len(levels) > 1:
-        flags.append("the scores' intervals are of several levels: " + ", ".join(f"{x:g}" for x in sorted(levels)))
-    warnings = [*_reference_warnings(reference), *_unfinished_warnings(runs, reference), *control_warnings(rows)]
+    groups = _seed_groups(rows, runs)
     return AerReport(
         denominator,
         tuple(rows),
         tuple(flags),
-        tuple(warnings),
+        # Where there are groups, they are what a control is held against.
+        (*_training_warnings(runs, reference), *control_warnings(groups or rows)),
+        groups,
+        _head_maps(runs),
         confidence=None if len(levels) > 1 else min(levels, default=DEFAULT_CONFIDENCE),
     )
-
-
-def _confidence(run: RunCost) -> set[float]:
-    """Return the level of the intervals of a run's scores, where it has any."""
-    return {cost.settings.get("confidence", DEFAULT_CONFIDENCE) for cost in run.stages_of("eval")[-1:]}
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> tuple[int, ...]:
@@ -355,23 +371,13 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> tuple[int, ...]:
     return tuple(front)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _differences(run: RunCost, reference: RunCost) -> dict[str, str]:
     """Return, by field, how a run's charged stages differ from the reference's training."""
-    if run.path == reference.path:
-        return {}
     expected = reference.stages_of("train")[0]
     # A smaller model that mined the rows, and was scored for its heads, is another one by intent.
     scorers = {cost.model for cost in run.stages_of("mine-data") if "scorer_model" in cost.settings}
     found: dict[str, str] = {}
-    for cost in (cost for stage in CHARGED_STAGES for cost in run.stages_of(stage)):
+    for cost in run.charged_stages:
         for name in ("hardware", "precision", "epochs", "model"):
             if name == "model" and cost.stage != "train" and cost.model in scorers:
                 continue
@@ -390,42 +396,30 @@ def _is_same(ours: str | float | None, theirs: str | float | None) -> bool:
 
 
 def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
-    charged = [cost for stage in CHARGED_STAGES for cost in run.stages_of(stage)]
-    peaks = [cost.peak_gib for cost in charged if cost.peak_gib is not None]
+    charged, mined = run.charged_stages, run.stages_of("mine-data")
     return AerRow(
         name=run.name,
         path=run.path,
         score_heads_seconds=run.seconds_of("score-heads"),
         mine_data_seconds=run.seconds_of("mine-data"),
-        train_seconds=run.train_seconds,
+        train_seconds=run.seconds_of("train"),
         total_seconds=run.total_seconds,
         aer=run.total_seconds / seconds,
         speedup=seconds / run.total_seconds if run.total_seconds > 0 else None,
         str_ratio=run.selection_seconds / seconds,
         metrics=run.metrics,
-        head_share=trained_setting(run, "head_share"),
-        row_share=trained_setting(run, "row_share"),
-        trainable_share=trained_setting(run, "trainable_share"),
-        peak_gib=max(peaks, default=None),
-        is_control=_is_control(run),
+        head_share=run.trained("head_share"),
+        row_share=run.trained("row_share"),
+        trainable_share=run.trained("trainable_share"),
+        peak_gib=max((cost.peak_gib for cost in charged if cost.peak_gib is not None), default=None),
+        is_control=run.trained("heads_method") in CONTROL_HEADS or run.trained("data_method") in CONTROL_DATA,
         is_reference=False,
         mixed=mixed,
         scorer_model=next((cost.settings["scorer_model"] for cost in charged if "scorer_model" in cost.settings), None),
-        precision=_precision(run),
-        seed=seed_of(run),
+        precision=mined[-1].settings.get("precision") if mined else None,
+        seed=run.trained("seed"),
         label=run.label,
     )
-
-
-def seed_of(run: RunCost) -> int | None:
-    """Return the seed of a run's training, where it says one."""
-    seed: int | None = trained_setting(run, "seed")
-    return seed
-
-
-def _precision(run: RunCost) -> float | None:
-    found = [cost.settings.get("precision") for cost in run.stages_of("mine-data")]
-    return found[-1] if found else None
 
 
 def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
@@ -442,38 +436,92 @@ def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
     )
 
 
-def trained_setting(run: RunCost, key: str) -> Any:
-    """Return a setting of the run's training, or None.
+def _seed_groups(rows: Sequence[AerRow], runs: Sequence[RunCost]) -> tuple[SeedGroup, ...]:
+    """Put the runs together that were trained alike but for their seed; nothing where each stands alone."""
+    likeness = {run.path: _likeness(run) for run in runs}
+    members: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        members.setdefault(likeness[row.path], []).append(place)
+    if len(members) == len(rows):
+        return ()
+    groups = [_seed_group([rows[place] for place in places], tuple(places)) for places in members.values()]
+    return tuple(sorted(groups, key=lambda group: (group.aer, group.name)))
 
-    What heads and rows were trained stands with the training itself: the heads that mined the rows may be others.
-    """
+
+def _likeness(run: RunCost) -> tuple[Any, ...]:
+    """Return what runs of one group have in common; a run that was not trained is like no other."""
     trainings = run.stages_of("train")
-    return trainings[-1].settings.get(key) if trainings else None
+    if not trainings:
+        return (run.path,)
+    training = trainings[-1]
+    # The share of parameters depends on which heads a seed drew.
+    alike = {key: value for key, value in training.settings.items() if key not in {"seed", "trainable_share"}}
+    mined = [cost.settings.get("method") for cost in run.stages_of("mine-data")]
+    return (run.label or run.name, repr(sorted(alike.items(), key=str)), training.epochs, training.model, *mined)
 
 
-def _is_control(run: RunCost) -> bool:
-    return trained_setting(run, "heads_method") in CONTROL_HEADS or trained_setting(run, "data_method") in CONTROL_DATA
+def _seed_group(rows: Sequence[AerRow], places: tuple[int, ...]) -> SeedGroup:
+    first, aer = rows[0], fmean(row.aer for row in rows)
+    scores = {
+        name: [row.metrics[name] for row in rows] for name in first.metrics if all(name in row.metrics for row in rows)
+    }
+    return SeedGroup(
+        name=first.label or first.name,
+        members=places,
+        seeds=tuple(sorted(row.seed for row in rows if row.seed is not None)),
+        aer=aer,
+        speedup=1 / aer if aer > 0 else None,
+        str_ratio=fmean(row.str_ratio for row in rows),
+        metrics={
+            name: MetricValue(
+                value=fmean(score.value for score in found),
+                low=fmean(score.low for score in found),
+                high=fmean(score.high for score in found),
+                count=min(score.count for score in found),
+            )
+            for name, found in scores.items()
+        },
+        ranges={name: (min(s.value for s in found), max(s.value for s in found)) for name, found in scores.items()},
+        is_control=first.is_control,
+        is_reference=any(row.is_reference for row in rows),
+    )
 
 
-def _reference_warnings(reference: RunCost) -> list[str]:
-    found = []
-    scope, row_share = trained_setting(reference, "scope"), trained_setting(reference, "row_share")
+def _head_maps(runs: Sequence[RunCost]) -> tuple[HeadMap, ...]:
+    """Return the map of each score-heads artifact that recorded one, in the order of the runs."""
+    found: dict[str, tuple[StageCost, list[str]]] = {}
+    for run in runs:
+        for cost in run.stages_of("score-heads"):
+            if "levels" in cost.settings:
+                found.setdefault(cost.artifact, (cost, []))[1].append(run.name)
+    return tuple(
+        HeadMap(
+            method=cost.settings["method"],
+            artifact=artifact,
+            num_layers=cost.settings["shape"][0],
+            num_heads=cost.settings["shape"][1],
+            selected=tuple(cost.settings["selected"]),
+            levels=cost.settings["levels"],
+            used_by=tuple(users),
+        )
+        for artifact, (cost, users) in found.items()
+    )
+
+
+def _training_warnings(runs: Sequence[RunCost], reference: RunCost) -> Iterator[str]:
+    """Say of the reference that it is no full fine-tuning, and of other runs that they were stopped."""
+    scope, row_share = reference.trained("scope"), reference.trained("row_share")
     if scope not in (None, "full"):
-        found.append(f"the reference '{reference.name}' is no full fine-tuning: it was trained with scope '{scope}'")
+        yield f"the reference '{reference.name}' is no full fine-tuning: it was trained with scope '{scope}'"
     if row_share is not None and row_share < 1.0:
-        found.append(f"the reference '{reference.name}' was trained on {row_share:.1%} of the rows, not on all")
-    return found
-
-
-def _unfinished_warnings(runs: Sequence[RunCost], reference: RunCost) -> list[str]:
-    return [
-        f"'{run.name}' stopped after {cost.steps_done} of {cost.steps_planned} updates: its cost and score are those"
-        " of an unfinished training"
-        for run in runs
-        if run.path != reference.path
-        for cost in run.stages_of("train")
-        if cost.is_cut_short
-    ]
+        yield f"the reference '{reference.name}' was trained on {row_share:.1%} of the rows, not on all"
+    for run in runs:
+        for cost in run.stages_of("train"):
+            if cost.is_cut_short and run.path != reference.path:
+                yield (
+                    f"'{run.name}' stopped after {cost.steps_done} of {cost.steps_planned} updates: its cost and score"
+                    " are those of an unfinished training"
+                )
 
 
 def control_warnings(rows: Sequence[AerRow] | Sequence[SeedGroup]) -> list[str]:
@@ -484,15 +532,16 @@ def control_warnings(rows: Sequence[AerRow] | Sequence[SeedGroup]) -> list[str]:
         if row.is_control or row.is_reference or not row.metrics:
             continue
         metric = next(iter(row.metrics))
-        rivals = [control.name for control in controls if control.aer <= row.aer and _as_good(control, row, metric)]
+        sign = 1 if lower_is_better(metric) else -1
+        rivals = [
+            f"'{control.name}'"
+            for control in controls
+            if control.aer <= row.aer
+            and metric in control.metrics
+            and sign * control.metrics[metric].value <= sign * row.metrics[metric].value
+        ]
         if rivals:
-            names = ", ".join(f"'{name}'" for name in rivals)
-            found.append(f"'{row.name}' is not better than a control: {names} cost no more, with {metric} no worse")
+            found.append(
+                f"'{row.name}' is not better than a control: {', '.join(rivals)} cost no more, with {metric} no worse"
+            )
     return found
-
-
-def _as_good(control: AerRow | SeedGroup, row: AerRow | SeedGroup, metric: str) -> bool:
-    if metric not in control.metrics:
-        return False
-    ours, theirs = control.metrics[metric].value, row.metrics[metric].value
-    return ours <= theirs if lower_is_better(metric) else ours >= theirs

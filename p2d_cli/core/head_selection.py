@@ -208,6 +208,16 @@ def contrast_scores(target_share: ArrayLike, num_demos: int) -> NDArray[np.float
     return np.asarray(shares.mean(axis=0) - 1.0 / num_demos)
 
 
+def head_levels(scores_LH: NDArray[np.floating[Any]]) -> str:
+    """Return a digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest.
+
+    Equal scores share the lowest of their places.
+    """
+    scores = scores_LH.ravel()
+    lower = np.searchsorted(np.sort(scores), scores, side="left")
+    return "".join(str(level) for level in (10 * lower // scores.size).tolist())
+
+
 def _ranked(scores_LH: ArrayLike) -> NDArray[np.int64]:
     """Return the heads' places in (layer, head) order by falling score, the earlier of equal ones first."""
     scores = np.asarray(scores_LH, dtype=np.float64)

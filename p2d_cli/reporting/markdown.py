@@ -5,21 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from p2d_cli.core.aer import AerReport, AerRow
+from p2d_cli.core.aer import AerReport, AerRow, SeedGroup
 from p2d_cli.reporting.table import (
     DEFINITION,
     MARK_MEANINGS,
     SEEDS_EXPLAINED,
+    Column,
     Mark,
     columns,
     group_columns,
-    group_mark,
-    main_metric,
     marks_of,
     marks_used,
     other_metrics,
     reference_sentence,
-    score_text,
+    score_columns,
 )
 
 SIGNS: dict[Mark, str] = {"reference": "§", "extrapolated": "¶", "control": "†", "scorer": "#", "mixed": "‡"}
@@ -29,17 +28,24 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
 
 def aer_markdown(report: AerReport) -> str:
     """Return the comparison as a Markdown document: the table by AER, its legend, warnings, and the artifacts."""
+    legend = (f"{SIGNS[mark]} {mark}: {MARK_MEANINGS[mark]}" for mark in marks_used(report))
     parts = ["# Adaptation efficiency", escape(reference_sentence(report))]
     if report.groups:
-        parts += ["## Over seeds", escape(SEEDS_EXPLAINED), _group_table(report), "## Each run"]
-    parts += [_main_table(report), _legend(report)]
+        parts += [
+            "## Over seeds",
+            escape(SEEDS_EXPLAINED),
+            _table("Runs", group_columns(report), report.groups, report),
+            "## Each run",
+        ]
+    parts += [_table("Run", columns(report), report.rows, report), "  \n".join(legend)]
     if report.warnings:
         parts += ["## Warnings", _bullets(report.warnings)]
     if report.flags:
         parts += ["## Not strictly comparable", _bullets(report.flags)]
     if other_metrics(report):
-        parts += ["## Other scores", _score_table(report)]
-    parts += ["## Artifacts", _artifacts(report.rows), escape(DEFINITION)]
+        parts += ["## Other scores", _table("Run", score_columns(report), report.rows, report)]
+    paths = (f"{number}. {code(row.path)}" for number, row in enumerate(report.rows, start=1))
+    parts += ["## Artifacts", "\n".join(paths), escape(DEFINITION)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -55,51 +61,14 @@ def code(text: str) -> str:
     return f"{fence} {flat} {fence}" if flat.startswith("`") or flat.endswith("`") else f"{fence}{flat}{fence}"
 
 
-def _main_table(report: AerReport) -> str:
-    shown = columns(report)
-    lines = [
-        [str(number), _marked_name(row, report), *(column.cell(row) for column in shown)]
-        for number, row in enumerate(report.rows, start=1)
-    ]
-    return _table(["no.", "Run", *(escape(column.heading) for column in shown)], lines)
-
-
-def _group_table(report: AerReport) -> str:
-    shown = group_columns(report)
-    lines = []
-    for number, group in enumerate(report.groups, start=1):
-        mark = group_mark(group)
-        name = f"{escape(group.name)} {SIGNS[mark] if mark else ''}".rstrip()
-        lines.append([str(number), name, *(column.cell(group) for column in shown)])
-    return _table(["no.", "Runs", *(escape(column.heading) for column in shown)], lines)
-
-
-def _score_table(report: AerReport) -> str:
-    names = [name for name in (main_metric(report), *other_metrics(report)) if name is not None]
-    lines = [
-        [str(number), _marked_name(row, report), *(score_text(row.metrics.get(name)) for name in names)]
-        for number, row in enumerate(report.rows, start=1)
-    ]
-    return _table(["no.", "Run", *map(escape, names)], lines)
-
-
-def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---:", "---", *["---:"] * (len(headings) - 2)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
-
-
-def _marked_name(row: AerRow, report: AerReport) -> str:
-    signs = "".join(SIGNS[mark] for mark in marks_of(row, report))
-    return f"{escape(row.name)} {signs}".rstrip()
-
-
-def _legend(report: AerReport) -> str:
-    return "  \n".join(f"{SIGNS[mark]} {mark}: {MARK_MEANINGS[mark]}" for mark in marks_used(report))
+def _table(heading: str, shown: Sequence[Column], rows: Sequence[AerRow | SeedGroup], report: AerReport) -> str:
+    headings = ["no.", heading, *(escape(column.heading) for column in shown)]
+    lines = [headings, ["---:", "---", *["---:"] * len(shown)]]
+    for number, row in enumerate(rows, start=1):
+        signs = "".join(SIGNS[mark] for mark in marks_of(row, report))
+        lines.append([str(number), f"{escape(row.name)} {signs}".rstrip(), *(column.cell(row) for column in shown)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _bullets(texts: Iterable[str]) -> str:
     return "\n".join(f"- {escape(text)}" for text in texts)
-
-
-def _artifacts(rows: Sequence[AerRow]) -> str:
-    return "\n".join(f"{number}. {code(row.path)}" for number, row in enumerate(rows, start=1))

@@ -1,15 +1,16 @@
 """Pictures as PNG files: head scores, sample scores, the cost-against-score plot, and the loss.
 
-matplotlib is an optional extra and is imported when a picture is drawn. Figures are objects with a canvas of their
-own (no pyplot, no display), drawn with matplotlib's defaults whatever a user's matplotlibrc says; the same input
-gives the same bytes with the same version of matplotlib. Axes: L layers, H query heads a layer.
+matplotlib is an optional extra and is imported when a picture is drawn; where it is not installed, each function raises
+`UnavailableError`. Figures are objects with a canvas of their own (no pyplot, no display), drawn with matplotlib's
+defaults whatever a user's matplotlibrc says; the same input gives the same bytes with the same version of matplotlib.
+Axes: L layers, H query heads a layer.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ from p2d_cli.reporting.scatter import (
     Kind,
     Labels,
     Layout,
-    Point,
     label_text,
     scatter_layout,
     tick_texts,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 160
-INK, MUTED, FAINT = "#1b1f24", "#626b76", "#c3c9d0"
+INK, MUTED, FAINT, NO_SCORE = "#1b1f24", "#626b76", "#c3c9d0", "#d9dde2"
 BLUE, VERMILLION, GREY = "#0072b2", "#d55e00", "#8b949e"  # of Okabe and Ito's palette, safe for colour-blind readers
 HEAVY_TAIL = 10.0
 """Above this ratio of the largest head score to the median, colours are logarithmic."""
@@ -59,25 +59,20 @@ _KINDS: dict[Kind, dict[str, Any]] = {
 
 
 def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str) -> None:
-    """Draw the score of each head, layers downward and heads to the right, with the selected heads outlined.
+    """Draw the scores of heads, [L, H], layers downward and heads to the right, with the selected ones outlined.
 
-    Args:
-        scores_LH: Scores, [L, H]; one that is not finite is drawn grey.
-        selected_LH: Which heads were selected, bool [L, H].
-        path: The PNG file to write.
-        title: Heading of the picture, one line.
-
-    Raises:
-        UnavailableError: matplotlib is not installed.
+    `selected_LH` says which those are, bool [L, H]. A score that is not finite is drawn grey.
     """
     scores = np.asarray(scores_LH, dtype=np.float64)
     num_layers, num_heads = scores.shape
     cell = float(np.clip(7.0 / max(num_layers, num_heads), 0.09, 0.3))  # inches
     with _figure(path, (max(4.6, cell * num_heads + 2.0), max(2.6, cell * num_layers + 1.3))) as figure:
+        from matplotlib import colormaps
+
         axes = figure.add_subplot()
         norm, scale = _colour_scale(scores)
         shown = np.ma.masked_invalid(np.ma.masked_less_equal(scores, 0.0) if scale else scores)
-        colours = _colour_map()
+        colours = colormaps["viridis"].with_extremes(bad=NO_SCORE)
         image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         _outline(axes, np.asarray(selected_LH, dtype=bool))
         axes.set(xlabel="head", ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
@@ -89,16 +84,9 @@ def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str,
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:
-    """Draw how the scores of the samples are distributed, and the score of the last row that was chosen.
+    """Draw how the scores of all rows are distributed, and the `cut`, the score of the last row that was chosen.
 
-    Args:
-        scores: Score of each row, higher is chosen first; rows whose score is not finite are counted in a note.
-        cut: Score of the last chosen row.
-        path: The PNG file to write.
-        title: Heading of the picture, one line.
-
-    Raises:
-        UnavailableError: matplotlib is not installed.
+    Rows of higher scores are chosen first; those whose score is not finite are counted in a note.
     """
     every = np.asarray(scores, dtype=np.float64).ravel()
     finite = every[np.isfinite(every)]
@@ -130,13 +118,18 @@ def aer_scatter(report: AerReport, path: Path | str) -> None:
     Controls are hollow; the reference is a diamond, or a line alone where it was cut short and its score is not known.
     Where the names do not fit beside their points, points are numbered as in the report's table and a key stands at
     the right.
-
-    Raises:
-        UnavailableError: matplotlib is not installed.
     """
     layout = scatter_layout(report, _FRAME)
     with _figure(path, _SCATTER_INCHES, layout=None) as figure:
-        width_of, line, radius = _measure(figure), _LABEL_POINTS * 1.25 * _POINT, 4.0 * _POINT
+        from matplotlib.font_manager import FontProperties
+
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # of the Agg canvas
+        font = FontProperties(size=_LABEL_POINTS)
+
+        def width_of(text: str) -> float:
+            return float(renderer.get_text_width_height_descent(text, font, False)[0])
+
+        line, radius = _LABEL_POINTS * 1.25 * _POINT, 4.0 * _POINT
         labels = layout.labels(width_of, height=line, radius=radius)
         if labels.are_numbers:
             width, height = _SCATTER_INCHES
@@ -155,16 +148,10 @@ def aer_scatter(report: AerReport, path: Path | str) -> None:
 def loss_curve(
     steps: ArrayLike, losses: ArrayLike, path: Path | str, held_out: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Draw the training loss over optimizer updates, with a running mean where there are many.
+    """Draw the training loss, [n], over optimizer updates, [n], with a running mean where there are many.
 
-    Args:
-        steps: Number of each update, [n].
-        losses: Its loss, [n]; values that are not finite leave a gap.
-        path: The PNG file to write.
-        held_out: Update and loss of each look at held-out rows; the lowest is marked.
-
-    Raises:
-        UnavailableError: matplotlib is not installed.
+    A loss that is not finite leaves a gap. Of `held_out`, update and loss of each look at held-out rows, the lowest
+    loss is marked.
     """
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, losses))
     with _figure(path, (7.0, 3.6)) as figure:
@@ -240,12 +227,6 @@ def _plain(text: str) -> str:
 # --- heat map
 
 
-def _colour_map() -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"].with_extremes(bad="#d9dde2")
-
-
 def _colour_scale(scores_LH: NDArray[np.float64]) -> tuple[Any, str]:
     """Return how scores become colours, and what the colour bar says of it: linear, or logarithmic if heavy-tailed."""
     from matplotlib.colors import LogNorm, Normalize
@@ -303,15 +284,6 @@ def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64
 # --- score against cost
 
 
-def _measure(figure: Figure) -> Callable[[str], float]:
-    """Return a function that gives the width of a label in pixels."""
-    from matplotlib.font_manager import FontProperties
-
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # of the Agg canvas
-    font = FontProperties(size=_LABEL_POINTS)
-    return lambda text: float(renderer.get_text_width_height_descent(text, font, False)[0])
-
-
 def _scatter_axes(figure: Figure, layout: Layout) -> Axes:
     """Add axes whose coordinates are the layout's pixels, y pointing down."""
     width, height = (float(inches) * DPI for inches in figure.get_size_inches())
@@ -329,10 +301,19 @@ def _scatter_axes(figure: Figure, layout: Layout) -> Axes:
 
 
 def _draw_points(axes: Axes, layout: Layout) -> None:
-    x, y = [corner[0] for corner in layout.front], [corner[1] for corner in layout.front]
-    axes.plot(x, y, color=GREY, linewidth=1.3, zorder=2, label="Pareto front")
+    """Draw the front, and each run with its interval; one off the scale becomes an arrow head at the scale's end."""
+    along, up = [corner[0] for corner in layout.front], [corner[1] for corner in layout.front]
+    axes.plot(along, up, color=GREY, linewidth=1.3, zorder=2, label="Pareto front")
     for point in layout.points:
-        _draw_point(axes, layout, point)
+        style, x, y = _KINDS[point.kind], layout.x(point.cost), layout.y(point.score)
+        if not layout.up.holds(point.score):
+            style = style | {"marker": "v" if point.score < layout.up.low else "^"}
+        elif point.kind == "reference":
+            axes.axvline(x, **_DOTTED)
+            axes.axhline(y, **_DOTTED)
+        ends = layout.y(point.low), layout.y(point.high)
+        axes.vlines(x, min(ends), max(ends), color=style["edgecolors"], linewidth=1.1, alpha=0.6, zorder=3)
+        axes.scatter([x], [y], **style, linewidths=1.6, zorder=4)
     for kind, style in _KINDS.items():
         if any(point.kind == kind for point in layout.points):
             axes.scatter([], [], **style, linewidths=1.6, label=KIND_NAMES[kind])
@@ -341,20 +322,8 @@ def _draw_points(axes: Axes, layout: Layout) -> None:
     )
 
 
-def _draw_point(axes: Axes, layout: Layout, point: Point) -> None:
-    """Draw a run and its interval; one that is off the scale becomes an arrow head at the scale's end."""
-    style, x, y = _KINDS[point.kind], layout.x(point.cost), layout.y(point.score)
-    if not layout.up.holds(point.score):
-        style = style | {"marker": "v" if point.score < layout.up.low else "^"}
-    elif point.kind == "reference":
-        axes.axvline(x, **_DOTTED)
-        axes.axhline(y, **_DOTTED)
-    ends = layout.y(point.low), layout.y(point.high)
-    axes.vlines(x, min(ends), max(ends), color=style["edgecolors"], linewidth=1.1, alpha=0.6, zorder=3)
-    axes.scatter([x], [y], **style, linewidths=1.6, zorder=4)
-
-
 def _draw_labels(axes: Axes, layout: Layout, labels: Labels) -> None:
+    """Write the labels and, where they are numbers, at the right of the plot which number is which run."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
@@ -366,13 +335,7 @@ def _draw_labels(axes: Axes, layout: Layout, labels: Labels) -> None:
             label.left, label.middle, _plain(text), fontsize=_LABEL_POINTS, va="center_baseline",
             path_effects=halo, zorder=5,
         )  # fmt: skip
-    if labels.are_numbers:
-        _draw_key(axes, layout)
-
-
-def _draw_key(axes: Axes, layout: Layout) -> None:
-    """List which number is which run, at the right of the plot."""
-    for line, point in enumerate(layout.points):
+    for line, point in enumerate(layout.points if labels.are_numbers else ()):
         x, y = layout.frame[2] + 0.45 * DPI, layout.frame[1] + (0.07 + line * _KEY_LINE_INCHES) * DPI
         axes.text(x, y, str(point.number), fontsize=8, ha="right", color=MUTED)
         axes.text(x + 0.1 * DPI, y, _plain(label_text(point, layout.up)), fontsize=8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -93,6 +93,11 @@ class Label:
         """Return where a leading line from column `x` arrives: at the label's nearer end, or its middle."""
         return min((self.left + share * self.width for share in (0.0, 0.5, 1.0)), key=lambda end: abs(end - x))
 
+    def box(self, height: float, margin: float = 0.0) -> Box:
+        """Return the label's box, with a margin at its left and right."""
+        top, right = self.middle - height / 2, self.left + self.width + margin
+        return self.left - margin, top, right, self.middle + height / 2
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -143,36 +148,27 @@ class Layout:
         return tuple((self.x(cost), self.y(score)) for cost, score in front_corners(self.points, self.metric))
 
     def labels(self, width_of: Callable[[str], float], *, height: float, radius: float) -> Labels:
-        """Place a label beside each point.
-
-        Args:
-            width_of: Returns the width of a text in pixels.
-            height: Height of a line of text.
-            radius: Radius of the markers.
-        """
-        named = tuple(label_text(point, self.up) for point in self.points)
-        numbered = tuple(str(point.number) for point in self.points)
+        """Place a label beside each point, of texts whose width in pixels `width_of` returns; a marker has `radius`."""
         anchors = [(self.x(point.cost), self.y(point.score)) for point in self.points]
-        obstacles = list(self._obstacles(radius))
+        # Labels keep off the markers, the intervals, the front's steps, and the words beside a cut-short reference.
+        obstacles: list[Box] = []
+        for (x, y), point in zip(anchors, self.points, strict=True):
+            obstacles.append((x - radius, y - radius, x + radius, y + radius))
+            obstacles.append((x - 1, self.y(point.high), x + 1, self.y(point.low)))
+        for (from_x, from_y), (to_x, to_y) in pairwise(self.front):
+            obstacles.append((from_x - 1, min(from_y, to_y) - 1, to_x + 1, max(from_y, to_y) + 1))
         if self.is_cut_short:
-            obstacles.append(_box(self.cut_short_label(width_of(CUT_SHORT), height, radius), height))
-        for texts in (named, numbered):
+            obstacles.append(self.cut_short_label(width_of(CUT_SHORT), height, radius).box(height))
+        names = tuple(label_text(point, self.up) for point in self.points)
+        numbers = tuple(str(point.number) for point in self.points)
+        for texts in (names, numbers):
+            widths = [width_of(text) for text in texts]
             places, is_free = place_labels(
-                anchors, [width_of(text) for text in texts], height=height, gap=1.8 * radius, bounds=self.frame,
-                obstacles=obstacles,
-            )  # fmt: skip
+                anchors, widths, height=height, gap=1.8 * radius, bounds=self.frame, obstacles=obstacles
+            )
             if is_free:
                 break
-        return Labels(texts, places, texts is numbered)
-
-    def _obstacles(self, radius: float) -> Iterator[Box]:
-        """Yield the boxes of the markers, of the intervals and of the front's steps."""
-        for point in self.points:
-            x, y = self.x(point.cost), self.y(point.score)
-            yield x - radius, y - radius, x + radius, y + radius
-            yield x - 1, self.y(point.high), x + 1, self.y(point.low)
-        for (from_x, from_y), (to_x, to_y) in pairwise(self.front):
-            yield from_x - 1, min(from_y, to_y) - 1, to_x + 1, max(from_y, to_y) + 1
+        return Labels(texts, places, texts is numbers)
 
 
 def scatter_layout(report: AerReport, frame: Box) -> Layout:
@@ -190,43 +186,35 @@ def scatter_points(report: AerReport) -> tuple[Point, ...]:
     metric = main_metric(report)
     found = []
     for number, row in enumerate(shown_rows(report), start=1):
-        value = row.metrics.get(metric) if metric is not None else None
+        score = row.metrics.get(metric) if metric is not None else None
+        if score is None or not math.isfinite(score.value) or not math.isfinite(row.aer):
+            continue
         if row.is_reference and report.reference.extrapolated:
             continue
-        if value is None or not math.isfinite(value.value) or not math.isfinite(row.aer):
-            continue
-        ends = [value.value, *(end for end in (value.low, value.high) if math.isfinite(end))]
-        found.append(Point(number, row, _kind(row), row.aer, value.value, min(ends), max(ends)))
+        ends = [end for end in (score.value, score.low, score.high) if math.isfinite(end)]
+        kind: Kind = "method" if row.total_seconds > 0 else "untrained"
+        if row.is_reference or row.is_control:
+            kind = "reference" if row.is_reference else "control"
+        found.append(Point(number, row, kind, row.aer, score.value, min(ends), max(ends)))
     return tuple(found)
 
 
 def shown_rows(report: AerReport) -> tuple[AerRow, ...]:
     """Return what the plot shows: the report's groups, where it has some, each like its first run; else its runs."""
-    return tuple(_mean_row(group, report.rows[group.members[0]]) for group in report.groups) or report.rows
-
-
-def _mean_row(group: SeedGroup, first: AerRow) -> AerRow:
-    return replace(
-        first,
-        name=group.name,
-        aer=group.aer,
-        speedup=group.speedup,
-        str_ratio=group.str_ratio,
-        metrics=group.metrics,
-        is_reference=group.is_reference,
-        is_control=group.is_control,
-    )
+    shared = {item.name for item in fields(AerRow)} & {item.name for item in fields(SeedGroup)}
+    means = ({name: getattr(group, name) for name in shared} for group in report.groups)
+    firsts = (report.rows[group.members[0]] for group in report.groups)
+    return tuple(replace(first, **mean) for first, mean in zip(firsts, means, strict=True)) or report.rows
 
 
 def front_corners(points: Sequence[Point], metric: str | None) -> tuple[tuple[float, float], ...]:
     """Return the staircase through the points that no other one beats: the best score that each cost buys."""
     sign = -1.0 if metric is not None and lower_is_better(metric) else 1.0
-    front = [points[index] for index in pareto_front((point.cost, sign * point.score) for point in points)]
     corners: list[tuple[float, float]] = []
-    for point in front:
+    for index in pareto_front((point.cost, sign * point.score) for point in points):
         if corners:
-            corners.append((point.cost, corners[-1][1]))
-        corners.append((point.cost, point.score))
+            corners.append((points[index].cost, corners[-1][1]))
+        corners.append((points[index].cost, points[index].score))
     return tuple(dict.fromkeys(corners))
 
 
@@ -238,7 +226,11 @@ def cost_axis(costs: Sequence[float]) -> Axis:
         return Axis(-0.04 * high, 1.08 * high, False, 0.0, linear_ticks(0.0, 1.08 * high))
     slot = ZERO_SLOT if min(costs, default=1.0) <= 0 else 0.0
     low, high = low / _LOG_MARGIN, high * _LOG_MARGIN
-    return Axis(low, high, True, slot, ((0.0,) if slot else ()) + _log_ticks(low, high))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    ticks = (float(f"{factor}e{decade}") for decade in decades for factor in factors)
+    zero = (0.0,) if slot else ()
+    return Axis(low, high, True, slot, (*zero, *(tick for tick in ticks if low <= tick <= high)))
 
 
 def score_axis(points: Sequence[Point]) -> Axis:
@@ -248,9 +240,12 @@ def score_axis(points: Sequence[Point]) -> Axis:
     untrained model's score would squeeze the differences between trained ones out of sight.
     """
     charged = [point for point in points if point.cost > 0] or points
-    (low, high), everything = _score_range(charged), _score_range(points)
-    if everything[1] - everything[0] <= MOST_STRETCH * (high - low):
-        low, high = everything
+    (low, high), (lowest, highest) = (
+        (min((point.low for point in shown), default=0.0), max((point.high for point in shown), default=1.0))
+        for shown in (charged, points)
+    )
+    if highest - lowest <= MOST_STRETCH * (high - low):
+        low, high = lowest, highest
     margin = 0.08 * (high - low) or 0.05 * (abs(high) or 1.0)
     low, high = low - margin, high + margin
     return Axis(low, high, False, 0.0, linear_ticks(low, high))
@@ -298,8 +293,8 @@ def place_labels(
     the least overlap.
 
     Args:
-        anchors: Centres of the markers, in pixels.
-        widths: Widths of the labels, in pixels.
+        anchors: Centres of the markers, in pixels, as everything here.
+        widths: Widths of the labels.
         height: Height of every label.
         gap: Distance from an anchor to a label beside it, the marker's radius included.
         bounds: Where labels may stand.
@@ -308,46 +303,21 @@ def place_labels(
     Returns:
         The labels in the order of the anchors, and whether none of them covers more than a line's breadth.
     """
-    taken: list[Box] = list(obstacles)
-    placed: dict[int, Label] = {}
-    is_free = True
-    for index in _most_crowded_first(anchors, widths):
-        best = min(
-            (
-                (_overlap(_box(label, height), taken, bounds), rank, label)
-                for rank, label in enumerate(_candidates(anchors[index], widths[index], height, gap))
-            ),
-            key=lambda option: option[:2],
-        )
-        placed[index] = best[2]
-        taken.append(_box(best[2], height, margin=gap / 3))
-        is_free = is_free and best[0] <= _TOLERATED * widths[index] * height
-    return tuple(placed[index] for index in range(len(anchors))), is_free
 
-
-def _kind(row: AerRow) -> Kind:
-    if row.is_reference:
-        return "reference"
-    return "control" if row.is_control else "method" if row.total_seconds > 0 else "untrained"
-
-
-def _score_range(points: Sequence[Point]) -> tuple[float, float]:
-    return min((point.low for point in points), default=0.0), max((point.high for point in points), default=1.0)
-
-
-def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
-    values = (float(f"{factor}e{decade}") for decade in decades for factor in factors)
-    return tuple(value for value in values if low <= value <= high)
-
-
-def _most_crowded_first(anchors: Sequence[tuple[float, float]], widths: Sequence[float]) -> list[int]:
     def neighbours(index: int) -> int:
         x, y = anchors[index]
         return sum(abs(x - other_x) < widths[index] and abs(y - other_y) < 40 for other_x, other_y in anchors)
 
-    return sorted(range(len(anchors)), key=lambda index: (-neighbours(index), index))
+    taken = list(obstacles)
+    placed: dict[int, Label] = {}
+    is_free = True
+    for index in sorted(range(len(anchors)), key=neighbours, reverse=True):
+        candidates = _candidates(anchors[index], widths[index], height, gap)
+        options = [(_overlap(label.box(height), taken, bounds), rank, label) for rank, label in enumerate(candidates)]
+        overlap, _, placed[index] = min(options, key=lambda option: option[:2])
+        taken.append(placed[index].box(height, margin=gap / 3))
+        is_free = is_free and overlap <= _TOLERATED * widths[index] * height
+    return tuple(placed[index] for index in range(len(anchors))), is_free
 
 
 def _candidates(anchor: tuple[float, float], width: float, height: float, gap: float) -> Iterator[Label]:
@@ -367,11 +337,6 @@ def _candidates(anchor: tuple[float, float], width: float, height: float, gap: f
             (x - width / 2, y + near + height / 2),
         ):
             yield Label(left, middle, width, reach > 1.0)
-
-
-def _box(label: Label, height: float, margin: float = 0.0) -> Box:
-    left, right = label.left - margin, label.left + label.width + margin
-    return left, label.middle - height / 2, right, label.middle + height / 2
 
 
 def _overlap(box: Box, taken: Sequence[Box], bounds: Box) -> float:

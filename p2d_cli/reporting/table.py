@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from p2d_cli.core.aer import AerReport, AerRow, MetricValue, SeedGroup
 from p2d_cli.core.metrics import lower_is_better
@@ -33,17 +33,63 @@ MARK_MEANINGS: dict[Mark, str] = {
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the comparison."""
+    """One column of a table."""
 
     title: str
-    unit: str
-    """What stands behind the title, such as `s`; may be empty."""
-    cell: Callable[[AerRow], str]
+    cell: Callable[[Any], str]
+    """Returns the text for a run (`AerRow`), or for runs of several seeds (`SeedGroup`)."""
+    unit: str = ""
+    """Shown after the title, such as `s`."""
 
     @property
     def heading(self) -> str:
         """The title with its unit in brackets."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+_RATIOS = (
+    Column("AER", lambda row: ratio_text(row.aer)),
+    Column("Speed-up", lambda row: speedup_text(row.speedup)),
+    Column("STR", lambda row: ratio_text(row.str_ratio)),
+)
+
+
+def columns(report: AerReport) -> tuple[Column, ...]:
+    """Return the columns to the right of a run's name, most important first."""
+    metric = main_metric(report)
+    knows_truth = any(row.precision is not None for row in report.rows)
+    return (
+        *(() if metric is None else (_score_column(metric, interval_name(report)),)),
+        *_RATIOS,
+        Column("Heads", lambda row: share_text(row.head_share)),
+        Column("Rows", lambda row: share_text(row.row_share)),
+        *((Column("Precision", lambda row: _text_of(row.precision, ".3f")),) if knows_truth else ()),
+        Column("Parameters", lambda row: share_text(row.trainable_share)),
+        Column("score-heads", lambda row: seconds_text(row.score_heads_seconds), "s"),
+        Column("mine-data", lambda row: seconds_text(row.mine_data_seconds), "s"),
+        Column("train", lambda row: seconds_text(row.train_seconds), "s"),
+        Column("Total", lambda row: seconds_text(row.total_seconds), "s"),
+        Column("Peak", lambda row: _text_of(row.peak_gib, ".2f"), "GiB"),
+    )
+
+
+def score_columns(report: AerReport) -> tuple[Column, ...]:
+    """Return a column for each score of the runs, the main metric first."""
+    return tuple(_score_column(name) for name in (main_metric(report), *other_metrics(report)) if name is not None)
+
+
+def group_columns(report: AerReport) -> tuple[Column, ...]:
+    """Return the columns to the right of the name of runs of several seeds."""
+    metric = main_metric(report)
+    scores: tuple[Column, ...] = ()
+    if metric is not None:
+        ends = Column("lowest to highest seed", lambda group: range_text(group.ranges.get(metric)))
+        scores = (_score_column(metric, f"mean, {interval_name(report)}"), ends)
+    return (*scores, *_RATIOS, Column("Runs", lambda group: str(len(group.members))))
+
+
+def _score_column(metric: str, unit: str = "") -> Column:
+    return Column(metric, lambda row: score_text(row.metrics.get(metric)), unit)
 
 
 def main_metric(report: AerReport) -> str | None:
@@ -63,77 +109,21 @@ def interval_name(report: AerReport) -> str:
     return "interval" if report.confidence is None else f"{100 * report.confidence:.6g}% interval"
 
 
-def columns(report: AerReport) -> tuple[Column, ...]:
-    """Return the columns that stand to the right of the run's name, most important first."""
-    metric = main_metric(report)
-    unit = interval_name(report)
-    score = () if metric is None else (Column(metric, unit, lambda row: score_text(row.metrics.get(metric))),)
-    knows_truth = any(row.precision is not None for row in report.rows)
-    precision = (Column("Precision", "", lambda row: precision_text(row.precision)),) if knows_truth else ()
-    return (
-        *score,
-        Column("AER", "", lambda row: ratio_text(row.aer)),
-        Column("Speed-up", "", lambda row: speedup_text(row.speedup)),
-        Column("STR", "", lambda row: ratio_text(row.str_ratio)),
-        Column("Heads", "", lambda row: share_text(row.head_share)),
-        Column("Rows", "", lambda row: share_text(row.row_share)),
-        *precision,
-        Column("Parameters", "", lambda row: share_text(row.trainable_share)),
-        Column("score-heads", "s", lambda row: seconds_text(row.score_heads_seconds)),
-        Column("mine-data", "s", lambda row: seconds_text(row.mine_data_seconds)),
-        Column("train", "s", lambda row: seconds_text(row.train_seconds)),
-        Column("Total", "s", lambda row: seconds_text(row.total_seconds)),
-        Column("Peak", "GiB", lambda row: MISSING if row.peak_gib is None else f"{row.peak_gib:.2f}"),
-    )
-
-
-@dataclass(frozen=True)
-class GroupColumn:
-    """One column of the table of runs over several seeds."""
-
-    heading: str
-    cell: Callable[[SeedGroup], str]
-
-
-def group_columns(report: AerReport) -> tuple[GroupColumn, ...]:
-    """Return the columns that stand to the right of a group's name."""
-    metric = main_metric(report)
-    score: tuple[GroupColumn, ...] = ()
-    if metric is not None:
-        score = (
-            GroupColumn(
-                f"{metric} (mean, {interval_name(report)})", lambda group: score_text(group.metrics.get(metric))
-            ),
-            GroupColumn("lowest to highest seed", lambda group: range_text(group.ranges.get(metric))),
-        )
-    return (
-        *score,
-        GroupColumn("AER", lambda group: ratio_text(group.aer)),
-        GroupColumn("Speed-up", lambda group: speedup_text(group.speedup)),
-        GroupColumn("STR", lambda group: ratio_text(group.str_ratio)),
-        GroupColumn("Runs", lambda group: str(len(group.members))),
-    )
-
-
-def group_mark(group: SeedGroup) -> Mark | None:
-    """Return the mark that a group carries."""
-    return "reference" if group.is_reference else "control" if group.is_control else None
-
-
-def marks_of(row: AerRow, report: AerReport) -> tuple[Mark, ...]:
-    """Return the marks that a row carries."""
+def marks_of(row: AerRow | SeedGroup, report: AerReport) -> tuple[Mark, ...]:
+    """Return the marks that a run carries, in the order of `MARK_MEANINGS`; of a group only what all its runs are."""
     found: dict[Mark, bool] = {
         "reference": row.is_reference,
-        "extrapolated": row.is_reference and report.reference.extrapolated,
         "control": row.is_control and not row.is_reference,
-        "scorer": row.scorer_model is not None,
-        "mixed": bool(row.mixed),
     }
-    return tuple(mark for mark, applies in found.items() if applies)
+    if isinstance(row, AerRow):
+        found["extrapolated"] = row.is_reference and report.reference.extrapolated
+        found["scorer"] = row.scorer_model is not None
+        found["mixed"] = bool(row.mixed)
+    return tuple(mark for mark in MARK_MEANINGS if found.get(mark))
 
 
 def marks_used(report: AerReport) -> tuple[Mark, ...]:
-    """Return the marks that any row carries, in the order of `MARK_MEANINGS`."""
+    """Return the marks that any run carries, in the order of `MARK_MEANINGS`."""
     used = {mark for row in report.rows for mark in marks_of(row, report)}
     return tuple(mark for mark in MARK_MEANINGS if mark in used)
 
@@ -182,11 +172,6 @@ def range_text(ends: tuple[float, float] | None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def precision_text(precision: float | None) -> str:
-    """Return a share of rows as a fraction of one."""
-    return MISSING if precision is None else f"{precision:.3f}"
-
-
 def ratio_text(ratio: float) -> str:
     """Return a ratio with three digits behind the point, four below 0.01, and `<0.001` where those would hide it."""
     if 0 < ratio < 0.001:
@@ -202,6 +187,10 @@ def speedup_text(speedup: float | None) -> str:
 def share_text(share: float | None) -> str:
     """Return a share of one as a percentage with three significant digits."""
     return MISSING if share is None else f"{100 * share:.3g}%"
+
+
+def _text_of(value: float | None, digits: str) -> str:
+    return MISSING if value is None else f"{value:{digits}}"
 
 
 def seconds_text(seconds: float) -> str:

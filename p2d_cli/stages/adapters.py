@@ -148,10 +148,6 @@ def refuse_unusable(folder: Path) -> None:
             "not run",
             hint="remove megatron_config from it: p2d reads plain adapters",
         )
-    _refuse_kind(path, config)
-
-
-def _refuse_kind(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in APPLIED_TYPES:
         raise ArtifactError(

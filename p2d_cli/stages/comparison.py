@@ -20,7 +20,8 @@ from p2d_cli.stages.identity import identity_differences, recorded_identity
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")
 """What a perplexity is made of, in the table of predictions."""
-SHOWN_CHARACTERS = 60
+SHOWN = 60
+"""Characters of a prompt in a message."""
 
 Row = Mapping[str, Any]
 
@@ -73,18 +74,17 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
     common = [name for name in named[0] if name in named[1] and _is_known_by_row(name, tables)]
     for folder, table in zip((first, second), tables, strict=True):
         _ensure_numbers(folder, table, common)
-    metrics = {
-        name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
-        for name in common
-    }
     return Comparison(
         first=first,
         second=second,
         rows=len(tables[0]),
         confidence=confidence,
         differences=tuple(identity_differences(*map(recorded_identity, manifests))),
-        metrics=metrics,
-        left_out=tuple(name for name in {**named[0], **named[1]} if name not in metrics),
+        metrics={
+            name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
+            for name in common
+        },
+        left_out=tuple(name for name in {**named[0], **named[1]} if name not in common),
         changed=_changed_rows(common, tables),
     )
 
@@ -92,32 +92,35 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
 def _ensure_same_rows(folders: tuple[Path, Path], tables: Sequence[Sequence[Row]]) -> None:
     what = f"{folders[0]} and {folders[1]} are evaluations of other rows"
     hint = "evaluate both on the same --data, with the same --limit"
-    counts = [len(table) for table in tables]
-    if counts[0] != counts[1]:
-        raise ArtifactError(f"{what}: the first has {counts[0]} rows, the second {counts[1]}", hint=hint)
+    first, second = map(len, tables)
+    if first != second:
+        raise ArtifactError(f"{what}: the first has {first} rows, the second {second}", hint=hint)
     for column in ("prompt", "reference"):
-        pairs = [(first.get(column), second.get(column)) for first, second in zip(*tables, strict=True)]
-        differing = [number for number, (a, b) in enumerate(pairs) if a != b]
+        pairs = [(a.get(column), b.get(column)) for a, b in zip(*tables, strict=True)]
+        differing = [number for number, (a, b) in enumerate(pairs, start=1) if a != b]
         if differing:
-            found = " and ".join(repr(_shorten(str(value))) for value in pairs[differing[0]])
+            texts = map(str, pairs[differing[0] - 1])
+            found = " and ".join(repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...") for text in texts)
             raise ArtifactError(
-                f"{what}: {len(differing)} of {counts[0]} differ in the {column};"
-                f" the first is row {differing[0] + 1}: {found}",
+                f"{what}: {len(differing)} of {first} differ in the {column}; the first is row {differing[0]}: {found}",
                 hint=hint,
             )
 
 
+def _columns_of(metric: str) -> tuple[str, ...]:
+    return PERPLEXITY_COLUMNS if metric == PERPLEXITY else (metric,)
+
+
+def _is_known_by_row(metric: str, tables: Sequence[Sequence[Row]]) -> bool:
+    return all(column in row for table in tables for row in table[:1] for column in _columns_of(metric))
+
+
 def _ensure_numbers(folder: Path, table: Sequence[Row], metrics: Sequence[str]) -> None:
     for name in metrics:
-        columns, kinds = (PERPLEXITY_COLUMNS, (int, float)) if name == PERPLEXITY else ((name,), (int, float, NoneType))
-        for column in columns:
+        kinds = (int, float) if name == PERPLEXITY else (int, float, NoneType)
+        for column in _columns_of(name):
             if not all(isinstance(row[column], kinds) for row in table):
                 raise ArtifactError(f"{folder}: column '{column}' of the predictions does not hold numbers alone")
-
-
-def _is_known_by_row(name: str, tables: Sequence[Sequence[Row]]) -> bool:
-    columns = PERPLEXITY_COLUMNS if name == PERPLEXITY else (name,)
-    return all(column in row for table in tables for row in table[:1] for column in columns)
 
 
 def _compare_metric(
@@ -156,7 +159,3 @@ def _changed_rows(metrics: Sequence[str], tables: Sequence[Sequence[Row]]) -> tu
     if columns == [PERPLEXITY_COLUMNS[0]]:
         changed.sort(key=lambda row: -abs(np.subtract(*row.changes[columns[0]])))
     return tuple(changed)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
 from p2d_cli.artifacts.manifest import Manifest, is_artifact
@@ -26,7 +27,7 @@ class Inspection:
     """Id, score and text of the best rows of a subset."""
     last_rows: tuple[tuple[str, float, str], ...] = ()
     """The same of the last rows that were still chosen."""
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 def inspect(folder: Path) -> Inspection:
@@ -44,11 +45,11 @@ def inspect(folder: Path) -> Inspection:
         )
     manifest = open_artifact(folder)
     if manifest.kind == "heads":
-        heads = load_head_scores(folder)
-        return Inspection(folder, manifest, heads=heads, warnings=_ranking_warnings(manifest))
+        return Inspection(folder, manifest, heads=load_head_scores(folder), warnings=_ranking_warnings(manifest))
     if manifest.kind == "subset":
-        best, last = _extreme_rows(folder)
-        return Inspection(folder, manifest, best_rows=best, last_rows=last)
+        best, last = (tuple(map(_described, rows)) for rows in load_extreme_rows(folder, EXTREMES))
+        differ = best[:1] and best[0][1] != last[-1][1]  # scores fall from the first row to the last
+        return Inspection(folder, manifest, best_rows=best, last_rows=last if differ else ())
     return Inspection(folder, manifest)
 
 
@@ -70,16 +71,6 @@ def _ranking_warnings(manifest: Manifest) -> tuple[str, ...]:
     )
 
 
-def _extreme_rows(
-    folder: Path,
-) -> tuple[tuple[tuple[str, float, str], ...], tuple[tuple[str, float, str], ...]]:
-    best, last = (
-        tuple((str(row["id"]), float(row["score"]), _text_of(row)) for row in rows)
-        for rows in load_extreme_rows(folder, EXTREMES)
-    )
-    differ = best[:1] and best[0][1] != last[-1][1]  # scores fall from the first row to the last
-    return best, last if differ else ()
-
-
-def _text_of(row: dict[str, object]) -> str:
-    return " | ".join(str(value) for name, value in row.items() if name not in {"id", "score", "rank"})
+def _described(row: dict[str, Any]) -> tuple[str, float, str]:
+    text = " | ".join(str(value) for name, value in row.items() if name not in {"id", "score", "rank"})
+    return str(row["id"]), float(row["score"]), text

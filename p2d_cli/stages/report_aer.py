@@ -5,7 +5,7 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.evaluation import metric_values
-from p2d_cli.artifacts.manifest import InputEntry, Manifest
+from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare, seed_of, trained_setting
-from p2d_cli.core.report_views import with_views
+from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare
 from p2d_cli.errors import ArtifactError, DataError, first_line
 from p2d_cli.recipe import read_recipe_text
 from p2d_cli.reporting.table import share_text
@@ -37,13 +36,12 @@ def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) 
     """
     job = StageRun("report-aer", resolved, options or RunOptions())
     config = job.config
-    reference = _open_run(job, "reference", config.reference)
+    _open_run(job, "reference", config.reference)
     # The reference is compared with itself too, so that its row stands in the table.
     specs = list(dict.fromkeys([*config.evaluations, config.reference]))
-    runs = [_open_run(job, f"evaluation {number}", spec) for number, spec in enumerate(specs, start=1)]
-    runs = _distinct_names(runs)
-    report = compare(runs, _named_like(reference, runs), allow_mixed=config.allow_mixed)
-    report = with_views(report, runs)
+    runs = _distinct_names([_open_run(job, f"evaluation {number}", spec) for number, spec in enumerate(specs, start=1)])
+    reference = next(run for run in runs if run.path == config.reference)
+    report = compare(runs, reference, allow_mixed=config.allow_mixed)
     if config.recipe is not None:
         _read_recipe(config.recipe)
         job.inputs.entries["recipe"] = InputEntry(
@@ -62,16 +60,12 @@ def _read_recipe(spec: str) -> str:
 
 
 def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
+    """Register an evaluation as an input, and return the costs and scores that its manifest records."""
     manifest = open_artifact(Path(spec).expanduser(), "evaluation")
     # Costs are what a report says, so here the whole manifest counts, seconds included.
     job.inputs.entries[name] = InputEntry(
         kind="evaluation", digest=digest_json(manifest.model_dump(mode="json", exclude={"inputs"})), source=spec
     )
-    return run_cost(manifest, spec)
-
-
-def run_cost(manifest: Manifest, path: str) -> RunCost:
-    """Return the costs and scores that an evaluation's manifest records."""
     try:
         for entry in manifest.ledger:
             _Entry.model_validate(entry, strict=True)
@@ -79,12 +73,12 @@ def run_cost(manifest: Manifest, path: str) -> RunCost:
         first = problems.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(
-            f"the costs in the manifest of {path} cannot be read: {where}: {first['msg']}",
+            f"the costs in the manifest of {spec} cannot be read: {where}: {first['msg']}",
             hint="redo the stages that led to it",
         ) from None
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
-    name, metrics = _describe(stages), metric_values(manifest.summary["metrics"])
-    return RunCost(name=name, stages=stages, metrics=metrics, path=path, label=name)
+    name = _describe(stages)
+    return RunCost(name, stages, metric_values(manifest.summary["metrics"]), path=spec, label=name)
 
 
 class _Settings(BaseModel):
@@ -125,52 +119,44 @@ class _Entry(BaseModel):
     settings: _Settings = _Settings()
 
 
-def _describe(stages: tuple[StageCost, ...], *, telling: frozenset[str] = frozenset()) -> str:
-    """Name a run after what was trained on what: `contrast heads, p2d rows`, with what is `telling` of `SHARES` and
-    `epochs` beside it.
-    """
+def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str:
+    """Name a run after what was trained on what, with those of `SHARES` and `epochs` that tell it from others."""
     training = next((cost for cost in stages if cost.stage == "train"), None)
     if training is None:
         return "base model"
     trained = training.settings
-    share = {name: f" {share_text(trained.get(name))}" if name in telling else "" for name in SHARES}
-    scope = trained.get("scope")
+    heads, rows = (f" {share_text(trained.get(name))}" if name in telling else "" for name in SHARES)
+    scope, data = trained.get("scope"), trained.get("data_method")
     if scope == "heads":
         scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
-    data = trained.get("data_method")
-    rows = "all" if data in {None, "full"} else data
-    name = f"{scope}{share['head_share']}, {rows} rows{share['row_share']}"
-    if "epochs" not in telling or training.epochs is None:
-        return name
-    return f"{name}, {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
+    name = f"{scope}{heads}, {'all' if data in {None, 'full'} else data} rows{rows}"
+    if "epochs" in telling and training.epochs is not None:
+        name += f", {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
+    return name
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
     """Tell apart runs that would be called the same: by shares and epochs, by seeds, else by their folders."""
     runs = [_with_what_tells(run, [other for other in runs if other.name == run.name]) for run in runs]
-    seeded = [f"{run.name}, seed {seed}" if (seed := seed_of(run)) is not None else run.name for run in runs]
-    named = [f"{run.name} ({Path(run.path).name})" for run in runs]
     names = [run.name for run in runs]
-    return [
-        replace(run, name=seed if seeded.count(seed) == 1 else folder) if names.count(run.name) > 1 else run
-        for run, seed, folder in zip(runs, seeded, named, strict=True)
-    ]
+    seeded = [f"{run.name}, seed {seed}" if (seed := run.trained("seed")) is not None else run.name for run in runs]
+    distinct = []
+    for run, name in zip(runs, seeded, strict=True):
+        if names.count(run.name) > 1:
+            run = replace(run, name=name if seeded.count(name) == 1 else f"{run.name} ({Path(run.path).name})")
+        distinct.append(run)
+    return distinct
 
 
 def _with_what_tells(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
     """Add to a run's name the shares, and the epochs, in which others of that name differ from it."""
-    telling = {name for name in SHARES if len({trained_setting(other, name) for other in namesakes}) > 1}
+    telling = {name for name in SHARES if len({other.trained(name) for other in namesakes}) > 1}
     if len({cost.epochs for other in namesakes for cost in other.stages_of("train")[:1]}) > 1:
         telling.add("epochs")
     if not telling:
         return run
-    name = _describe(run.stages, telling=frozenset(telling))
+    name = _describe(run.stages, telling)
     return replace(run, name=name, label=name)
-
-
-def _named_like(reference: RunCost, runs: list[RunCost]) -> RunCost:
-    same = next(run for run in runs if run.path == reference.path)
-    return replace(reference, name=same.name)
 
 
 def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) -> Outcome:

@@ -158,7 +158,7 @@ def _selection(heads: HeadScores) -> dict[str, object]:
 
 def _map(heads: HeadScores) -> dict[str, object]:
     """Return what a report draws of the heads, small enough to travel in every later manifest."""
-    from p2d_cli.core.report_views import head_levels
+    from p2d_cli.core.head_selection import head_levels
 
     return {
         "shape": list(heads.scores_LH.shape),

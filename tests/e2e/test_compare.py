@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from p2d_cli.cli import render
+from p2d_cli.cli import terminal
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_rows_limit_what_is_shown(p2d, evaluations):
 
 
 def test_it_reads_well_at_80_columns(p2d, evaluations, monkeypatch):
-    monkeypatch.setattr(render.out, "_width", 80)
+    monkeypatch.setattr(terminal.out, "_width", 80)
     shown = p2d("compare", *evaluations, "--rows", 10).out
     lines = [line for line in shown.splitlines() if str(evaluations[0].parent) not in line]
     assert max(map(len, lines)) <= 80

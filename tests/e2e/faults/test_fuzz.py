@@ -78,7 +78,7 @@ def drive(monkeypatch, *words, environ=None):
 def run_as_script(monkeypatch, words, environ):
     """Run `p2d` as its console script does, on streams that encode; what escapes a command is raised, not reported."""
     from p2d_cli import __main__
-    from p2d_cli.cli import render
+    from p2d_cli.cli import terminal
 
     def reveal(problem):
         raise problem
@@ -89,8 +89,8 @@ def run_as_script(monkeypatch, words, environ):
         patch.setattr(sys, "argv", ["p2d", *map(str, words)])
         patch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8", "strict", write_through=True))
         patch.setattr(sys, "stderr", io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True))
-        patch.setattr(render.out, "file", None)
-        patch.setattr(render.err, "file", None)
+        patch.setattr(terminal.out, "file", None)
+        patch.setattr(terminal.err, "file", None)
         patch.setattr("p2d_cli.cli.commands._fail_internally", reveal)
         for name, value in environ.items():
             patch.setenv(name, value)

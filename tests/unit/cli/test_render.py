@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from p2d_cli.cli import render
+from p2d_cli.cli import render, terminal
 from p2d_cli.runtime.progress import SilentProgress
 from p2d_cli.stages.execution import StageResult
 
@@ -27,13 +27,13 @@ def said(monkeypatch):
     """Collect what is written to both streams."""
     streams = {"out": io.StringIO(), "err": io.StringIO()}
     monkeypatch.setattr(render, "out", Console(file=streams["out"], width=80, highlight=False))
-    monkeypatch.setattr(render, "err", Console(file=streams["err"], width=80, highlight=False))
+    monkeypatch.setattr(terminal, "err", Console(file=streams["err"], width=80, highlight=False))
     return streams
 
 
 def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
     clock = FakeClock()
-    with render.LineProgress(clock).task("read rows", 100) as advance:
+    with terminal.LineProgress(clock).task("read rows", 100) as advance:
         advance(10)
         assert capsys.readouterr().err == ""
         clock.now = 10
@@ -46,17 +46,17 @@ def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
 
 def test_work_of_unknown_length_says_how_far_it_is(capsys, said):
     clock = FakeClock()
-    with render.LineProgress(clock).task("count rows", None) as advance:
+    with terminal.LineProgress(clock).task("count rows", None) as advance:
         clock.now = 12
         advance(1024)
     assert capsys.readouterr().err == "count rows: 1024, 12 s\n"
-    with render.BarProgress().task("count rows", None) as advance:
+    with terminal.BarProgress().task("count rows", None) as advance:
         advance(3)
 
 
 def test_what_an_interrupted_run_finished_does_not_count_as_speed(capsys):
     clock = FakeClock()
-    with render.LineProgress(clock).task("train", 100, found=60) as advance:
+    with terminal.LineProgress(clock).task("train", 100, found=60) as advance:
         advance(60)
         clock.now = 10
         advance(0)
@@ -70,17 +70,17 @@ def test_what_an_interrupted_run_finished_does_not_count_as_speed(capsys):
 
 
 def test_progress_fits_the_listener(monkeypatch, said):
-    assert isinstance(render.progress_for(quiet=True), SilentProgress)
-    assert isinstance(render.progress_for(quiet=False), render.LineProgress)
-    monkeypatch.setattr(render, "err", Console(file=said["err"], force_terminal=True))
-    assert isinstance(render.progress_for(quiet=False), render.BarProgress)
+    assert isinstance(terminal.progress_for(quiet=True), SilentProgress)
+    assert isinstance(terminal.progress_for(quiet=False), terminal.LineProgress)
+    monkeypatch.setattr(terminal, "err", Console(file=said["err"], force_terminal=True))
+    assert isinstance(terminal.progress_for(quiet=False), terminal.BarProgress)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert isinstance(render.progress_for(quiet=False), SilentProgress)
+    assert isinstance(terminal.progress_for(quiet=False), SilentProgress)
 
 
 def test_bars_and_notes(said):
-    bars = render.BarProgress()
+    bars = terminal.BarProgress()
     with bars.task("train", 3) as advance:
         advance(3)
     bars.note("[not markup]")

@@ -16,6 +16,7 @@ from p2d_cli.core.head_selection import (
     candidate_layers,
     contrast_scores,
     expected_jaccard,
+    head_levels,
     jaccard,
     repeatability,
     select_spread,
@@ -220,3 +221,11 @@ def test_a_selection_among_layers_is_put_into_its_place():
     chosen = np.array([[True, False], [False, True]])
     found = among_layers(chosen, range(1, 3), 4)
     assert found.tolist() == [[False, False], [True, False], [False, True], [False, False]]
+
+
+@given(st.lists(st.integers(-9, 9), min_size=24, max_size=24))
+def test_levels_follow_the_scores(scores):
+    flat = np.array(scores, np.float32)
+    levels = [int(level) for level in head_levels(flat.reshape(4, 6))]
+    for one in range(flat.size):
+        assert levels[one] == 10 * int((flat < flat[one]).sum()) // flat.size

@@ -7,7 +7,7 @@ from p2d_cli.core.aer import HeadMap, MetricValue, SeedGroup
 from p2d_cli.reporting.html import aer_html
 from p2d_cli.reporting.table import columns
 
-HOSTILE = "<script>alert(1)</script>\"'&<!-- ${x} é 漢"
+HOSTILE = "<script>alert(1)</script>\"'&<!-- ${x} {{ 7 * 7 }} {% raw %} é 漢"
 VOID = {"meta", "br", "line", "circle", "polyline", "polygon", "rect", "path"}
 GROUP = SeedGroup(
     name="p2d", members=(0,), seeds=(0, 1), aer=0.12, speedup=1 / 0.12, str_ratio=0.1,

@@ -1,12 +1,10 @@
+"""What a report shows beside its runs: those of several seeds as one, and which heads were selected."""
+
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from p2d_cli.core.aer import MetricValue, RunCost, StageCost, compare
-from p2d_cli.core.report_views import head_levels, with_views
+from p2d_cli.core.aer import MetricValue, RunCost, StageCost, compare, control_warnings
 
 TRAINED = {"scope": "heads", "head_share": 0.1, "row_share": 0.1, "learning_rate": 3e-3}
 
@@ -32,7 +30,7 @@ FULL = replace(
 
 
 def views(*runs):
-    return with_views(compare([*runs, FULL], FULL), [*runs, FULL])
+    return compare([*runs, FULL], FULL)
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one():
@@ -60,8 +58,9 @@ def test_with_seeds_a_control_is_held_against_the_means():
     """Seed by seed the control wins once; on average it loses."""
     method = [run("p2d", seed, 90.0, score) for seed, score in enumerate((0.5, 0.9))]
     control = [run("random", seed, 80.0, score, heads="random", data="random") for seed, score in enumerate((0.6, 0.6))]
-    assert compare([*method, *control, FULL], FULL).warnings
-    assert not views(*method, *control).warnings
+    report = views(*method, *control)
+    assert control_warnings(report.rows)
+    assert not report.warnings
     worse = [run("p2d", seed, 90.0, score) for seed, score in enumerate((0.5, 0.6))]
     [warning] = views(*worse, *control).warnings
     assert warning.startswith("'p2d' is not better than a control: 'random'")
@@ -76,11 +75,3 @@ def test_each_map_of_heads_is_there_once_with_its_users():
     [found] = views(*runs).head_maps
     assert (found.method, found.num_layers, found.num_heads, found.selected) == ("pad", 2, 3, (4,))
     assert found.used_by == ("a, seed 0", "b, seed 0")
-
-
-@given(st.lists(st.integers(-9, 9), min_size=24, max_size=24))
-def test_levels_follow_the_scores(scores):
-    flat = np.array(scores, np.float32)
-    levels = [int(level) for level in head_levels(flat.reshape(4, 6))]
-    for one in range(flat.size):
-        assert levels[one] == 10 * int((flat < flat[one]).sum()) // flat.size
