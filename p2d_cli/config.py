@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     JsonValue,
     ValidationError,
     ValidationInfo,
@@ -28,45 +29,19 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUndefined, core_schema
 
 from p2d_cli.errors import UsageError
+from p2d_cli.registry import HEAD_METHODS, ROW_METHODS, Registry
 
 Origin = Literal["flag", "variable", "recipe", "preset", "default"]
-HeadMethod = Literal["auto", "pad", "taylor", "contrast", "readout", "random", "uniform"]
-DataMethod = Literal["p2d", "data-whisperer", "random", "loss", "ifd", "embedding", "lexical", "coverage", "full"]
 Scope = Literal["heads", "attention", "lora", "full"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-METHODS_WITH_POOL = frozenset({"contrast", "readout"})
-"""Methods that score heads by how they tell the target's rows from the pool's."""
 LONGEST_SHOWN = 200
 """Characters of a wrong value that a message shows."""
 MetricName = Literal["exact_match", "token_f1", "number_match", "rougeL", "accuracy", "perplexity"]
 PathSpec = str
 """A file, a folder, an artifact, or a hub id `owner/name[@revision]`."""
-
-INPUT_FIELDS = frozenset(
-    {
-        "model",
-        "task_model",
-        "scorer_model",
-        "target",
-        "pool",
-        "data",
-        "eval_data",
-        "heads",
-        "scores",
-        "adapter",
-        "reference",
-        "evaluations",
-        "choices",
-        "chat_template",
-        "lm_eval_tasks",
-        "recipe",
-        "relevance",
-    }
-)
-"""Fields that name something on disk; they enter an artifact's identity by digest, never by name."""
 
 
 def _split_commas(value: Any) -> Any:
@@ -88,6 +63,38 @@ def _json_object(value: Any) -> Any:
         raise ValueError(f'expected a JSON object such as {{"enable_thinking": false}}: {problem}') from None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Allows the names of methods, and a few words more, as they are when a value is checked."""
+
+    methods: Registry
+    more: tuple[str, ...] = ()
+
+    def words(self) -> tuple[str, ...]:
+        """Return all words that are allowed."""
+        return (*self.more, *self.methods)
+
+    def __call__(self, value: str) -> str:
+        """Return the word.
+
+        Raises:
+            PydanticCustomError: it is none of those; the message is that of a `Literal`.
+        """
+        words = self.words()
+        if value in words:
+            return value
+        named = ", ".join(f"'{word}'" for word in words[:-1]) + f" or '{words[-1]}'"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": named})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check a value's type before this."""
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+
+HeadMethodName = Annotated[str, Choice(HEAD_METHODS, ("auto",))]
+RowMethodName = Annotated[str, Choice(ROW_METHODS)]
+FORMER_NAMES = {"perf": "answer_weight", "perf_metric": "answer_metric"}
+"""Names that settings once had; flags, variables, recipes and manifests may still call them so."""
 CommaList = BeforeValidator(_split_commas)
 TemplateArguments = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -110,6 +117,12 @@ def setting(default: Any, description: str, *, identity: bool = True, panel: str
     extra: dict[str, JsonValue] = {"identity": identity, "panel": panel}
     if neutral is not ...:
         extra["neutral"] = neutral
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+def input_setting(default: Any, description: str, *, panel: str = "Input and output") -> Any:
+    """Declare a setting that names something on disk; it enters an artifact's identity by digest, never by name."""
+    extra: dict[str, JsonValue] = {"identity": False, "panel": panel, "input": True}
     return Field(default, description=description, json_schema_extra=extra)
 
 
@@ -142,7 +155,7 @@ REQUIRED: Any = PydanticUndefined
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "score-heads": {"method": "pad", "selection": "top"},
-        "mine-data": {"affinity": "attention", "perf": "likelihood", "normalise": "pooled"},
+        "mine-data": {"affinity": "attention", "answer_weight": "likelihood", "normalise": "pooled"},
     }
 }
 """For each preset, what it sets in a stage where neither flag, variable nor recipe says otherwise."""
@@ -174,17 +187,14 @@ class StageConfig(BaseModel):
         """Refuse texts that no file name or manifest can hold, and take `~` in a path for what it stands for."""
         if isinstance(value, str | Path):
             _check_text(str(value))
-            if info.field_name == "out" or info.field_name in INPUT_FIELDS:
+            if info.field_name == "out" or declared(cls.model_fields[str(info.field_name)]).get("input"):
                 return type(value)(checked_path(str(value)))
         return value
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that change the result, resolved, without those at their neutral value.
-
-        Inputs are not among them: they count by their digests.
-        """
+        """Return the settings that change the result, resolved, without those at their neutral value."""
         extras = {name: declared(field) for name, field in type(self).model_fields.items()}
-        chosen = {name for name, extra in extras.items() if extra.get("identity") and name not in INPUT_FIELDS}
+        chosen = {name for name, extra in extras.items() if extra.get("identity")}
         values = self.model_dump(mode="json", include=chosen) | self.resolved()
         return {name: value for name, value in values.items() if value != extras[name].get("neutral", ...)}
 
@@ -214,7 +224,7 @@ class RowOptions(StageConfig):
     template: Literal["auto", "chat", "plain"] = setting(
         "auto", "How a row becomes text; auto is the tokenizer's chat template if it has one.", panel="Rows"
     )
-    chat_template: PathSpec | None = setting(
+    chat_template: PathSpec | None = input_setting(
         None, "A file with a Jinja chat template, instead of the tokenizer's.", panel="Rows"
     )
     chat_template_kwargs: TemplateArguments = setting(
@@ -237,23 +247,15 @@ class RowOptions(StageConfig):
     )
 
     @model_validator(mode="after")
-    def _one_placement(self) -> RowOptions:
+    def _readable(self) -> RowOptions:
         if self.device_map is not None and self.device != "auto":
             raise ValueError(
                 f"--device-map auto chooses the devices itself and excludes --device {self.device}: give one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_template(self) -> RowOptions:
         if self.template == "plain" and self.chat_template is not None:
             raise ValueError("--template plain and --chat-template exclude each other: give one of them")
         if self.template == "plain" and self.chat_template_kwargs:
             raise ValueError("--template plain and --chat-template-kwargs exclude each other: give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _one_shape(self) -> RowOptions:
         if self.messages_column is not None and (self.prompt_column or self.completion_column):
             raise ValueError("--messages-column excludes --prompt-column and --completion-column: a row has one shape")
         return self
@@ -268,18 +270,15 @@ def _layer_span(text: str) -> str:
 class ScoreHeadsConfig(RowOptions):
     """Settings of `p2d score-heads`."""
 
-    model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
-    target: PathSpec | None = setting(None, "Rows of the target task.", panel="Input and output")
-    pool: PathSpec | None = setting(None, "Pool rows, for contrast and readout.", panel="Input and output")
-    scores: PathSpec | None = setting(
-        None,
-        "heads artifact of this model, to select anew by its scores; nothing is scored.",
-        panel="Input and output",
+    model: PathSpec = input_setting(REQUIRED, "Base model: folder or hub id.")
+    target: PathSpec | None = input_setting(None, "Rows of the target task.")
+    pool: PathSpec | None = input_setting(None, "Pool rows, for contrast and readout.")
+    scores: PathSpec | None = input_setting(
+        None, "heads artifact of this model, to select anew by its scores; nothing is scored."
     )
     preset: Literal["paper"] | None = setting(None, "paper: the published recipe, pad.", identity=False)
-    method: HeadMethod = setting(
-        "auto",
-        "pad, taylor, contrast, readout, random or uniform; auto is readout with a pool and no --task-model, else pad.",
+    method: HeadMethodName = setting(
+        "auto", "How heads are scored; auto is readout with a pool and no --task-model, else pad."
     )
     ratio: Ratio = setting(0.1, "Share of all heads to select.")
     selection: Literal["auto", "top", "spread"] = setting(
@@ -294,8 +293,8 @@ class ScoreHeadsConfig(RowOptions):
         neutral=None,
     )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
-    task_model: PathSpec | None = setting(
-        None, "A fine-tuned model to compare with (pad); otherwise p2d tunes a proxy.", panel="Input and output"
+    task_model: PathSpec | None = input_setting(
+        None, "A fine-tuned model to compare with (pad); otherwise p2d tunes a proxy."
     )
     weights: Literal["product", "qkv"] = setting("product", "pad: what of a head's weights is compared.", panel="pad")
     distance: Literal["w1", "kl", "js", "cosine", "l2", "relative-l2"] = setting(
@@ -328,7 +327,7 @@ class ScoreHeadsConfig(RowOptions):
         """The selection given, or the one that goes with the method."""
         if self.selection != "auto":
             return self.selection
-        return "spread" if self.resolved_method in METHODS_WITH_POOL else "top"
+        return "spread" if HEAD_METHODS[self.resolved_method].spreads else "top"
 
     def resolved(self) -> dict[str, Any]:
         """Return the method and the selection."""
@@ -338,46 +337,36 @@ class ScoreHeadsConfig(RowOptions):
 class MineDataConfig(RowOptions):
     """Settings of `p2d mine-data`."""
 
-    model: PathSpec = setting(
-        REQUIRED, "Model that the rows are for, and that reads them: folder or hub id.", panel="Input and output"
-    )
-    heads: PathSpec | None = setting(
-        None, "heads artifact (for p2d), of the model that reads the rows.", panel="Input and output"
-    )
-    scorer_model: PathSpec | None = setting(
-        None,
-        "A smaller model that reads the rows in the place of --model, which they are meant for (weak to strong).",
-        panel="Input and output",
+    model: PathSpec = input_setting(REQUIRED, "Model that the rows are for, and that reads them: folder or hub id.")
+    heads: PathSpec | None = input_setting(None, "heads artifact (for p2d), of the model that reads the rows.")
+    scorer_model: PathSpec | None = input_setting(
+        None, "A smaller model that reads the rows in the place of --model, which they are meant for (weak to strong)."
     )
     allow_other_tokenizer: bool = setting(
         False, "Let a --scorer-model read the rows with another tokenizer than --model's.", identity=False, panel="Run"
     )
-    pool: PathSpec = setting(REQUIRED, "Rows to choose from.", panel="Input and output")
-    scores: PathSpec | None = setting(
-        None,
-        "subset artifact of this pool, to choose anew by the scores it keeps of all rows; nothing is scored.",
-        panel="Input and output",
+    pool: PathSpec = input_setting(REQUIRED, "Rows to choose from.")
+    scores: PathSpec | None = input_setting(
+        None, "subset artifact of this pool, to choose anew by the scores it keeps of all rows; nothing is scored."
     )
-    target: PathSpec | None = setting(
+    target: PathSpec | None = input_setting(
         None,
         "Rows of the target task. Without them attention lets two halves of the pool query each other, embedding and "
         "lexical take the pool's mean.",
-        panel="Input and output",
     )
-    relevance: PathSpec | None = setting(
+    relevance: PathSpec | None = input_setting(
         None,
         'JSON file {"relevant": [ids]}: pool rows known to be of the target\'s task, for measuring; the choice is made'
         " without it.",
-        panel="Input and output",
     )
-    method: DataMethod = setting("p2d", "p2d, data-whisperer, random, loss, ifd, embedding, lexical, coverage or full.")
+    method: RowMethodName = setting("p2d", "How rows are scored.")
     ratio: Ratio | None = setting(None, "Share of the pool to keep (0.1 if --count is not given).")
     count: Positive | None = setting(None, "Number of rows to keep, instead of --ratio.")
-    perf: Literal["likelihood", "generate", "none"] = setting(
+    answer_weight: Literal["likelihood", "generate", "none"] = setting(
         "likelihood", "How well an episode answers: likelihood of the reference, a generated answer's metric, or 1."
     )
-    perf_metric: Literal["exact_match", "token_f1", "rougeL", "number_match"] = setting(
-        "token_f1", "Metric of a generated answer (with --perf generate)."
+    answer_metric: Literal["exact_match", "token_f1", "rougeL", "number_match"] = setting(
+        "token_f1", "Metric of a generated answer (with --answer-weight generate)."
     )
     draws: Positive = setting(2, "Episodes that each pool row is a demo of.")
     demos: Positive = setting(5, "Demos an episode.")
@@ -388,7 +377,7 @@ class MineDataConfig(RowOptions):
     layer: Annotated[int, Field(ge=0)] | None = setting(
         None, "data-whisperer: the layer to read, from 0; the middle one by default."
     )
-    max_new_tokens: Positive = setting(64, "Longest generated answer (with --perf generate).")
+    max_new_tokens: Positive = setting(64, "Longest generated answer (with --answer-weight generate).")
 
     preset: Literal["paper"] | None = setting(
         None, "paper: the published recipe, attention from target queries to few-shot demos.", identity=False
@@ -419,12 +408,12 @@ class MineDataConfig(RowOptions):
     @property
     def has_floor(self) -> bool:
         """Whether rows that are less like the target than its own are left out."""
-        return self.floor_quantile > 0 and self.method == "p2d"
+        return self.floor_quantile > 0 and bool(ROW_METHODS[self.method].sets_floor)
 
     @property
     def has_shortlist(self) -> bool:
         """Whether words choose which rows the model reads."""
-        return self.scores is None and self.shortlist < 1 and self.method in {"p2d", "data-whisperer", "embedding"}
+        return self.scores is None and self.shortlist < 1 and bool(ROW_METHODS[self.method].takes_shortlist)
 
     @property
     def resolved_affinity(self) -> Literal["readout", "attention"]:
@@ -435,32 +424,16 @@ class MineDataConfig(RowOptions):
 
     def resolved(self) -> dict[str, Any]:
         """Return the affinity; the neutral one where none is used."""
-        is_used = self.method == "p2d" and self.scores is None
+        is_used = ROW_METHODS[self.method].takes_heads and self.scores is None
         return {"affinity": self.resolved_affinity if is_used else "attention"}
 
     @model_validator(mode="after")
-    def _readout_has_target(self) -> MineDataConfig:
-        is_needed = self.scores is None and self.method == "p2d" and self.affinity == "readout"
-        if is_needed and self.target is None:
-            raise ValueError("--affinity readout needs --target: rows of the task to tell from the pool")
-        return self
-
-    @model_validator(mode="after")
-    def _floor_is_of_the_readout(self) -> MineDataConfig:
-        if self.has_floor and self.scores is None and self.resolved_affinity != "readout":
-            raise ValueError("--floor-quantile needs --target and the readout: attention gives target rows no scores")
-        return self
-
-    @model_validator(mode="after")
-    def _shortlist_is_long_enough(self) -> MineDataConfig:
+    def _consistent(self) -> MineDataConfig:
+        ROW_METHODS[self.method].check_settings(self)
         if self.has_shortlist and self.target is None:
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
         if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
             raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_size(self) -> MineDataConfig:
         if self.ratio is not None and self.count is not None:
             raise ValueError("--ratio and --count exclude each other: give one of them")
         return self
@@ -469,11 +442,9 @@ class MineDataConfig(RowOptions):
 class TrainConfig(RowOptions):
     """Settings of `p2d train`."""
 
-    model: PathSpec = setting(REQUIRED, "Base model: folder or hub id.", panel="Input and output")
-    data: PathSpec = setting(
-        REQUIRED, "subset artifact, file, folder, glob in quotes, or hub id.", panel="Input and output"
-    )
-    heads: PathSpec | None = setting(None, "heads artifact (for --scope heads).", panel="Input and output")
+    model: PathSpec = input_setting(REQUIRED, "Base model: folder or hub id.")
+    data: PathSpec = input_setting(REQUIRED, "subset artifact, file, folder, glob in quotes, or hub id.")
+    heads: PathSpec | None = input_setting(None, "heads artifact (for --scope heads).")
     scope: Scope | None = setting(None, "heads, attention, lora or full; heads if --heads is given, else lora.")
     loss_on: Literal["all", "last"] = setting(
         "all", "Learn every answer of a conversation, or the last alone.", panel="Rows", neutral="all"
@@ -501,8 +472,8 @@ class TrainConfig(RowOptions):
     )
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "AdamW weight decay.", panel="Optimisation")
     max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, "Clip gradients to this norm.", panel="Optimisation")
-    eval_data: PathSpec | None = setting(
-        None, "Held-out rows; the weights with the lowest loss on them are kept.", panel="Input and output"
+    eval_data: PathSpec | None = input_setting(
+        None, "Held-out rows; the weights with the lowest loss on them are kept."
     )
     eval_steps: Positive | None = setting(
         None, "Updates between looks at --eval-data; by default once an epoch.", panel="Optimisation", neutral=None
@@ -553,7 +524,7 @@ class TrainConfig(RowOptions):
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
         if self.batch_size % self.accumulation:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulation {self.accumulation}")
-        if self.base_quantization != "none" and self.resolved_scope not in {"heads", "lora"}:
+        if self.base_quantization != "none" and not self.makes_adapter:
             raise ValueError(f"--base-quantization 4bit freezes the weights that --scope {self.resolved_scope} trains")
         for name in ("eval_steps", "patience"):
             if getattr(self, name) is not None and self.eval_data is None:
@@ -567,6 +538,11 @@ class TrainConfig(RowOptions):
         """The scope given, or the one that follows from the inputs."""
         return self.scope or ("heads" if self.heads is not None else "lora")
 
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether what is written is an adapter, and not the whole model."""
+        return self.resolved_scope in {"heads", "lora"}
+
     def resolved(self) -> dict[str, Any]:
         """Return the scope."""
         return {"scope": self.resolved_scope}
@@ -575,11 +551,9 @@ class TrainConfig(RowOptions):
 class EvalConfig(RowOptions):
     """Settings of `p2d eval`."""
 
-    model: PathSpec = setting(REQUIRED, "Model: folder, fully trained artifact or hub id.", panel="Input and output")
-    data: PathSpec | None = setting(
-        None, "Rows to be scored on (required without --lm-eval).", panel="Input and output"
-    )
-    adapter: PathSpec | None = setting(None, "adapter artifact or PEFT folder.", panel="Input and output")
+    model: PathSpec = input_setting(REQUIRED, "Model: folder, fully trained artifact or hub id.")
+    data: PathSpec | None = input_setting(None, "Rows to be scored on (required without --lm-eval).")
+    adapter: PathSpec | None = input_setting(None, "adapter artifact or PEFT folder.")
     metric: Annotated[tuple[MetricName, ...], CommaList] = setting(
         ("exact_match", "token_f1"),
         "exact_match, token_f1, number_match, rougeL, accuracy or perplexity; repeat or separate by commas.",
@@ -587,8 +561,10 @@ class EvalConfig(RowOptions):
     limit: Positive | None = setting(None, "Only the first so many rows.")
     max_new_tokens: Positive = setting(128, "Longest answer to generate.")
     stop: tuple[str, ...] = setting((), "Cut answers at this string; can be repeated.")
-    choices: PathSpec | None = setting(
-        None, "JSON list of the answers to choose from (for accuracy), where rows bring none of their own."
+    choices: PathSpec | None = input_setting(
+        None,
+        "JSON list of the answers to choose from (for accuracy), where rows bring none of their own.",
+        panel="Method",
     )
     allow_template_mismatch: bool = setting(
         False, "Evaluate with other prompts than the model was trained with.", identity=False, panel="Rows"
@@ -602,18 +578,14 @@ class EvalConfig(RowOptions):
         panel="lm-eval",
         neutral=[],
     )
-    lm_eval_tasks: PathSpec | None = setting(
+    lm_eval_tasks: PathSpec | None = input_setting(
         None, "Folder with task files of your own; lm-eval runs the code they name.", panel="lm-eval"
     )
 
     @model_validator(mode="after")
-    def _some_metric(self) -> EvalConfig:
+    def _consistent(self) -> EvalConfig:
         if not self.metric:
             raise ValueError("--metric is empty: name at least one metric")
-        return self
-
-    @model_validator(mode="after")
-    def _some_rows(self) -> EvalConfig:
         if self.data is None and not self.lm_eval:
             raise ValueError("--data is required (or --lm-eval TASKS, which bring their own rows)")
         if self.data is not None and self.lm_eval:
@@ -631,9 +603,9 @@ class EvalConfig(RowOptions):
 class ReportAerConfig(StageConfig):
     """Settings of `p2d report-aer`."""
 
-    evaluations: tuple[PathSpec, ...] = setting(REQUIRED, "evaluation artifacts to compare.", panel="Input and output")
-    reference: PathSpec = setting(REQUIRED, "evaluation artifact of the full fine-tuning.", panel="Input and output")
-    recipe: PathSpec | None = setting(None, "Recipe that made the runs, to be shown.", panel="Input and output")
+    evaluations: tuple[PathSpec, ...] = input_setting(REQUIRED, "evaluation artifacts to compare.")
+    reference: PathSpec = input_setting(REQUIRED, "evaluation artifact of the full fine-tuning.")
+    recipe: PathSpec | None = input_setting(None, "Recipe that made the runs, to be shown.")
     allow_mixed: bool = setting(
         False, "Compare runs of another model, hardware, precision or number of epochs too, flagged."
     )
@@ -642,10 +614,8 @@ class ReportAerConfig(StageConfig):
 class ExportConfig(StageConfig):
     """Settings of `p2d export`."""
 
-    adapter: PathSpec = setting(REQUIRED, "adapter artifact or PEFT folder.", panel="Input and output")
-    model: PathSpec | None = setting(
-        None, "Base model, if it is no longer where the adapter was trained.", panel="Input and output"
-    )
+    adapter: PathSpec = input_setting(REQUIRED, "adapter artifact or PEFT folder.")
+    model: PathSpec | None = input_setting(None, "Base model, if it is no longer where the adapter was trained.")
 
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
@@ -656,6 +626,12 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "report-aer": ReportAerConfig,
     "export": ExportConfig,
 }
+INPUT_FIELDS = frozenset(
+    name
+    for config in STAGE_CONFIGS.values()
+    for name, field in config.model_fields.items()
+    if declared(field).get("input")
+)
 
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
@@ -697,19 +673,16 @@ def resolve(
     for origin, settings in sources.items():
         values |= settings
         origins |= dict.fromkeys(settings, origin)
-    preset = {key: value for key, value in _preset(model, values.get("preset")).items() if key not in values}
+    stage = next((stage for stage, config in STAGE_CONFIGS.items() if config is model), "")
+    # An unknown preset sets nothing, and is refused when the config is made.
+    presets = [known.get(stage, {}) for name, known in PRESETS.items() if name == values.get("preset")]
+    preset = {key: value for known in presets for key, value in known.items() if key not in values}
     values |= preset
     origins |= dict.fromkeys(preset, "preset")
     try:
         return Resolved(model(**values), origins)
     except ValidationError as problems:
         raise UsageError(_explain(problems, origins)) from None
-
-
-def _preset(model: type[StageConfig], name: Any) -> dict[str, Any]:
-    """Return what a preset sets; an unknown one sets nothing, and is refused when the config is made."""
-    stage = next((stage for stage, config in STAGE_CONFIGS.items() if config is model), "")
-    return PRESETS.get(name, {}).get(stage, {}) if isinstance(name, str) else {}
 
 
 def known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -720,20 +693,36 @@ def known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: st
     """
     known: dict[str, Any] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = field_name(key)
         if name not in fields:
-            raise UsageError(f"unknown key '{key}' in the {where}", hint=suggestion(name, fields))
+            raise UsageError(f"unknown key '{key}' in the {where}", hint=suggestion(name, sorted(_with_former(fields))))
+        if name in known:
+            raise UsageError(f"the {where} has '{name}' twice, once as '{key}'", hint="give it once")
         known[name] = value
     return known
 
 
+def field_name(key: str) -> str:
+    """Return the field that a key of a recipe, or a former name, means."""
+    name = key.replace("-", "_")
+    return FORMER_NAMES.get(name, name)
+
+
+def _with_former(fields: Iterable[str]) -> set[str]:
+    """Return the names of fields, with those that some of them once had."""
+    known = set(fields)
+    return known | {former for former, name in FORMER_NAMES.items() if name in known}
+
+
 def _variables(environ: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    every_field = {name for config in STAGE_CONFIGS.values() for name in config.model_fields}
+    every_field = _with_former({name for config in STAGE_CONFIGS.values() for name in config.model_fields})
     found: dict[str, Any] = {}
     for variable, value in environ.items():
         if not variable.startswith("P2D_"):
             continue
-        name = variable.removeprefix("P2D_").lower()
+        name = field_name(variable.removeprefix("P2D_").lower())
+        if name in found:
+            raise UsageError(f"{variable} and P2D_{name.upper()} are one setting", hint="set one of them")
         if name in fields:
             found[name] = value
         elif name not in every_field and (near := difflib.get_close_matches(name, every_field, n=1, cutoff=0.8)):

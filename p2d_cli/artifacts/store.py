@@ -63,18 +63,16 @@ class Draft:
         """Where the stage keeps what it has finished so far; it outlives the draft, but not the commit."""
         self._target = target
 
-    def describe_outputs(self, decoration: frozenset[str]) -> dict[str, OutputFile]:
+    def describe_outputs(self, extras: frozenset[str]) -> dict[str, OutputFile]:
         """Return size and digest of every file written so far, by its name relative to the folder.
 
         Args:
-            decoration: names of files that are not part of what the artifact says, such as pictures.
+            extras: names of files that are not part of what the artifact says, such as pictures.
         """
         outputs = {}
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            outputs[name] = OutputFile(
-                sha256=digest_file(path), bytes=path.stat().st_size, content=name not in decoration
-            )
+            outputs[name] = OutputFile(sha256=digest_file(path), bytes=path.stat().st_size, content=name not in extras)
         return outputs
 
     def commit(self, manifest: Manifest) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from pydantic import Field
 
 from p2d_cli.cli.options import Invocation
 from p2d_cli.cli.streams import abandon_unwritable_streams
@@ -25,6 +24,7 @@ from p2d_cli.config import (
     Resolved,
     StageConfig,
     TrainConfig,
+    input_setting,
     resolve,
     setting,
 )
@@ -42,18 +42,16 @@ from p2d_cli.errors import (
     without_secrets,
 )
 from p2d_cli.pipeline import stage_named
-from p2d_cli.recipe import find_recipe, read_recipe
+from p2d_cli.recipes.recipe import find_recipe, read_recipe
 from p2d_cli.runtime import signals
 
 
 class RunSettings(StageConfig):
     """The flags of `p2d run`; they hold for every stage that has them."""
 
-    recipe: str = setting(
-        REQUIRED, "Recipe, a TOML file, or quickstart, which comes with p2d.", panel="Input and output"
-    )
-    out: str | None = Field(  # type: ignore[assignment]  # a recipe may name the folder itself
-        None, description="Folder for all artifacts.", json_schema_extra={"panel": "Input and output"}
+    recipe: str = input_setting(REQUIRED, "Recipe, a TOML file, or quickstart, which comes with p2d.")
+    out: str | None = setting(  # type: ignore[assignment]  # a recipe may name the folder itself
+        None, "Folder for all artifacts.", panel="Input and output"
     )
 
 
@@ -166,16 +164,16 @@ def stage_body(name: str) -> Callable[[dict[str, Any], Invocation], None]:
 def _resolve_stage(name: str, settings: dict[str, Any], source: Path | None) -> Resolved[Any]:
     """Merge flags with the stage's part of a recipe; for train, with the part that is for its scope."""
     recipe = read_recipe(source) if source is not None else None
-    table = {} if recipe is None else recipe.table(name)
-    if recipe is None or name != "train":
-        return resolve(STAGE_CONFIGS[name], flags=settings, recipe=table)
-    table = recipe.table(name, resolve(TrainConfig, flags=settings, recipe=table).config.resolved_scope)
-    return resolve(TrainConfig, flags=settings, recipe=table)
+    resolved = resolve(STAGE_CONFIGS[name], flags=settings, recipe=recipe.table(name) if recipe is not None else {})
+    if recipe is not None and isinstance(resolved.config, TrainConfig):
+        of_scope = recipe.table(name, resolved.config.resolved_scope)
+        return resolve(TrainConfig, flags=settings, recipe=of_scope)
+    return resolved
 
 
 def _run_options(invocation: Invocation) -> Any:
     from p2d_cli.cli.terminal import progress_for
-    from p2d_cli.stages.execution import RunOptions
+    from p2d_cli.engine.stage_run import RunOptions
 
     if invocation.time and not invocation.dry_run:
         raise UsageError("--time belongs to --dry-run: a run that is no dry one takes its time", hint="add --dry-run")
@@ -203,7 +201,7 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     """Do a whole recipe."""
     from p2d_cli.cli.render import plan_totals, print_plan_totals, print_result, result_document
     from p2d_cli.cli.terminal import print_json
-    from p2d_cli.stages.run import run
+    from p2d_cli.stages.run import RecipeRun
 
     if invocation.config is not None:
         raise UsageError("p2d run takes its settings from its recipe", hint="leave --config out")
@@ -217,9 +215,9 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
         print_json(recipe.model_dump(mode="json", by_alias=True))
         return
     options = _run_options(invocation)
-    outcome = run(
-        recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"), source=source
-    )
+    outcome = RecipeRun(
+        recipe, overrides, options, lambda stage, folder: options.progress.note(f"{stage} -> {folder}"), source
+    ).run()
     if invocation.json:
         document = {"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]}
         print_json(document | ({"total": plan_totals(outcome.stages)} if invocation.dry_run else {}))

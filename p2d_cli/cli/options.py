@@ -7,13 +7,13 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from p2d_cli.config import StageConfig, declared, flag_name
+from p2d_cli.config import FORMER_NAMES, Choice, StageConfig, declared, flag_name
 from p2d_cli.errors import UsageError
 
 SHORT_FLAGS = {"out": "-o", "model": "-m"}
@@ -24,71 +24,41 @@ ROWS = frozenset({"data", "eval_data", "pool", "target"})
 """Settings that name rows. Their flags are taken as lists too, so that none that is given is silently left out."""
 
 
+def _flag(help_text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel="Run", **more)
+
+
 @dataclass(frozen=True)
 class Invocation:
     """How a command was called, apart from the stage's settings."""
 
-    json: bool
-    dry_run: bool
-    time: bool
-    print_config: bool
-    force: bool
-    config: Path | None
-    quiet: bool
-    verbose: bool
-
-
-_INVOCATION_FLAGS: dict[str, Any] = {
-    "json": Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="Run")],
-    "dry_run": Annotated[
+    json: Annotated[bool, _flag("Print one JSON document on stdout.", "--json")] = False
+    dry_run: Annotated[
+        bool, _flag("Say what would be done, and what it would take: passes, tokens, memory, disk.", "--dry-run")
+    ] = False
+    time: Annotated[
+        bool, _flag("With --dry-run: load the model, time a few batches, and estimate the seconds.", "--time")
+    ] = False
+    print_config: Annotated[bool, _flag("Print every setting and where it came from.", "--print-config")] = False
+    force: Annotated[bool, _flag("Redo it, replacing the artifact that is there.", "--force", "-f")] = False
+    config: Annotated[Path | None, _flag("Take settings from this recipe.", "--config", "-c", metavar="FILE")] = None
+    quiet: Annotated[bool, _flag("No progress on stderr.", "--quiet", "-q")] = False
+    verbose: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Say what would be done, and what it would take: passes, tokens, memory, disk.",
-            rich_help_panel="Run",
-        ),
-    ],
-    "time": Annotated[
-        bool,
-        typer.Option(
-            "--time",
-            help="With --dry-run: load the model, time a few batches, and estimate the seconds.",
-            rich_help_panel="Run",
-        ),
-    ],
-    "print_config": Annotated[
-        bool,
-        typer.Option("--print-config", help="Print every setting and where it came from.", rich_help_panel="Run"),
-    ],
-    "force": Annotated[
-        bool,
-        typer.Option("--force", "-f", help="Redo it, replacing the artifact that is there.", rich_help_panel="Run"),
-    ],
-    "config": Annotated[
-        Path | None,
-        typer.Option("--config", "-c", metavar="FILE", help="Take settings from this recipe.", rich_help_panel="Run"),
-    ],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Run")],
-    "verbose": Annotated[
-        bool,
-        typer.Option(
+        _flag(
+            "Every stage's result, not the last one's alone (run); a log of each rank (on many processes).",
             "--verbose",
             "-v",
-            help="Every stage's result, not the last one's alone (run); a log of each rank (on many processes).",
-            rich_help_panel="Run",
         ),
-    ],
-}
+    ] = False
 
+
+_INVOCATION_FLAGS: dict[str, Any] = get_type_hints(Invocation, include_extras=True)
 StageCommand = Callable[[dict[str, Any], Invocation], None]
 
 
 def command_for(
-    model: type[StageConfig],
-    body: StageCommand,
-    *,
-    doc: str,
-    arguments: tuple[str, ...] = (),
+    model: type[StageConfig], body: StageCommand, *, doc: str, arguments: tuple[str, ...] = ()
 ) -> Callable[..., None]:
     """Return a Typer command with one flag for each field of `model`, and those that every command has.
 
@@ -102,24 +72,23 @@ def command_for(
     def command(**given: Any) -> None:
         invocation = Invocation(**{name: given.pop(name) for name in _INVOCATION_FLAGS})
         given = {name: _once(name, value) if name in ROWS else value for name, value in given.items()}
-        settings = {name: _plain(value) for name, value in given.items() if value is not None and value != []}
-        body(settings, invocation)
+        # A repeated flag's values, each of which may hold several separated by commas, are joined.
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        body({name: value for name, value in plain.items() if value is not None and value != ()}, invocation)
 
     fields = model.model_fields
     ordered = [*arguments, *(name for name in fields if name not in arguments)]
     parameters = [_parameter(name, fields[name], positional=name in arguments) for name in ordered]
     parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_absent(name), annotation=annotation)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Invocation, name), annotation=annotation
+        )
         for name, annotation in _INVOCATION_FLAGS.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = doc
     return command
-
-
-def _absent(name: str) -> Any:
-    return None if name == "config" else False
 
 
 def _once(name: str, values: list[str] | None) -> str | None:
@@ -134,11 +103,6 @@ def _once(name: str, values: list[str] | None) -> str | None:
     return values[0] if values else None
 
 
-def _plain(value: Any) -> Any:
-    """Join a repeated flag's values, each of which may hold several separated by commas."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     if positional:
@@ -146,13 +110,14 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
         argument = typer.Argument(help=field.description, metavar=name.upper() + ("..." if several else ""))
         words: Any = list[str] if several else str
         return inspect.Parameter(name, kind, annotation=Annotated[words, argument])
+    choice = next((part for part in field.metadata if isinstance(part, Choice)), None)
     annotation = (list[str] if name in ROWS else _flag_type(name, field.annotation)) | None
     panel = declared(field).get("panel", "Run")
     option = typer.Option(
         *_declarations(name, field.annotation),
-        help=f"{field.description}{_default_text(field.default)}",
+        help=f"{field.description}{f' {choice.methods.describe()}' if choice else ''}{_default_text(field.default)}",
         show_default=False,
-        metavar=_metavar(name, field.annotation),
+        metavar=_metavar(name, field.annotation) if choice is None else f"<{'|'.join(choice.words())}>",
         rich_help_panel=str(panel),
     )
     return inspect.Parameter(name, kind, annotation=Annotated[annotation, option], default=None)
@@ -160,9 +125,10 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
 
 def _declarations(name: str, annotation: Any) -> tuple[str, ...]:
     flag = flag_name(name)
+    former = tuple(flag_name(old) for old, new in FORMER_NAMES.items() if new == name)
     if annotation is bool:
         return (f"{flag}/--no-{flag[2:]}",)
-    return (flag, SHORT_FLAGS[name]) if name in SHORT_FLAGS else (flag,)
+    return (flag, SHORT_FLAGS[name]) if name in SHORT_FLAGS else (flag, *former)
 
 
 def _metavar(name: str, annotation: Any) -> str | None:

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
 from p2d_cli.cli.terminal import out, seconds_text
-from p2d_cli.core.cost import StagePlan
+from p2d_cli.engine.cost import StagePlan
+from p2d_cli.engine.prompts import describe_prompt
+from p2d_cli.engine.stage_run import StageResult
+from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.stages.comparison import Comparison
-from p2d_cli.stages.execution import StageResult
-from p2d_cli.stages.templates import describe_prompt
 
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
@@ -158,21 +159,12 @@ def print_summary(manifest: Manifest) -> None:
 
 
 def _heads_lines(summary: dict[str, Any]) -> list[Any]:
+    method = summary["method"]
     lines = [
-        f"{summary['heads_selected']} of {summary['heads_total']} heads by {summary['method']}, in"
+        f"{summary['heads_selected']} of {summary['heads_total']} heads by {method}, in"
         f" {summary['layers_touched']} layers and {summary['groups_touched']} of {summary['groups_total']} KV groups"
     ]
-    if (share := summary.get("best_target_share")) is not None:
-        lines.append(
-            f"best head looks at the target demo {share:.0%} of the time, chance {summary['chance_target_share']:.0%}"
-        )
-    if (best := summary.get("best_separation")) is not None:
-        lines.append(f"best head tells target rows from pool rows with ROC area {best:.3f}, chance 0.5")
-    if "proxy_first_loss" in summary:
-        lines.append(
-            f"proxy: {summary['proxy_steps']} updates on {summary['proxy_rows']} rows,"
-            f" loss {summary['proxy_first_loss']:.3f} -> {summary['proxy_last_loss']:.3f}"
-        )
+    lines += HEAD_METHODS[method].describe(summary) if method in HEAD_METHODS else []
     if (repeat := summary.get("repeatability")) is not None:
         lines.append(
             f"between {repeat['draws']} draws: rank correlation {repeat['mean_spearman']:.2f},"
@@ -182,21 +174,11 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
 
 
 def _subset_lines(summary: dict[str, Any]) -> list[Any]:
-    lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {summary['method']}"]
+    method = summary["method"]
+    lines = [f"{summary['rows_selected']:,} of {summary['rows_total']:,} rows by {method}"]
     if (scorer := summary.get("scorer_model")) is not None:
         lines.append(f"read by {scorer['source']} ({scorer['model_type']}), a stand-in for the model they are for")
-    if "episodes" in summary:
-        lines.append(f"{summary['episodes']:,} episodes, {summary['heads_read']} heads read")
-    if summary.get("affinity") == "readout":
-        lines.append(
-            f"{summary['heads_read']} heads read, told from {summary['rows_background']:,} background rows;"
-            f" target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
-        )
-    if "floor_score" in summary:
-        lines.append(
-            f"none scores below {summary['floor_score']:.2f}, the {summary['floor_quantile']:g} quantile of target rows"
-            " that were held out"
-        )
+    lines += ROW_METHODS[method].describe(summary) if method in ROW_METHODS else []
     if "precision" in summary:
         lines.append(
             f"{summary['precision']:.1%} of them are of the target's task ({summary['rows_relevant']:,} such rows in"

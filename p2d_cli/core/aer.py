@@ -21,8 +21,6 @@ UNCHARGED_PHASES = frozenset({"load", "compile", "evaluate"})
 """Phases that every run has alike, or that are no part of adapting: timed, shown, and left out of AER."""
 STEPS_PHASE = "train"
 """The phase of the train stage whose time grows with the optimizer's updates."""
-CONTROL_HEADS = frozenset({"random", "uniform"})
-CONTROL_DATA = frozenset({"random", "full"})
 DEFAULT_CONFIDENCE = 0.95
 _RELATIVE_EPOCHS = 1e-6  # epochs that differ by less are the same number, written differently
 
@@ -118,6 +116,8 @@ class RunCost:
     path: str
     label: str = ""
     """What was trained on what, the same for runs that differ in their seed alone; the name if empty."""
+    is_control: bool = False
+    """Whether its heads or rows were chosen as others have to beat: at random, evenly or not at all."""
 
     def stages_of(self, stage: str) -> tuple[StageCost, ...]:
         """Return the entries of one stage, each artifact once, the first entry of it."""
@@ -412,7 +412,7 @@ def _row(run: RunCost, seconds: float, mixed: tuple[str, ...]) -> AerRow:
         row_share=run.trained("row_share"),
         trainable_share=run.trained("trainable_share"),
         peak_gib=max((cost.peak_gib for cost in charged if cost.peak_gib is not None), default=None),
-        is_control=run.trained("heads_method") in CONTROL_HEADS or run.trained("data_method") in CONTROL_DATA,
+        is_control=run.is_control,
         is_reference=False,
         mixed=mixed,
         scorer_model=next((cost.settings["scorer_model"] for cost in charged if "scorer_model" in cost.settings), None),

@@ -57,11 +57,12 @@ class Chunk:
         """Return what messages call a row of the chunk."""
         return self.records[row].where
 
-    def label(self, work: str) -> str:
-        """Return a name for some work on these rows; that on a pool of one chunk is just what it is."""
+    @property
+    def part(self) -> str:
+        """A name for these rows among those of the pool; empty where they are all of them."""
         if len(self.records) == self.total:
-            return work
-        return f"{work} {self.start + 1} to {self.places.stop} of {self.total}"
+            return ""
+        return f"{self.start + 1} to {self.places.stop} of {self.total}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class Pool:
     """All rows, without their columns, where they are few."""
     unlisted: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Positions of other rows that are not to be chosen, ascending."""
+
+    @classmethod
+    def of(cls, records: Sequence[Record], target: Sequence[Record] = ()) -> Pool:
+        """Return a pool of rows that are held, under the ids that they have; see `open_pool`."""
+        pool = open_pool(lambda **_: iter(records), target)
+        return replace(pool, named_by_place=False, notes=(), held=tuple(records))
 
     def read(self, *, with_fields: bool = False) -> Iterator[Record]:
         """Yield all rows in order, under unique ids; more or fewer than there were at first are an error."""

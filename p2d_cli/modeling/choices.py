@@ -10,12 +10,12 @@ Axes: B batch, T tokens of a pack, n positions whose logits are kept, V vocabula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from p2d_cli.core.batches import Pack, read_tokens
 from p2d_cli.errors import ModelError
 from p2d_cli.modeling.layouts import model_layout, plain_model
 from p2d_cli.modeling.likelihood import answer_logits_only, log_normalizer, padded
@@ -24,24 +24,6 @@ from p2d_cli.modeling.loading import input_device
 _PADDING, _PROMPT = -1, 0
 # These take a mask for each pair of tokens; flash attention does not.
 _MASKED_KERNELS = frozenset({"sdpa", "eager"})
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A prompt, and answers to it that are read together."""
-
-    prompt_ids: tuple[int, ...]
-    """At least one token."""
-    answers: tuple[tuple[int, ...], ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence; the last one of an answer predicts nothing and is left out."""
-        return len(self.prompt_ids) + sum(map(_read_tokens, self.answers))
-
-
-def _read_tokens(answer: Sequence[int]) -> int:
-    return max(len(answer) - 1, 0)
 
 
 def can_pack(model: Any, longest: int) -> bool:
@@ -60,28 +42,6 @@ def can_pack(model: Any, longest: int) -> bool:
     config = plain.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return config._attn_implementation in _MASKED_KERNELS and all(not window or longest <= window for window in windows)
-
-
-def split_into_packs(examples: Sequence[tuple[Sequence[int], int]], *, token_budget: int) -> list[tuple[Pack, range]]:
-    """Put neighbouring examples that have their prompt in common into packs.
-
-    Args:
-        examples: `(token ids of prompt and answer, number of prompt tokens)`; the answers to one prompt are neighbours.
-        token_budget: tokens of the largest pack; an example that is longer by itself gets a pack of its own.
-
-    Returns:
-        The packs in order, each with the positions of its answers in `examples`.
-    """
-    packs: list[tuple[Pack, range]] = []
-    for index, (ids, prompt_length) in enumerate(examples):
-        prompt_ids, answer = tuple(ids[:prompt_length]), tuple(ids[prompt_length:])
-        if packs:
-            last, places = packs[-1]
-            if last.prompt_ids == prompt_ids and last.length + _read_tokens(answer) <= token_budget:
-                packs[-1] = Pack(prompt_ids, (*last.answers, answer)), range(places.start, index + 1)
-                continue
-        packs.append((Pack(prompt_ids, (answer,)), range(index, index + 1)))
-    return packs
 
 
 @torch.no_grad()
@@ -127,7 +87,7 @@ class _Row:
         self.scored: list[tuple[int, int, int]] = []
         """(position that predicts, token, number of the answer)."""
         for number, answer in enumerate(pack.answers):
-            behind, read = len(self.ids), _read_tokens(answer)
+            behind, read = len(self.ids), read_tokens(answer)
             # The prompt's end predicts the first token, if there is one, and each token that is read the one after it.
             places = (start - 1, *range(behind, behind + read))
             self.scored += [(place, token, number) for place, token in zip(places, answer, strict=False)]

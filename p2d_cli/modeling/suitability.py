@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from p2d_cli.errors import DataError, ModelError
-from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, require_tokenizer, tensor_shapes
+from p2d_cli.modeling.token_ids import count_embeddings
 
 _ORDINARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Families with separate q, k, v and o in every layer."""
@@ -40,7 +41,6 @@ def require_suitable(
     from p2d_cli.modeling.checkpoints import skeleton
     from p2d_cli.modeling.layouts import model_layout
     from p2d_cli.modeling.likelihood import output_embedding
-    from p2d_cli.modeling.token_ids import count_embeddings
 
     model = skeleton(files)
     if heads:
@@ -52,6 +52,12 @@ def require_suitable(
     if (count := count_embeddings(model)) is None:
         raise ModelError(f"{files.spec} has no embedding of tokens", hint="p2d adapts language models of text")
     return count
+
+
+def require_reader(files: ModelFiles, *, heads: bool = False, attention: bool = False, logits: bool = False) -> int:
+    """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
+    require_tokenizer(files)
+    return require_suitable(files, heads=heads, attention=attention, logits=logits)
 
 
 def _ordinary_embeddings(files: ModelFiles) -> int | None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from p2d_cli.artifacts.adapter import ADAPTER_RANK
 from p2d_cli.artifacts.digests import digest_files, digest_json
-from p2d_cli.artifacts.manifest import InputEntry, Manifest, is_artifact
+from p2d_cli.artifacts.manifest import InputEntry, is_artifact
 from p2d_cli.artifacts.store import recover
 from p2d_cli.config import EvalConfig
 from p2d_cli.data.chat_templates import find_chat_template
+from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import ArtifactError
 from p2d_cli.modeling.model_files import find_pickled, locate_model, vocabulary_in
-from p2d_cli.stages.execution import StageRun
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 APPLIED_TYPES = (
@@ -40,7 +40,8 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
     """Register an adapter as an input of the running stage, and return its folder.
 
     Raises:
-        ArtifactError: not an adapter, damaged, or made for another model.
+        ArtifactError: not an adapter, damaged, made for another model, or, in an evaluation, trained with tokens which
+            the model's tokenizer would cut into others.
     """
     folder = Path(spec).expanduser()
     recover(folder)
@@ -52,7 +53,14 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
                 hint="give it as --model, without --adapter",
             )
         refuse_unusable(folder)
-        _identify_anywhere(job, folder, manifest)
+        # The first adapters that p2d wrote are known by the digests that they had then.
+        if ADAPTER_RANK in manifest.summary:
+            # Its config says for other tools where its base model lies, which is no part of what it is.
+            config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
+            said = {name: file.sha256 for name, file in manifest.outputs.items() if file.content}
+            said[ADAPTER_FILES[0]] = digest_json(config | {"base_model_name_or_path": None})
+            entry = job.inputs.entries["adapter"]
+            job.inputs.entries["adapter"] = entry.model_copy(update={"digest": digest_json(said)})
         return folder
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing and (pickled := find_pickled(folder)):
@@ -67,23 +75,17 @@ def open_adapter(job: StageRun[Any], spec: str) -> Path:
         )
     refuse_unusable(folder)
     if isinstance(job.config, EvalConfig):
-        _refuse_new_tokens(job, folder, spec)
+        model = locate_model(job.inputs.entries["model"].source)
+        if (token := has_new_tokens(folder, model.folder)) is not None:
+            raise ArtifactError(
+                f"{spec} brings a tokenizer with tokens that the model's own lacks, such as {token!r}, and rows are"
+                " read with the model's",
+                hint="export the adapter, and evaluate the exported model, which has the adapter's tokenizer",
+            )
     template = find_chat_template(folder)
     digest = digest_files([*(folder / name for name in ADAPTER_FILES), *([] if template is None else [template])])
     job.inputs.entries["adapter"] = InputEntry(kind="adapter", digest=digest, source=spec)
     return folder
-
-
-def _identify_anywhere(job: StageRun[Any], folder: Path, manifest: Manifest) -> None:
-    """Leave out of the adapter's digest where its base model lies, which its config says for other tools."""
-    if ADAPTER_RANK not in manifest.summary:
-        # The first adapters that p2d wrote are known by the digests that they had then.
-        return
-    config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
-    said = {name: file.sha256 for name, file in manifest.outputs.items() if file.content}
-    said[ADAPTER_FILES[0]] = digest_json(config | {"base_model_name_or_path": None})
-    entry = job.inputs.entries["adapter"]
-    job.inputs.entries["adapter"] = entry.model_copy(update={"digest": digest_json(said)})
 
 
 def has_new_tokens(adapter: Path, model: Path) -> str | None:
@@ -112,21 +114,6 @@ def _tokens_beside(folder: Path) -> set[str]:
                 elif isinstance(part, list | dict):
                     left.extend([*part, *part.values()] if isinstance(part, dict) else part)
     return found
-
-
-def _refuse_new_tokens(job: StageRun[Any], folder: Path, spec: str) -> None:
-    """Refuse an adapter that was trained with tokens which the model's tokenizer would cut into others.
-
-    Raises:
-        ArtifactError: naming the first of them.
-    """
-    model = locate_model(job.inputs.entries["model"].source)
-    if (token := has_new_tokens(folder, model.folder)) is not None:
-        raise ArtifactError(
-            f"{spec} brings a tokenizer with tokens that the model's own lacks, such as {token!r}, and rows are read "
-            "with the model's",
-            hint="export the adapter, and evaluate the exported model, which has the adapter's tokenizer",
-        )
 
 
 def refuse_unusable(folder: Path) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from p2d_cli.artifacts.evaluation import load_metrics, load_predictions
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.core.metrics import PairedComparison, compare_means, compare_perplexities, lower_is_better
+from p2d_cli.engine.identity import identity_differences, recorded_identity
 from p2d_cli.errors import ArtifactError
 from p2d_cli.runtime.seeding import generator
-from p2d_cli.stages.identity import identity_differences, recorded_identity
 
 PERPLEXITY = "perplexity"
 PERPLEXITY_COLUMNS = ("log_likelihood", "completion_tokens")

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.digests import digest_file, digest_json
@@ -18,24 +14,20 @@ from p2d_cli.artifacts.evaluation import metric_entries, save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.core.cost import StagePlan
-from p2d_cli.core.metrics import (
-    ANSWER_METRICS,
-    bootstrap_interval,
-    corpus_perplexity,
-    perplexity_interval,
-)
 from p2d_cli.data.raw_rows import RowSource
-from p2d_cli.data.records import Record, require_number
+from p2d_cli.data.records import Record
+from p2d_cli.engine.cost import StagePlan
+from p2d_cli.engine.counting import CountingReader
+from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.runtime.seeding import generator
+from p2d_cli.modeling.suitability import require_reader
+from p2d_cli.modeling.token_ids import checked_ids
 from p2d_cli.stages.adapters import open_adapter
-from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.model_checks import check_evaluation
+from p2d_cli.stages.measuring import Measured, Measuring, require_references
 
-if TYPE_CHECKING:
-    from p2d_cli.stages.workbench import Workbench
+PHASE = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -47,31 +39,21 @@ class _Inputs:
     choices: tuple[str, ...] | None
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What an evaluation says."""
-
-    metrics: dict[str, MetricValue]
-    rows: list[dict[str, Any]]
-    notes: dict[str, Any]
-    """Further figures for the summary."""
-
-
 def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> StageResult:
-    """Evaluate and write an evaluation artifact.
-
-    Raises:
-        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
-    """
+    """Evaluate and write an evaluation artifact."""
     job = StageRun("eval", resolved, options or RunOptions())
     config = job.config
     if config.lm_eval:
         _open_tasks(job)
         job.inputs.open_chat_template()
     model = job.inputs.model(config.model)
+    job.shown = "example" if {"accuracy", "perplexity"} & set(config.metric) else "prompt"
+    adapter = None
+    if config.adapter is not None and job.inputs.planned("adapter", config.adapter) is None:
+        adapter = open_adapter(job, config.adapter)
     inputs = _Inputs(
         model=model,
-        adapter=open_adapter(job, config.adapter) if config.adapter is not None else None,
+        adapter=adapter,
         data=job.inputs.rows("data", config.data) if config.data is not None else None,
         choices=open_choices(job, config.choices) if config.choices is not None else None,
     )
@@ -80,16 +62,24 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         lambda unfinished: _plan(job, inputs, unfinished),
         # lm-eval shares its work in ways of its own, or not at all.
         alone=inputs.data is None,
-        check=lambda: check_evaluation(model),
+        check=lambda: require_reader(model, logits=True),
     )
 
 
-def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path) -> StagePlan:
-    from p2d_cli.stages.plan_tuning import plan_eval
-    from p2d_cli.stages.planned_rows import read_sample
-
-    data = read_sample(job, inputs.data, limit=job.config.limit) if inputs.data is not None else None
-    return plan_eval(job, inputs.model, data, inputs.choices, inputs.adapter, unfinished)
+def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path | None) -> StagePlan:
+    reader = CountingReader(job, inputs.model, unfinished)
+    reader.need({"weights": reader.size.parameters * reader.itemsize})
+    if inputs.adapter is not None and (weights := inputs.adapter / "adapter_model.safetensors").is_file():
+        reader.need({"adapter": weights.stat().st_size})
+    if inputs.data is None:
+        reader.notes.append("the tasks of lm-eval bring their own rows, which are not counted here")
+        return reader.plan()
+    records = reader.sample("data", inputs.data, limit=job.config.limit)
+    require_references(job.config, records, inputs.choices)
+    reader.run(Measuring(job.config, reader, records, inputs.choices).passes())
+    mean = sum(len(record.text) for record in records) / max(len(records), 1)
+    reader.disk["artifact"] = round(2 * mean * len(records))
+    return reader.plan()
 
 
 def open_choices(job: StageRun[EvalConfig], spec: str) -> tuple[str, ...]:
@@ -133,20 +123,20 @@ def _open_tasks(job: StageRun[EvalConfig]) -> None:
 
 
 def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcome:
-    from p2d_cli.modeling.head_adapter import load_adapter
-    from p2d_cli.stages.workbench import open_workbench
-
     records: Sequence[Record] = ()
+    reader = ModelReader(job, inputs.model, adapter=inputs.adapter, phases=(PHASE, PHASE))
+    reader.import_libraries()
     if inputs.data is not None:
         with job.timer.phase("prepare"):
             records = job.inputs.read(inputs.data, limit=job.config.limit).records
-            _check_references(job.config, records, inputs.choices)
-    bench = open_workbench(job, inputs.model, job.config)
-    if inputs.adapter is not None:
-        with job.timer.phase("load"):
-            bench.model = load_adapter(bench.model, inputs.adapter)
-    with job.timer.phase("evaluate"):
-        measured = _run_tasks(job, bench) if inputs.data is None else _measure(job, bench, records, inputs.choices)
+            require_references(job.config, records, inputs.choices)
+    with job.timer.phase(PHASE):
+        if inputs.data is None:
+            measured = _run_tasks(job, reader)
+        else:
+            measuring = Measuring(job.config, reader, records, inputs.choices)
+            reader.run(measuring.passes())
+            measured = measuring.result()
     if job.is_main:
         with job.saving():
             save_evaluation(folder, measured.metrics, measured.rows)
@@ -157,47 +147,34 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
             "confidence": job.config.confidence,
             "data": job.config.data or ",".join(job.config.lm_eval),
         },
-        precision=bench.precision,
-        device=bench.device,
-        tokens=bench.tokens,
-        decoration=frozenset({CARD_NAME}),
+        precision=reader.precision,
+        device=reader.device,
+        tokens=reader.tokens,
+        extras=frozenset({CARD_NAME}),
     )
 
 
-def _check_references(config: EvalConfig, records: Sequence[Record], choices: tuple[str, ...] | None) -> None:
-    """Refuse a row whose reference cannot be judged, before the model is asked.
-
-    Raises:
-        DataError: naming the row.
-    """
-    for record in records if "number_match" in config.metric else ():
-        require_number(record)
-    for record in records if "accuracy" in config.metric else ():
-        _offered(record, choices)
-
-
-def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
+def _run_tasks(job: StageRun[EvalConfig], reader: ModelReader) -> Measured:
     """Hand the model to lm-eval; its standard errors become intervals, as of a normal distribution."""
     from p2d_cli.modeling.harness import harness_version, run_tasks
-    from p2d_cli.modeling.token_ids import checked_ids
 
     config = job.config
-    with checked_ids(bench.model, bench.known_ids, "a row of lm-eval"):
+    with checked_ids(reader.model, reader.known_ids, "a row of lm-eval"):
         found = run_tasks(
-            bench.model,
-            bench.tokenizer,
+            reader.model,
+            reader.tokenizer,
             config.lm_eval,
             folder=Path(config.lm_eval_tasks).expanduser() if config.lm_eval_tasks is not None else None,
-            chat_template=bench.template.chat_template,
-            frame=bench.template.simple_frame(bench.tokenizer),
+            chat_template=reader.template.chat_template,
+            frame=reader.template.simple_frame(reader.tokenizer),
             system=job.inputs.system_prompt,
             limit=config.limit,
-            max_length=bench.max_length,
+            max_length=reader.max_length,
             # lm-eval knows rows, not tokens: as many as fit the budget if all are as long as may be.
-            batch_size=max(1, bench.token_budget // bench.max_length),
+            batch_size=max(1, reader.token_budget // reader.max_length),
             progress=job.progress.task,
         )
-    bench.tokens += found.tokens
+    reader.tokens += found.tokens
     errors = NormalDist().inv_cdf((1 + config.confidence) / 2)
     metrics = {
         name: MetricValue(
@@ -208,126 +185,4 @@ def _run_tasks(job: StageRun[EvalConfig], bench: Workbench) -> _Measured:
         )
         for name, figure in found.figures.items()
     }
-    return _Measured(metrics, found.rows, {"lm_eval": harness_version()})
-
-
-def _measure(
-    job: StageRun[EvalConfig], bench: Workbench, records: Sequence[Record], choices: tuple[str, ...] | None
-) -> _Measured:
-    """Compute p2d's own metrics, each where its rows were read."""
-    from p2d_cli.stages.row_scoring import generate_turns
-
-    config = job.config
-    columns: dict[str, Any] = {
-        "id": [record.id for record in records],
-        "prompt": [record.prompt for record in records],
-        "reference": [bench.template.reference(bench.tokenizer, record) for record in records],
-    }
-    metrics: dict[str, MetricValue] = {}
-    notes: dict[str, Any] = {}
-    if generated := [name for name in config.metric if name in ANSWER_METRICS]:
-        columns["generated"] = generate_turns(job, bench, records)
-        columns["prediction"] = [
-            bench.template.frame(bench.tokenizer, record).answer(turn)
-            for record, turn in zip(records, columns["generated"], strict=True)
-        ]
-        _judge(config, generated, columns, metrics, notes)
-    if "accuracy" in config.metric:
-        _choose(job, bench, records, choices, columns, metrics, notes)
-    if "perplexity" in config.metric:
-        _perplexity(job, bench, records, columns, metrics)
-    ordered = {name: metrics[name] for name in sorted(metrics, key=lambda name: _position(config, name))}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return _Measured(ordered, rows, notes)
-
-
-def _position(config: EvalConfig, name: str) -> tuple[int, str]:
-    return config.metric.index(name.removesuffix("_strict")), name
-
-
-def _judge(
-    config: EvalConfig,
-    wanted: Sequence[str],
-    columns: dict[str, Any],
-    metrics: dict[str, MetricValue],
-    notes: dict[str, Any],
-) -> None:
-    """Add each metric of the generated answers, by row and on average; an unparseable answer counts as wrong."""
-    for name in wanted:
-        for figure, judge in ANSWER_METRICS[name].items():
-            judged = [
-                judge(answer, reference)
-                for answer, reference in zip(columns["prediction"], columns["reference"], strict=True)
-            ]
-            if unparsed := sum(value is None for value in judged):
-                notes[f"{figure}_unparsed"] = unparsed
-            columns[figure] = [0.0 if value is None else float(value) for value in judged]
-            metrics[figure] = _mean_with_interval(config, figure, np.array(columns[figure]))
-
-
-def _choose(
-    job: StageRun[EvalConfig],
-    bench: Workbench,
-    records: Sequence[Record],
-    choices: tuple[str, ...] | None,
-    columns: dict[str, Any],
-    metrics: dict[str, MetricValue],
-    notes: dict[str, Any],
-) -> None:
-    """Pick each row's likeliest choice by the log-likelihood of the whole choice, and add the accuracy."""
-    from p2d_cli.stages.row_scoring import weigh_choices
-
-    offered = [_offered(record, choices) for record in records]
-    missing = [
-        reference.strip() not in {option.strip() for option in options}
-        for reference, options in zip(columns["reference"], offered, strict=True)
-    ]
-    if any(missing):
-        notes["answers_not_offered"] = sum(missing)
-        first = records[missing.index(True)]
-        job.progress.note(
-            f"{sum(missing)} rows offer other choices than their answer, as {first.where}; they count as wrong"
-        )
-    weights = weigh_choices(job, bench, records, offered)
-    chosen = [options[int(np.argmax(weight))] for options, weight in zip(offered, weights, strict=True)]
-    columns["choice"] = chosen
-    columns["accuracy"] = [
-        float(choice.strip() == reference.strip())
-        for choice, reference in zip(chosen, columns["reference"], strict=True)
-    ]
-    metrics["accuracy"] = _mean_with_interval(job.config, "accuracy", np.array(columns["accuracy"]))
-
-
-def _offered(record: Record, choices: tuple[str, ...] | None) -> tuple[str, ...]:
-    options = record.choices or choices
-    if not options:
-        raise DataError(
-            f"{record.where}: the metric accuracy needs choices, and the row has none",
-            hint="add a column 'choices', or give --choices FILE with a JSON list",
-        )
-    return options
-
-
-def _perplexity(
-    job: StageRun[EvalConfig],
-    bench: Workbench,
-    records: Sequence[Record],
-    columns: dict[str, Any],
-    metrics: dict[str, MetricValue],
-) -> None:
-    """Perplexity of the reference completions, over all their tokens; the interval resamples rows."""
-    from p2d_cli.stages.row_scoring import weigh_completions
-
-    sums_N, counts_N = weigh_completions(job, bench, "weigh references", records)
-    columns["log_likelihood"] = sums_N.tolist()
-    columns["completion_tokens"] = counts_N.tolist()
-    rng = generator(job.config.seed, "eval", "bootstrap", "perplexity")
-    low, high = perplexity_interval(sums_N, counts_N, confidence=job.config.confidence, rng=rng)
-    value = corpus_perplexity(float(sums_N.sum()), int(counts_N.sum()))
-    metrics["perplexity"] = MetricValue(value=value, low=low, high=high, count=len(records))
-
-
-def _mean_with_interval(config: EvalConfig, name: str, values: NDArray[np.float64]) -> MetricValue:
-    rng = generator(config.seed, "eval", "bootstrap", name)
-    low, high = bootstrap_interval(values, confidence=config.confidence, rng=rng)
-    return MetricValue(value=float(values.mean()), low=low, high=high, count=len(values))
+    return Measured(metrics, found.rows, {"lm_eval": harness_version()})

@@ -11,19 +11,15 @@ from p2d_cli.artifacts.manifest import is_artifact
 from p2d_cli.artifacts.store import recover
 from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, resolve_template
+from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.suitability import require_suitable
 from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
-from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 
 def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> StageResult:
-    """Write the merged model, with tokenizer, chat template and generation config.
-
-    Raises:
-        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
-    """
+    """Write the merged model, with tokenizer, chat template and generation config."""
     job = StageRun("export", resolved, options or RunOptions())
     config = job.config
     adapter = Path(config.adapter).expanduser()
@@ -122,7 +118,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         precision=precision,
         device=device,
         charged=False,
-        decoration=frozenset({CARD_NAME}),
+        extras=frozenset({CARD_NAME}),
     )
 
 

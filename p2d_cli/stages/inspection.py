@@ -12,6 +12,7 @@ from p2d_cli.artifacts.manifest import Manifest, is_artifact
 from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import load_extreme_rows
 from p2d_cli.errors import ArtifactError
+from p2d_cli.registry import HEAD_METHODS
 
 EXTREMES = 5
 
@@ -53,13 +54,17 @@ def inspect(folder: Path) -> Inspection:
     return Inspection(folder, manifest)
 
 
+def _is_control(method: str) -> bool:
+    return method in HEAD_METHODS and bool(HEAD_METHODS[method].is_control)
+
+
 def _ranking_warnings(manifest: Manifest) -> tuple[str, ...]:
     """Say so if two draws agree no better than chance: in the heads they choose, or in the ranking of all.
 
     The rank correlation of two independent rankings of n heads has a standard deviation of `1 / sqrt(n - 1)`.
     """
     repeat = manifest.summary.get("repeatability")
-    if repeat is None or manifest.summary["method"] == "random":
+    if repeat is None or _is_control(manifest.summary["method"]):
         return ()
     chance_spearman = 2 / math.sqrt(max(manifest.summary["heads_total"] - 1, 1))
     if repeat["mean_jaccard"] > 2 * repeat["chance_jaccard"] and repeat["mean_spearman"] > chance_spearman:

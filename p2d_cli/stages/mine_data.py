@@ -1,17 +1,18 @@
 """mine-data: which rows do the task's heads respond to?
 
-Every method turns the pool into one score a row (`pool_scoring`), higher is better; the rest is the same for all.
+A method (`p2d_cli.methods.rows`) turns the pool into one score a row, higher is better; the rest is the same for all.
 
 The pool is never held as a whole: a chunk of its rows at a time (`data.pool`), and about 60 bytes a row at the peak,
 for scores, ranks, draws and what sorting needs (`tests/benchmarks/pool_memory.py`). It is read two to five times: to
 count it, for the readout to take its sample, once or more to score it (not for `random` and `full`), and to write the
 rows that were chosen; twice more for a shortlist, which leaves most of it unread by the model.
-Legend: N pool rows.
+Legend: N pool rows, M rows to choose from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,114 +20,116 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.cards import CARD_NAME
-from p2d_cli.artifacts.head_scores import load_head_scores
-from p2d_cli.artifacts.subset import PoolScores, save_subset, save_subset_card
+from p2d_cli.artifacts.subset import NamedPoolScores, PoolScores, save_subset, save_subset_card
 from p2d_cli.config import MineDataConfig, Resolved
-from p2d_cli.core.cost import StagePlan
 from p2d_cli.core.geometry import share_count
-from p2d_cli.core.subset_selection import rank_rows, resolve_count
+from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.data.pool import Pool
 from p2d_cli.data.records import require_number
+from p2d_cli.engine.cost import StagePlan
+from p2d_cli.engine.counting import CountingReader
+from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
-from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.model_checks import check_mining
-from p2d_cli.stages.pool_reselection import choose_again, open_scored
-from p2d_cli.stages.pool_scoring import METHODS
-from p2d_cli.stages.pool_task import METHODS_WITH_TARGET, MiningInputs, PoolScored, PoolTask
-from p2d_cli.stages.relevance import RelevanceTally, open_relevance
-from p2d_cli.stages.weak_to_strong import ensure_own_heads, open_reader
+from p2d_cli.methods.row_method import PoolTask, RowScores
+from p2d_cli.methods.words import shortlist
+from p2d_cli.modeling.model_files import require_tokenizer
+from p2d_cli.stages.mining_inputs import MiningInputs, open_inputs
 
 PICTURE_NAME = "scores.png"
 ROWS_BETWEEN_REPORTS = 1024
 
 
 def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -> StageResult:
-    """Score the pool, keep the best share, and write a subset artifact.
-
-    Raises:
-        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
-    """
+    """Score the pool, keep the best share, and write a subset artifact."""
     job = StageRun("mine-data", resolved, options or RunOptions())
-    inputs = _open_inputs(job)
+    inputs = open_inputs(job)
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: check_mining(job.config, inputs.model),
+        check=lambda: _check_model(job.config, inputs),
     )
 
 
-def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path) -> StagePlan:
-    from p2d_cli.stages.plan_selection import plan_mine_data
-    from p2d_cli.stages.planned_rows import read_sample
+def _check_model(config: MineDataConfig, inputs: MiningInputs) -> int | None:
+    """Refuse a model that cannot read the pool as the method wants it."""
+    if inputs.method.reads_model and config.scores is None:
+        return inputs.method.check_model(config, inputs.model)
+    if config.skip_bad_rows:  # which rows it can be shown is asked of its template
+        require_tokenizer(inputs.model)
+    return None
 
-    target = read_sample(job, inputs.target) if inputs.target is not None else None
-    return plan_mine_data(job, inputs.model, read_sample(job, inputs.pool), target, inputs.heads_LH, unfinished)
 
-
-def _open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
-    config = job.config
-    if config.scores is not None:
-        return open_scored(job, config.scores)
-    if config.method == "p2d" and config.heads is None:
-        raise UsageError("--method p2d needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads")
-    model = open_reader(job)
-    heads_LH = None
-    if config.method == "p2d" and config.heads is not None:
-        ensure_own_heads(job, config.heads)
-        heads_LH = load_head_scores(Path(config.heads).expanduser()).selected_LH
-    uses_target = config.method in METHODS_WITH_TARGET
-    return MiningInputs(
-        model=model,
-        pool=job.inputs.rows("pool", config.pool),
-        target=job.inputs.rows("target", config.target) if uses_target and config.target is not None else None,
-        heads_LH=heads_LH,
-        relevance=open_relevance(job),
-    )
+def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path | None) -> StagePlan:
+    config, method = job.config, inputs.method
+    reader = CountingReader(job, inputs.model, unfinished)
+    target = reader.sample("target", inputs.target)
+    pool = Pool.of(reader.sample("pool", inputs.pool), target)
+    if reader.is_exact:
+        _tell_twins(job, pool)
+    reader.rows["chosen"] = chosen = method.count(config, pool.num_rows)
+    reader.disk["artifact"] = round(reader.stored_bytes["pool"] * chosen / pool.num_rows) + 3 * 8 * pool.num_rows
+    if not method.reads_model or config.scores is not None or not pool.size:
+        return reader.plan()
+    if config.has_shortlist:  # which rows it holds, and how long they are, only the words tell
+        listed = min(share_count(config.shortlist, pool.num_rows), pool.size)
+        pool = pool.only(np.arange(listed) * pool.size // listed)
+        reader.is_exact = False
+    reader.run(method(PoolTask(job, reader, pool, target, inputs.heads_LH)).passes())
+    return reader.plan()
 
 
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
-    config = job.config
+    config, method = job.config, inputs.method
+    is_read = inputs.scored is None and method.reads_model
+    reader = ModelReader(job, inputs.model)
+    if is_read:
+        reader.import_libraries()
     with job.timer.phase("prepare"):
         target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
-        if config.perf == "generate" and config.perf_metric == "number_match":
+        if config.answer_weight == "generate" and config.answer_metric == "number_match":
             for record in target:
                 require_number(record)
         pool = job.inputs.pool(inputs.pool, target)
-        count = pool.num_rows if config.method == "full" else resolve_count(pool.num_rows, config.ratio, config.count)
+        count = method.count(config, pool.num_rows)
         _tell_twins(job, pool)
-        if inputs.relevance is not None:
-            inputs.relevance.require_known(record.id for record in pool.read())
+        relevant_N = _find_relevant(pool, inputs.relevant) if inputs.relevant is not None else None
+    task = PoolTask(job, reader, pool, target, inputs.heads_LH)
     if config.has_shortlist:
-        pool = _shorten(PoolTask(job, inputs, pool, target), count)
+        task = replace(task, pool=_shorten(task, count))
     if inputs.scored is not None:
-        pool, scored = choose_again(job, pool, inputs.scored, count)
+        pool, scored = _choose_again(job, pool, inputs.scored, count)
     else:
-        scored = METHODS[config.method](PoolTask(job, inputs, pool, target)).spread(pool)
-    _require_finite(config.method, pool, scored)
+        scoring = method(task)
+        reader.run(scoring.passes())
+        pool, scored = task.pool, _spread(scoring.score(), task.pool)
+    scores_N = scored.scores
+    _require_finite(method.name, pool, scored)
     count = min(count, pool.size, _above_floor(job, scored))
     with job.timer.phase("select"):
-        ranks_N = rank_rows(scored.scores)
-        cut = float(scored.scores[ranks_N == count - 1][0])
+        ranks_N = rank_rows(scores_N)
+        cut = float(scores_N[ranks_N == count - 1][0])
     if job.is_main:
         with job.saving():
-            _save(job, folder, pool, PoolScores(scored.scores, ranks_N, scored.draws), count, inputs.relevance)
-            _draw(job, scored.scores, cut, folder)
-    measured = inputs.relevance.summary(count, pool.num_rows) if inputs.relevance is not None and job.is_main else {}
+            _save(job, folder, pool, PoolScores(scores_N, ranks_N, scored.draws), count)
+            if not method.is_control:
+                _draw(job, scores_N, cut, folder)
+    measured = {} if relevant_N is None else _measure(relevant_N, ranks_N < count, pool.is_excluded_N)
     return Outcome(
         summary={
-            "method": config.method,
+            "method": method.name,
             "rows_selected": count,
             "rows_total": pool.num_rows,
             "rows_target": len(target),
             "rows_that_are_targets": len(pool.twins),
             "rows_not_listed": len(pool.unlisted),
-            "rows_without_score": int(np.isnan(scored.scores).sum()),
+            "rows_without_score": int(np.isnan(scores_N).sum()),
             "cut_score": cut,
             **scored.notes,
             **measured,
         },
         settings={
-            "method": config.method,
+            "method": method.name,
             "ratio": count / pool.num_rows,
             "rows_selected": count,
             "rows_total": pool.num_rows,
@@ -134,11 +137,60 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             **({"floor_quantile": config.floor_quantile} if config.has_floor else {}),
             **({"precision": measured["precision"]} if measured else {}),
         },
-        precision=scored.precision,
-        device=scored.device,
-        tokens=scored.tokens,
-        decoration=frozenset({PICTURE_NAME, CARD_NAME}),
+        precision=reader.precision if is_read else "",
+        device=reader.device if is_read else "cpu",
+        tokens=reader.tokens,
+        extras=frozenset({PICTURE_NAME, CARD_NAME}),
     )
+
+
+def _choose_again(
+    job: StageRun[MineDataConfig], pool: Pool, scored: NamedPoolScores, count: int
+) -> tuple[Pool, RowScores]:
+    """Return the pool with the rows that have a score as those to choose from, and the scores of all of its rows.
+
+    These are the scores that an earlier subset keeps.
+
+    Raises:
+        DataError: the pool's rows are read under other ids than they were.
+        UsageError: a shortlist left fewer rows than are to be chosen, or they tell nothing of the floor asked for.
+    """
+    if len(scored.ids) != pool.num_rows or any(
+        record.id != name for record, name in zip(pool.read(), scored.ids, strict=True)
+    ):
+        raise DataError(
+            "the pool's rows are not those of --scores, as they are read now",
+            hint="give --id-column, --skip-bad-rows and --chat-template as they were given there",
+        )
+    has_score_N = ~np.isnan(scored.scores_N)
+    told = job.inputs.manifests["scores"].summary
+    if told["rows_not_listed"] and count > has_score_N.sum():
+        raise UsageError(
+            f"a shortlist left {has_score_N.sum()} rows with a score, of which {count} are to be chosen",
+            hint="mine again without --scores and with a greater --shortlist",
+        )
+    notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
+    quantile = job.config.floor_quantile
+    if job.config.has_floor and told.get("floor_quantile") != quantile:
+        found = f"with {told['floor_quantile']:g}" if "floor_quantile" in told else "without one"
+        raise UsageError(
+            f"--scores tell nothing of --floor-quantile {quantile:g}: they were found {found}",
+            hint="leave --floor-quantile or --scores out",
+        )
+    if job.config.has_floor:
+        notes |= {name: told[name] for name in ("floor_quantile", "floor_score")}
+    return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)
+
+
+def _spread(scored: RowScores, pool: Pool) -> RowScores:
+    """Return scores of the rows to choose from as those of all N rows of the pool; the others have none."""
+    if pool.size == pool.num_rows:
+        return scored
+    others_N = ~pool.is_excluded_N
+    scores_N = np.full(pool.num_rows, np.nan)
+    draws_N = np.zeros(pool.num_rows, dtype=np.int64)
+    scores_N[others_N], draws_N[others_N] = scored.scores, scored.draws
+    return replace(scored, scores=scores_N, draws=draws_N)
 
 
 def _tell_twins(job: StageRun[MineDataConfig], pool: Pool) -> None:
@@ -158,9 +210,7 @@ def _shorten(task: PoolTask, count: int) -> Pool:
     Raises:
         UsageError: `count` rows are to be kept of fewer.
     """
-    from p2d_cli.stages.lexical_scoring import shortlist
-
-    listed = min(share_count(task.job.config.shortlist, task.pool.num_rows), task.pool.size)
+    listed = min(share_count(task.config.shortlist, task.pool.num_rows), task.pool.size)
     if listed < min(count, task.pool.size):
         raise UsageError(
             f"--shortlist leaves {listed} rows of the pool, of which {count} are to be chosen",
@@ -172,7 +222,7 @@ def _shorten(task: PoolTask, count: int) -> Pool:
     return shortlist(task, listed)
 
 
-def _above_floor(job: StageRun[MineDataConfig], scored: PoolScored) -> int:
+def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     """Return how many rows score at least as high as the floor, all of them where there is none.
 
     Raises:
@@ -192,38 +242,50 @@ def _above_floor(job: StageRun[MineDataConfig], scored: PoolScored) -> int:
     return above
 
 
-def _require_finite(method: str, pool: Pool, scored: PoolScored) -> None:
+def _require_finite(method: str, pool: Pool, scored: RowScores) -> None:
     """Refuse a score that is no number, unless it says that there is nothing to go by."""
-    measured = scored.draws > 0
-    wrong = np.isinf(scored.scores) | (np.isnan(scored.scores) & measured)
+    wrong = np.isinf(scored.scores) | (np.isnan(scored.scores) & (scored.draws > 0))
     if not wrong.any():
         return
     [row] = pool.take([int(np.flatnonzero(wrong)[0])])
-    raise NonFiniteError(
-        f"the {method} score of {row.where} is not finite; nothing was written",
-        hint=NOT_FINITE_HINT,
-    )
+    raise NonFiniteError(f"the {method} score of {row.where} is not finite; nothing was written", hint=NOT_FINITE_HINT)
 
 
-def _save(
-    job: StageRun[MineDataConfig],
-    folder: Path,
-    pool: Pool,
-    scores: PoolScores,
-    count: int,
-    relevance: RelevanceTally | None,
-) -> None:
+def _find_relevant(pool: Pool, relevant: frozenset[str]) -> NDArray[np.bool_]:
+    """Return which rows are known to be of the target's task.
+
+    Raises:
+        DataError: none is.
+    """
+    is_relevant_N = np.fromiter((record.id in relevant for record in pool.read()), dtype=np.bool_, count=pool.num_rows)
+    if not is_relevant_N.any():
+        raise DataError(
+            "none of the ids of --relevance is the id of a row of the pool",
+            hint="give the ids as `mine-data --method full` writes them to pool_scores.parquet",
+        )
+    return is_relevant_N
+
+
+def _measure(
+    relevant_N: NDArray[np.bool_], chosen_N: NDArray[np.bool_], excluded_N: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Return precision and recall of the choice, the recall of what it could be made from, and chance's precision."""
+    rows, found = int(relevant_N.sum()), int((relevant_N & chosen_N).sum())
+    return {
+        "precision": found / int(chosen_N.sum()),
+        "recall": found / rows,
+        "listed_recall": int((relevant_N & ~excluded_N).sum()) / rows,
+        "rows_relevant": rows,
+        "chance_precision": rows / len(relevant_N),
+    }
+
+
+def _save(job: StageRun[MineDataConfig], folder: Path, pool: Pool, scores: PoolScores, count: int) -> None:
     with job.progress.task("write rows", pool.num_rows) as advance:
 
         def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for place, record in enumerate(pool.read(with_fields=True), start=1):
                 yield record.id, record.fields
-                if relevance is not None:
-                    relevance.add(
-                        record.id,
-                        chosen=bool(scores.ranks_N[place - 1] < count),
-                        listed=not pool.is_excluded_N[place - 1],
-                    )
                 if place % ROWS_BETWEEN_REPORTS == 0:
                     advance(ROWS_BETWEEN_REPORTS)
 
@@ -234,7 +296,5 @@ def _save(
 def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: float, folder: Path) -> None:
     from p2d_cli.reporting.plots import score_histogram
 
-    if job.config.method in {"full", "random"}:
-        return
     with job.drawing(PICTURE_NAME):
         score_histogram(scores_N, cut, folder / PICTURE_NAME, title=f"{job.config.method}: score of every pool row")

@@ -19,21 +19,18 @@ from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
 from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare
+from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, first_line
-from p2d_cli.recipe import read_recipe_text
+from p2d_cli.recipes.recipe import read_recipe_text
+from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.reporting.table import share_text
-from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
 
 SHARES = ("head_share", "row_share")
 """Settings of a training that its run is named after where they differ."""
 
 
 def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) -> StageResult:
-    """Compare evaluations with a reference and write a report artifact.
-
-    Raises:
-        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
-    """
+    """Compare evaluations with a reference and write a report artifact."""
     job = StageRun("report-aer", resolved, options or RunOptions())
     config = job.config
     _open_run(job, "reference", config.reference)
@@ -78,7 +75,14 @@ def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
         ) from None
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
     name = _describe(stages)
-    return RunCost(name, stages, metric_values(manifest.summary["metrics"]), path=spec, label=name)
+    run = RunCost(name, stages, metric_values(manifest.summary["metrics"]), path=spec, label=name)
+    return replace(run, is_control=_is_control(run))
+
+
+def _is_control(run: RunCost) -> bool:
+    """Say whether a run's heads or rows were chosen by what other methods have to beat."""
+    chosen = ((HEAD_METHODS, run.trained("heads_method")), (ROW_METHODS, run.trained("data_method")))
+    return any(method in methods and methods[method].is_control for methods, method in chosen)
 
 
 class _Settings(BaseModel):
@@ -173,7 +177,7 @@ def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) ->
         settings={},
         precision=report.reference.precision,
         device="cpu",
-        decoration=frozenset({REPORT_PICTURE_NAME}),
+        extras=frozenset({REPORT_PICTURE_NAME}),
         charged=False,
     )
 

@@ -1,134 +1,231 @@
 """score-heads: which heads does the task move?
 
-Every method turns the model into scores of its heads (`head_scoring`), higher is better; the rest is the same for all.
-Legend: R repeats, L layers, H query heads a layer.
+A method (`p2d_cli.methods.heads`) turns the model into scores of its heads, higher is better; the rest is the same for
+all. Legend: R repeats, L layers, H query heads a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores, save_head_scores
-from p2d_cli.config import METHODS_WITH_POOL, Resolved, ScoreHeadsConfig
-from p2d_cli.core.cost import StagePlan
+from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.head_selection import (
+    among_layers,
+    candidate_layers,
+    head_levels,
+    repeatability,
+    select_spread,
+    select_top,
+)
+from p2d_cli.data.pool import Pool
+from p2d_cli.data.raw_rows import RowSource
+from p2d_cli.data.records import Record
+from p2d_cli.engine.cost import FLOAT32, StagePlan
+from p2d_cli.engine.counting import CountingReader
+from p2d_cli.engine.reader import ModelReader, Reader
+from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
-from p2d_cli.stages.execution import Outcome, RunOptions, StageResult, StageRun
-from p2d_cli.stages.head_scoring import ScoringInputs, score_heads
-from p2d_cli.stages.model_checks import check_scoring
+from p2d_cli.methods.head_method import HeadMethod, HeadTask
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.registry import HEAD_METHODS
+from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
 
 PICTURE_NAME = "heads.png"
 
 
-def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None) -> StageResult:
-    """Score and select heads, and write a heads artifact.
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs, located; those that the method does not use are None."""
 
-    Raises:
-        P2DError: as its message says; see `p2d_cli.errors` for the exit codes.
-    """
+    method: type[HeadMethod]
+    model: ModelFiles
+    task_model: ModelFiles | None = None
+    target: RowSource | None = None
+    pool: RowSource | None = None
+    scored: HeadScores | None = None
+    """Scores that an earlier run found."""
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the model reads any."""
+        return self.target is not None or self.pool is not None
+
+    def tasks(self, reader: Reader, target: tuple[Record, ...], pool: Pool | None) -> Iterator[HeadTask]:
+        """Yield the repeats, each with its own source of chance."""
+        config: ScoreHeadsConfig = reader.job.config
+        for repeat in range(self.method.repeats(config)):
+            rng = generator(config.seed, "score-heads", self.method.name, repeat)
+            yield HeadTask(reader.job, reader, rng, repeat, target, pool, self.task_model)
+
+
+def run(resolved: Resolved[ScoreHeadsConfig], options: RunOptions | None = None) -> StageResult:
+    """Score and select heads, and write a heads artifact."""
     job = StageRun("score-heads", resolved, options or RunOptions())
     inputs = _open_inputs(job)
+    takes_scores = job.config.scores is not None
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        alone=inputs.target is None,
-        check=lambda: None if inputs.scored else check_scoring(inputs.method, inputs.model, inputs.task_model),
+        alone=not inputs.reads_rows,
+        check=lambda: None if takes_scores else inputs.method.check_model(inputs.model, inputs.task_model),
     )
 
 
-def _plan(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, unfinished: Path) -> StagePlan:
-    from p2d_cli.stages.plan_selection import plan_score_heads
-    from p2d_cli.stages.planned_rows import read_sample
-
-    target = read_sample(job, inputs.target) if inputs.target is not None else None
-    pool = read_sample(job, inputs.pool) if inputs.pool is not None else None
-    return plan_score_heads(job, inputs.method, inputs.model, target, pool, unfinished)
-
-
-def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> ScoringInputs:
+def _open_inputs(job: StageRun[ScoreHeadsConfig]) -> _Inputs:
     """Take the inputs that the method needs, and leave the others out of the artifact's identity."""
     config = job.config
     if config.scores is not None:
         return _open_scores(job, config.scores)
-    method = config.resolved_method
-    needs_target = method in {*METHODS_WITH_POOL, "taylor"} or (method == "pad" and config.task_model is None)
+    method: type[HeadMethod] = HEAD_METHODS[config.resolved_method]
+    needs_target = method.takes_target(config)
     if needs_target and config.target is None:
-        raise UsageError(f"--method {method} needs --target: rows of the task", hint="give a file, folder or hub id")
-    if method in METHODS_WITH_POOL and config.pool is None:
         raise UsageError(
-            f"--method {method} needs --pool: rows to tell the target from",
+            f"--method {method.name} needs --target: rows of the task", hint="give a file, folder or hub id"
+        )
+    if method.takes_pool and config.pool is None:
+        raise UsageError(
+            f"--method {method.name} needs --pool: rows to tell the target from",
             hint="give --pool, or use --method pad, which needs the target rows only",
         )
-    task_model = config.task_model if method == "pad" else None
-    return ScoringInputs(
+    job.shown = "episode" if "attention" in method.reads else "example"
+    tuned = config.task_model if method.takes_task_model else None
+    return _Inputs(
         method=method,
-        model=job.inputs.model(config.model, with_tokenizer=needs_target),
-        task_model=job.inputs.model(task_model, name="task_model", with_tokenizer=False) if task_model else None,
+        model=job.inputs.model(config.model, with_tokenizer=needs_target or method.takes_pool),
+        task_model=job.inputs.model(tuned, name="task_model", with_tokenizer=False) if tuned else None,
         target=job.inputs.rows("target", config.target) if needs_target and config.target else None,
-        pool=job.inputs.rows("pool", config.pool) if method in METHODS_WITH_POOL and config.pool else None,
+        pool=job.inputs.rows("pool", config.pool) if method.takes_pool and config.pool else None,
     )
 
 
-def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> ScoringInputs:
+def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> _Inputs:
     """Take scores that are there, with what they cost; a method that is named has to be theirs."""
     model = job.inputs.model(job.config.model, with_tokenizer=False)
+    if job.inputs.planned("scores", spec) is not None:
+        return _Inputs(HEAD_METHODS[job.config.resolved_method], model)
     job.inputs.artifact("scores", spec, "heads", same_model=True)
     scored = load_head_scores(Path(spec).expanduser())
     if job.config.method not in {"auto", scored.method}:
         raise UsageError(f"--scores {spec} are of {scored.method}, not of --method {job.config.method}")
-    if scored.method == "uniform":
+    method: type[HeadMethod] = HEAD_METHODS.require(scored.method, f"--scores {spec}")
+    if not method.ranks:
         raise UsageError(
-            f"--scores {spec} are of uniform, which spreads a number of heads and ranks none",
-            hint="give --method uniform with another --ratio instead",
+            f"--scores {spec} are of {scored.method}, which spreads a number of heads and ranks none",
+            hint=f"give --method {scored.method} with another --ratio instead",
         )
     # What is recorded is the method that `auto` came to, and the selection that goes with it.
     job.config = job.config.model_copy(update={"method": scored.method})
-    return ScoringInputs(method=scored.method, model=model, scored=scored)
+    return _Inputs(method, model, scored=scored)
 
 
-def _compute(job: StageRun[ScoreHeadsConfig], inputs: ScoringInputs, folder: Path) -> Outcome:
-    from p2d_cli.core.head_selection import among_layers, candidate_layers, repeatability
+def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | None) -> StagePlan:
+    reader = CountingReader(job, inputs.model, unfinished)
+    shape = reader.shape
+    _require_candidates(job.config, shape)
+    reader.disk["artifact"] = shape.total_heads * (2 * FLOAT32 + 1 + FLOAT32 * job.config.repeats)
+    if job.config.scores is not None:
+        return reader.plan()
+    target = reader.sample("target", inputs.target)
+    pool = Pool.of(reader.sample("pool", inputs.pool), target) if inputs.pool is not None else None
+    for task in inputs.tasks(reader, target, pool):
+        reader.run(inputs.method(task).passes())
+    return reader.plan()
 
-    config = job.config
-    scored = score_heads(job, inputs)
-    scores_LH = scored.repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
-    _require_finite(scores_LH, inputs.method)
-    layers = candidate_layers(config.layers, scored.geometry.num_layers)
-    select = _selection_rule(config, scored.geometry)
+
+def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> Outcome:
+    config, method = job.config, inputs.method
+    reader = ModelReader(job, inputs.model)
+    shape, repeats_RLH, notes = _score(job, inputs, reader)
+    scores_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
+    _require_finite(scores_LH, method.name)
+    layers = candidate_layers(config.layers, shape.num_layers)
+    select = _selection_rule(config, method, shape)
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
         selected_LH=among_layers(select(scores_LH[layers.start : layers.stop]), layers, len(scores_LH)),
-        repeats_RLH=scored.repeats_RLH.astype(np.float32),
-        method=inputs.method,
-        geometry=scored.geometry,
+        repeats_RLH=repeats_RLH.astype(np.float32),
+        method=method.name,
+        geometry=shape,
     )
     if job.is_main:
         with job.saving():
             save_head_scores(folder, heads)
             _draw(job, heads, folder)
-    repeat = repeatability(scored.repeats_RLH[:, layers.start : layers.stop], select)
+    repeat = repeatability(repeats_RLH[:, layers.start : layers.stop], select)
+    is_read = inputs.reads_rows
     return Outcome(
-        summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | scored.notes,
-        settings={"method": inputs.method, "ratio": config.ratio} | _map(heads),
-        precision=scored.precision,
-        device=scored.device,
-        tokens=scored.tokens,
-        decoration=frozenset({PICTURE_NAME}),
+        summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | notes,
+        settings={
+            "method": method.name,
+            "ratio": config.ratio,
+            # What a report draws of the heads, small enough to travel in every later manifest.
+            "shape": list(heads.scores_LH.shape),
+            "selected": np.flatnonzero(heads.selected_LH).tolist(),
+            "levels": head_levels(heads.scores_LH),
+        },
+        precision=reader.precision if is_read else "",
+        device=reader.device if is_read else "cpu",
+        tokens=reader.tokens,
+        extras=frozenset({PICTURE_NAME}),
     )
 
 
+def _score(
+    job: StageRun[ScoreHeadsConfig], inputs: _Inputs, reader: ModelReader
+) -> tuple[HeadGeometry, NDArray[np.float64], dict[str, Any]]:
+    """Return the model's shape, the scores of all repeats `[R, L, H]`, and the last one's figures."""
+    if inputs.scored is not None:
+        shape = inputs.scored.geometry
+        _require_candidates(job.config, shape)
+        return shape, inputs.scored.repeats_RLH.astype(np.float64), {}
+    if job.config.layers is not None:
+        _require_candidates(job.config, reader.shape_without_weights())
+    if inputs.reads_rows:
+        reader.import_libraries()
+    with job.timer.phase("prepare"):
+        target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
+        pool = job.inputs.pool(inputs.pool, target) if inputs.pool is not None else None
+    repeats, notes = [], {}
+    for task in inputs.tasks(reader, target, pool):
+        if inputs.reads_rows:
+            seed_everything(derive_seed(job.config.seed, "score-heads", task.repeat))
+        method = inputs.method(task)
+        reader.run(method.passes())
+        with job.timer.phase("score"):
+            found = method.score()
+        repeats.append(found.scores_LH)
+        notes = found.notes
+    shape = reader.shape if inputs.reads_rows else reader.shape_without_weights()
+    return shape, np.stack(repeats), notes
+
+
+def _require_candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> None:
+    """Refuse `--layers` that the model has not, or that hold too few heads, before anything is computed."""
+    if config.layers is None:
+        return
+    budget = shape.head_budget(config.ratio)
+    there = len(candidate_layers(config.layers, shape.num_layers)) * shape.num_heads
+    if budget > there:
+        raise UsageError(
+            f"--ratio {config.ratio:g} asks for {budget} heads; layers {config.layers} have {there}",
+            hint="name more layers, or give a smaller --ratio",
+        )
+
+
 def _selection_rule(
-    config: ScoreHeadsConfig, shape: HeadGeometry
+    config: ScoreHeadsConfig, method: type[HeadMethod], shape: HeadGeometry
 ) -> Callable[[NDArray[np.float64]], NDArray[np.bool_]]:
     """Return what makes a selection from the scores of some layers, `[layers, H]`."""
-    from p2d_cli.core.head_selection import select_spread, select_top
-
     budget = shape.head_budget(config.ratio)
-    if config.resolved_selection == "spread" and config.method != "uniform":
+    if config.resolved_selection == "spread" and method.ranks:
         return lambda scores: select_spread(scores, budget, shape.num_groups)
     return lambda scores: select_top(scores, budget)
 
@@ -153,17 +250,6 @@ def _selection(heads: HeadScores) -> dict[str, object]:
         "groups_touched": int(shape.groups_of(heads.selected_LH).sum()),
         "groups_total": shape.num_layers * shape.num_groups,
         "layers_touched": int(heads.selected_LH.any(axis=1).sum()),
-    }
-
-
-def _map(heads: HeadScores) -> dict[str, object]:
-    """Return what a report draws of the heads, small enough to travel in every later manifest."""
-    from p2d_cli.core.head_selection import head_levels
-
-    return {
-        "shape": list(heads.scores_LH.shape),
-        "selected": np.flatnonzero(heads.selected_LH).tolist(),
-        "levels": head_levels(heads.scores_LH),
     }
 
 

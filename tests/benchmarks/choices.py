@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from p2d_cli.core.batches import split_into_packs
 from p2d_cli.data.batching import token_batches
 from p2d_cli.data.chat_templates import resolve_template
 from p2d_cli.data.records import read_records
 from p2d_cli.data.sources import locate
-from p2d_cli.modeling.choices import score_pack_batch, split_into_packs
+from p2d_cli.modeling.choices import score_pack_batch
 from p2d_cli.modeling.generation import score_completions
 from p2d_cli.modeling.loading import ensure_pad_token, load_model, load_tokenizer
 

@@ -30,8 +30,8 @@ import p2d_cli.modeling.generation as generation
 generation.score_completions = lambda model, examples, pad: (
     [-float(len(ids) % 97) for ids, _ in examples], [len(ids) - start for ids, start in examples])
 from p2d_cli.data.prompts import EncodedExample
-from p2d_cli.stages.workbench import Workbench
-Workbench.encode_examples = lambda bench, records: [
+from p2d_cli.engine.reader import Reader
+Reader.examples = lambda reader, records: [
     EncodedExample(tuple(map(len, record.text.split(" "))), 30, 0) for record in records]
 from p2d_cli.cli.app import app
 try:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.stages.train import DEFAULT_LEARNING_RATE
+from p2d_cli.engine.tuning import DEFAULT_LEARNING_RATE
 
 SCOPES = ("heads", "attention", "lora", "full")
 SETTINGS = ("held_out", "test_rows", "epochs", "batch_size", "max_new_tokens", "seeds")

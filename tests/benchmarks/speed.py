@@ -27,11 +27,12 @@ from p2d_cli.config import MineDataConfig, ScoreHeadsConfig, resolve
 from p2d_cli.core.geometry import share_count
 from p2d_cli.core.head_importance import score_layer
 from p2d_cli.core.head_selection import select_uniform
+from p2d_cli.data.batching import token_batches
 from p2d_cli.data.episodes import duplicate_groups, plan_mining
+from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.stage_run import RunOptions, StageRun
 from p2d_cli.modeling.checkpoints import CheckpointReader, read_layer_weights, skeleton
 from p2d_cli.modeling.layouts import layout_geometry, model_layout
-from p2d_cli.stages.execution import RunOptions, StageRun
-from p2d_cli.stages.workbench import Workbench, open_workbench
 
 
 def main() -> None:
@@ -134,10 +135,10 @@ def make_pair_member(folder: Path, seed: int) -> Path:
 def mining_against_forward(options: argparse.Namespace) -> dict[str, Any]:
     bench, rows, targets = open_bench(options)
     heads_LH = uniform_heads(bench)
-    examples = bench.encode_examples(rows)
-    groups = bench.batches([len(example.input_ids) for example in examples])
+    examples = bench.examples(rows)
+    groups = token_batches([len(example.input_ids) for example in examples], token_budget=bench.token_budget)
     episodes = encode_episodes(bench, rows, targets)
-    episode_groups = bench.batches([len(episode.input_ids) for episode in episodes])
+    episode_groups = token_batches([len(episode.input_ids) for episode in episodes], token_budget=bench.token_budget)
 
     def forward(sequences: list[Any], batches: list[list[int]]) -> None:
         with torch.no_grad():
@@ -150,7 +151,7 @@ def mining_against_forward(options: argparse.Namespace) -> dict[str, Any]:
 
     def attention() -> None:
         for group in episode_groups:
-            bench.watch([episodes[index] for index in group], heads_LH, num_segments=5)
+            bench.attention([episodes[index] for index in group], heads_LH, 5)
 
     bare, read = alternate(lambda: forward(examples, groups), readout)
     bare_episodes, watched = alternate(lambda: forward(episodes, episode_groups), attention)
@@ -174,10 +175,10 @@ def mining_against_predecessors(options: argparse.Namespace) -> dict[str, Any]:
     """
     bench, rows, targets = open_bench(options, rows=min(options.rows, 60))
     heads_LH = uniform_heads(bench)
-    examples = bench.encode_examples(rows)
+    examples = bench.examples(rows)
 
     def readout() -> None:
-        for group in bench.batches([len(example.input_ids) for example in examples]):
+        for group in token_batches([len(example.input_ids) for example in examples], token_budget=bench.token_budget):
             bench.head_outputs([examples[index] for index in group], heads_LH)
 
     episodes = encode_episodes(bench, rows, targets, queries=3)
@@ -239,27 +240,27 @@ def cost_against_pool_size(options: argparse.Namespace) -> dict[str, Any]:
 # --- helpers
 
 
-def open_bench(options: argparse.Namespace, rows: int | None = None) -> tuple[Workbench, list[Any], list[Any]]:
+def open_bench(options: argparse.Namespace, rows: int | None = None) -> tuple[ModelReader, list[Any], list[Any]]:
     flags = {"model": options.model, "pool": options.pool, "target": options.target, "out": "unused", "heads": "unused"}
     job = StageRun("mine-data", resolve(MineDataConfig, flags=flags | {"template": "plain"}), RunOptions())
-    bench = open_workbench(job, job.inputs.model(options.model), job.config)
+    bench = ModelReader(job, job.inputs.model(options.model))
     pool = job.inputs.read(job.inputs.rows("pool", options.pool), limit=rows or options.rows).records
     return bench, list(pool), list(job.inputs.read(job.inputs.rows("target", options.target)).records)
 
 
-def uniform_heads(bench: Workbench) -> Any:
+def uniform_heads(bench: ModelReader) -> Any:
     shape = layout_geometry(bench.layout)
     ratio = ScoreHeadsConfig.model_fields["ratio"].default
     return select_uniform(shape.num_layers, shape.num_heads, share_count(ratio, shape.total_heads))
 
 
-def encode_episodes(bench: Workbench, rows: list[Any], targets: list[Any], queries: int = 1) -> list[Any]:
+def encode_episodes(bench: ModelReader, rows: list[Any], targets: list[Any], queries: int = 1) -> list[Any]:
     pool_groups, target_groups = duplicate_groups(rows, targets)
     plan = plan_mining(
         len(rows), len(targets), demos=5, queries=queries, draws=1, rng=np.random.default_rng(0),
         pool_groups=pool_groups, target_groups=target_groups,
     )  # fmt: skip
-    return [bench.encode_episode([rows[i] for i in e.demos], [targets[i] for i in e.queries]) for e in plan]
+    return bench.episodes([([rows[i] for i in e.demos], [targets[i] for i in e.queries]) for e in plan])
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from p2d_cli.config import TrainConfig, resolve
 from p2d_cli.core.head_selection import select_uniform
+from p2d_cli.engine.stage_run import RunOptions
 from p2d_cli.modeling import training
 from p2d_cli.modeling.head_adapter import (
     attach_heads,
@@ -45,7 +46,6 @@ from p2d_cli.modeling.likelihood import answer_logits_only
 from p2d_cli.modeling.loading import load_model, resolve_dtype
 from p2d_cli.runtime.hardware import describe_hardware, synchronizer
 from p2d_cli.stages import train
-from p2d_cli.stages.execution import RunOptions
 
 ROWS, TOKENS, ANSWER = 16, 96, 32
 UPDATES = 6

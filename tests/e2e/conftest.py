@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # what tests and launched processes share lies beside them
 
 
 def first_rows(source, target, count):

@@ -4,6 +4,7 @@ Each entry of the file is the command's words, and what is to befall it (see `FA
 to `COMMANDS.json.rank<N>`, one JSON line a command.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 RANK = int(os.environ["RANK"])
+UNTIL_THE_END = contextlib.ExitStack()
 
 
 def last_rank():
@@ -32,9 +34,9 @@ def asked_to_stop_at(batch):
 
 
 def killed_at(batch):
-    from p2d_cli.stages import workbench
+    from p2d_cli.engine.reader import ModelReader
 
-    plain, calls = workbench.Workbench.pad, []
+    plain, calls = ModelReader.pad, []
 
     def pad(self, *arguments):
         calls.append(1)
@@ -42,7 +44,7 @@ def killed_at(batch):
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *arguments)
 
-    workbench.Workbench.pad = pad
+    ModelReader.pad = pad
 
 
 def out_of_numbers_at(batch):
@@ -75,7 +77,18 @@ def crashing_at(batch):
     Trainer.training_step = step
 
 
+def methods_of_its_own(_):
+    from own_methods import Easy, Loud
+
+    from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
+
+    if Loud.name not in HEAD_METHODS:
+        UNTIL_THE_END.enter_context(HEAD_METHODS.added(Loud))
+        UNTIL_THE_END.enter_context(ROW_METHODS.added(Easy))
+
+
 FAULTS = {
+    "own": methods_of_its_own,
     "stop": asked_to_stop_at,
     "kill": killed_at,
     "nan": out_of_numbers_at,

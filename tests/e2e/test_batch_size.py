@@ -66,7 +66,7 @@ def test_choices_are_the_same_where_each_is_read_with_its_own_prompt(p2d, tiny_f
         *("--choices", tmp_path / "choices.json", "--token-budget", 300),
     )
     assert p2d(*evaluate, "--out", tmp_path / "packed").code == 0
-    monkeypatch.setattr("p2d_cli.stages.row_scoring.can_pack", lambda *_: False)
+    monkeypatch.setattr("p2d_cli.modeling.choices.can_pack", lambda *_: False)
     assert p2d(*evaluate, "--out", tmp_path / "plain").code == 0
     packed, plain = (pq.read_table(tmp_path / name / "predictions.parquet").to_pydict() for name in ("packed", "plain"))
     assert packed == plain

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from p2d_cli.modeling import loading
 from p2d_cli.modeling.loading import load_model
-from p2d_cli.stages import workbench
 
 PLACES = {
     "model.embed_tokens": "disk",
@@ -33,7 +33,7 @@ def divided(monkeypatch):
         loads.append(device_map)
         return load_model(folder, device_map=device_map and PLACES, **options)
 
-    monkeypatch.setattr(workbench, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     return loads
 
 

@@ -315,7 +315,7 @@ def test_choices_for_accuracy(p2d, tiny_folder, few, tmp_path):
 
 def test_a_reference_without_a_number_is_named_before_the_model_is_asked(p2d, tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "1"}\n{"prompt": "b", "completion": "none"}\n')
-    monkeypatch.setattr("p2d_cli.stages.workbench.open_workbench", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("p2d_cli.modeling.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     rows = ("--data", tmp_path / "rows.jsonl", "--metric", "number_match")
     refused(p2d("eval", "--model", tiny_folder, *rows, "--out", tmp_path / "e"), 65, "rows.jsonl:2", "number")
     pool = ("--pool", tmp_path / "rows.jsonl", "--target", tmp_path / "rows.jsonl", "--method", "data-whisperer")

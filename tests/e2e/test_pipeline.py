@@ -328,7 +328,7 @@ def test_answers_without_a_number_are_wrong_and_counted(p2d, tiny_folder, tmp_pa
     def answer(_model, _tokenizer, _prompts, **_settings):
         return [next(answers)], 1
 
-    monkeypatch.setattr("p2d_cli.stages.row_scoring.generate_greedy", answer)
+    monkeypatch.setattr("p2d_cli.modeling.generation.generate_greedy", answer)
     data = tmp_path / "rows.jsonl"
     references = ("#### 1234", "#### 7", "#### 5", "#### 3")
     data.write_text("".join(json.dumps({"question": "?", "answer": text}) + "\n" for text in references))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from p2d_cli.stages import planned_rows
+from p2d_cli.engine import counting
 
 
 def manifest(folder):
@@ -122,8 +122,8 @@ def test_answers_are_taken_to_be_as_long_as_the_references(p2d, tiny_folder, few
 
 
 def test_of_a_large_file_a_sample_stands_for_all(p2d, tiny_folder, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(planned_rows, "EXACT_ROWS", 100)
-    monkeypatch.setattr(planned_rows, "READ_ROWS", 600)
+    monkeypatch.setattr(counting, "EXACT_ROWS", 100)
+    monkeypatch.setattr(counting, "READ_ROWS", 600)
     words = ("mine-data", "--model", tiny_folder, "--pool", rows["pool"], "--method", "loss", "--out", tmp_path / "out")
     plan = p2d(*words, "--dry-run", "--json").json["plan"]
     assert plan["rows"]["pool"] == 1800
@@ -139,9 +139,9 @@ def test_unfinished_work_is_told(p2d, pipeline, tiny_folder, few, tmp_path, monk
         *("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"]),
         *("--pool", few["pool"], "--token-budget", 300, "--affinity", "attention", "--out", tmp_path / "out"),
     )
-    from p2d_cli.stages.episode_scoring import EpisodeReader
+    from p2d_cli.methods import episodes
 
-    read, left = EpisodeReader.read, [3]
+    read, left = episodes._attention_and_likelihood, [3]
 
     def stop(*arguments, **options):
         if not left[0]:
@@ -150,7 +150,7 @@ def test_unfinished_work_is_told(p2d, pipeline, tiny_folder, few, tmp_path, monk
         return read(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EpisodeReader, "read", stop)
+        patch.setattr(episodes, "_attention_and_likelihood", stop)
         assert p2d(*words).code == 130
     plan = p2d(*words, "--dry-run", "--json").json["plan"]
     [work] = plan["works"]
@@ -228,3 +228,31 @@ def test_a_plan_needs_no_torch(tiny_folder, few, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "tokens" in done.stdout
+
+
+def test_a_plan_refuses_what_the_run_would_refuse(p2d, tiny_folder, few, tmp_path):
+    out = ("--out", tmp_path / "out")
+    evaluate = ("eval", "--model", tiny_folder, "--data", few["test"], "--metric", "accuracy", *out)
+    layers = ("score-heads", "--model", tiny_folder, "--method", "random", "--layers", "0-0", "--ratio", 0.9, *out)
+    twins = ("mine-data", "--model", tiny_folder, "--pool", few["target"], "--target", few["target"], *out)
+    for words, code, said in (
+        (evaluate, 65, "needs choices"),
+        (layers, 2, "layers 0-0 have 8"),
+        ((*twins, "--method", "lexical"), 65, "there is nothing to choose from"),
+    ):
+        for more in ((), ("--dry-run",)):
+            done = p2d(*words, *more)
+            assert done.code == code, done.said
+            assert said in done.said
+
+
+def test_answers_of_all_chunks_are_told_together(p2d, pipeline, tiny_folder, few, tmp_path, monkeypatch):
+    monkeypatch.setattr("p2d_cli.data.pool.CHUNK_ROWS", 20)
+    plan = p2d(
+        *("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"]),
+        *("--pool", few["pool"], "--affinity", "attention", "--answer-weight", "generate", "--max-new-tokens", 4),
+        *("--out", tmp_path / "out", "--dry-run", "--json"),
+    ).json["plan"]
+    [answers] = [work for work in plan["works"] if work["kind"] == "answer"]
+    [note] = [note for note in plan["notes"] if "answers as long as" in note]
+    assert f" {answers['passes']:,} steps" in note

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from p2d_cli.artifacts import checkpoints
+from p2d_cli.engine import tuning as stage
 from p2d_cli.modeling.training import CompletionTrainer
-from p2d_cli.stages import train as stage
 
 SCOPES = {
     "heads": ("--heads", "HEADS", "--projections", "q,k,v,o"),

@@ -12,14 +12,12 @@ from p2d_cli.pipeline import EXPORT, STAGES
 
 ROOT = Path(p2d_cli.__file__).parent
 MIDDLE = {"artifacts", "modeling", "data", "runtime", "reporting"}
-ALLOWED = {
-    "cli": {"stages", "core"} | MIDDLE,
-    "stages": {"core"} | MIDDLE,
-    **{room: {"core"} for room in MIDDLE},
-    "core": set(),
-}
-BASEMENT = {"errors", "config", "recipe", "hub", "pipeline"}
+ROOMS = ["cli", "stages", "recipes", "methods", "engine", MIDDLE, "core"]
+"""From the top down: a room may import those below it."""
+BASEMENT = {"errors", "config", "hub", "pipeline", "registry"}
 FREE_OF_TORCH = {"torch", "transformers", "datasets", "peft", "accelerate", "sklearn"}
+HEAVY = FREE_OF_TORCH | {"numpy", "pyarrow", "matplotlib", "jinja2", "rich", "lm_eval", "scipy"}
+"""What a function may keep away from those that do not call it, by importing it, or a module that needs it, itself."""
 
 
 def modules():
@@ -40,6 +38,32 @@ def imports_of(path):
             yield node.module
 
 
+def below(room):
+    """Return the rooms that a room may import."""
+    level = next(level for level, rooms in enumerate(ROOMS) if room == rooms or room in rooms)
+    return {name for rooms in ROOMS[level + 1 :] for name in ({rooms} if isinstance(rooms, str) else rooms)}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_at_once(path):
+    """Return what a module imports as it is imported itself: at the top, and not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return {module_name(path): set(imported_at_once(path)) for path in modules()}
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_run_downward(path):
     room = room_of(path)
@@ -51,17 +75,68 @@ def test_imports_run_downward(path):
         target = name.split(".")[1]
         if target in BASEMENT or target == room:
             continue
-        assert room in ALLOWED, f"{room} is torch-free and importable by all, so it may import only its like"
-        assert target in ALLOWED[room], f"{path} imports {name}: {room} may not know {target}"
+        assert room not in BASEMENT, f"{room} is torch-free and importable by all, so it may import only its like"
+        assert target in below(room), f"{path} imports {name}: {room} may not know {target}"
+
+
+def test_there_is_no_circle(graph):
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"a circle of imports: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name in done or name not in graph:
+            return
+        open_.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        done.add(open_.pop())
+
+    for name in graph:
+        visit(name)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_functions_import_only_what_is_heavy(path, graph):
+    """Anything else belongs at the top, where a reader looks for it."""
+    if room_of(path) in {"cli", "__main__"}:  # which answers `--help` before it loads anything
+        return
+
+    def is_heavy(name, seen):
+        if name.split(".")[0] in HEAVY or name not in graph:
+            return True
+        return any(
+            is_heavy(other, seen | {name}) for other in graph[name] - seen if other.split(".")[0] in HEAVY | {"p2d_cli"}
+        )
+
+    at_once = set(imported_at_once(path))
+    reached = set()
+
+    def reach(name):
+        for other in graph.get(name, ()):
+            if other not in reached:
+                reached.add(other)
+                reach(other)
+
+    reach(module_name(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for part in ast.walk(node):
+            if not isinstance(part, ast.ImportFrom) or part.module in at_once:
+                continue
+            inside = {f"{part.module}.{alias.name}" for alias in part.names} & graph.keys()
+            for module in inside or {part.module}:
+                assert module not in reached, f"{path}:{part.lineno} {module} is imported anyway"
+                assert is_heavy(module, set()), f"{path}:{part.lineno} {module} is light"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_libraries_stay_in_their_rooms(path):
-    room, name = room_of(path), path.relative_to(ROOT).as_posix()
+    room = room_of(path)
     tops = {imported.split(".")[0] for imported in imports_of(path)}
     if room != "cli":
         assert not tops & {"typer", "click", "rich"}, "only cli talks to the terminal"
-    if room not in {"modeling"} and name != "stages/train.py":
+    if room != "modeling":
         assert not tops & {"transformers", "peft"}
     if room != "data":
         assert "datasets" not in tops

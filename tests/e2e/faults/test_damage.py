@@ -11,7 +11,7 @@ from p2d_cli.artifacts import checkpoints
 from p2d_cli.artifacts.checkpoints import newest_checkpoint, seal_checkpoint
 from p2d_cli.artifacts.journal import Journal
 from p2d_cli.artifacts.manifest import read_manifest
-from p2d_cli.stages import train as stage
+from p2d_cli.engine import tuning as stage
 
 PAYLOAD = {
     "heads": "head_scores.safetensors",

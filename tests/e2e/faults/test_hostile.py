@@ -17,7 +17,7 @@ import torch
 from p2d_cli.artifacts import checkpoints
 from p2d_cli.artifacts.checkpoints import seal_checkpoint
 from p2d_cli.artifacts.manifest import read_manifest
-from p2d_cli.stages import train as stage
+from p2d_cli.engine import tuning as stage
 
 
 class Bait:

@@ -96,14 +96,14 @@ def test_a_killed_holder_holds_nothing(p2d, short, holder, tmp_path):
 
 def test_an_artifact_that_came_while_waiting_is_not_overwritten(p2d, short, tmp_path, monkeypatch):
     """Between looking for an artifact and getting the lock, another process may have written one."""
-    from p2d_cli.stages import execution
+    from p2d_cli.engine import stage_run
 
-    real, seeds, came = execution.draft, [], []
+    real, seeds, came = stage_run.draft, [], []
     out = ("--out", tmp_path / "out")
 
     def draft_late(*arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(execution, "draft", real)
+            patch.setattr(stage_run, "draft", real)
             assert p2d(*short["heads"], "--seed", seeds[-1], *out).code == 0
         came.append((tmp_path / "out" / "manifest.json").read_bytes())
         return real(*arguments, **options)
@@ -111,7 +111,7 @@ def test_an_artifact_that_came_while_waiting_is_not_overwritten(p2d, short, tmp_
     for seed, code in ((0, 0), (7, 73)):
         seeds.append(seed)
         with monkeypatch.context() as patch:
-            patch.setattr(execution, "draft", draft_late)
+            patch.setattr(stage_run, "draft", draft_late)
             assert p2d(*short["heads"], *out).code == code
         assert (tmp_path / "out" / "manifest.json").read_bytes() == came[-1]
         shutil.rmtree(tmp_path / "out")

@@ -251,15 +251,15 @@ def test_rows_are_chosen_again_by_their_scores(run, commands, folder, tmp_path):
 
 def test_a_pool_is_checked_once(run, commands, folder, tmp_path, monkeypatch):
     """Though it is read again for each use; the passes agree, and so do the chunks."""
-    from p2d_cli.stages import showing
+    from p2d_cli.engine import prompts
 
-    checked, plain = [], showing._require_shown
+    checked, plain = [], prompts._require_shown
 
     def counting(template, tokenizer, record, shown):
         checked.append(record.where)
         plain(template, tokenizer, record, shown)
 
-    monkeypatch.setattr(showing, "_require_shown", counting)
+    monkeypatch.setattr(prompts, "_require_shown", counting)
     monkeypatch.setattr("p2d_cli.data.pool.CHUNK_ROWS", 4)
     done = run(*commands(folder / "dirty.jsonl")["mine loss"], "--skip-bad-rows", "--out", tmp_path / "out")
     assert done.code == 0, done.said

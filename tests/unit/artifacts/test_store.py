@@ -62,11 +62,11 @@ def make_manifest(outputs, kind="heads", **changes):
     return Manifest(**(fields | changes))
 
 
-def write(target, text="payload", kind="heads", decoration=frozenset()):
+def write(target, text="payload", kind="heads", extras=frozenset()):
     with draft(target, kind, "key") as place:
         (place.folder / "scores.txt").write_text(text)
         (place.folder / "picture.png").write_text("picture of " + text)
-        manifest = make_manifest(place.describe_outputs(decoration), kind)
+        manifest = make_manifest(place.describe_outputs(extras), kind)
         place.commit(manifest)
     return manifest
 
@@ -223,14 +223,14 @@ def test_damage_is_refused_by_name(tmp_path, damage, words):
 
 
 def test_content_digest_ignores_pictures(tmp_path):
-    first = write(tmp_path / "a", decoration=frozenset({"picture.png"}))
+    first = write(tmp_path / "a", extras=frozenset({"picture.png"}))
     (tmp_path / "b").mkdir()
     with draft(tmp_path / "b", "heads", "key") as place:
         (place.folder / "scores.txt").write_text("payload")
         (place.folder / "picture.png").write_text("drawn by another version")
         second = make_manifest(place.describe_outputs(frozenset({"picture.png"})))
     assert first.content_digest == second.content_digest
-    assert first.content_digest != write(tmp_path / "c", "other", decoration=frozenset({"picture.png"})).content_digest
+    assert first.content_digest != write(tmp_path / "c", "other", extras=frozenset({"picture.png"})).content_digest
 
 
 # --- what stands in the way

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from p2d_cli.cli import render, terminal
+from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.runtime.progress import SilentProgress
-from p2d_cli.stages.execution import StageResult
 
 
 class FakeClock:

@@ -20,6 +20,7 @@ def run(name, seed, seconds, score, *, heads="pad", data="p2d", **settings):
         metrics={"exact_match": MetricValue(score, score - 0.1, score + 0.2, 50)},
         path=f"runs/{name}{seed}",
         label=name,
+        is_control="random" in (heads, data),
     )
 
 

@@ -94,7 +94,7 @@ def test_long_rows_make_small_chunks(monkeypatch):
     pool = open_pool(scan_of(records(["x" * 60] * 5)))
     assert [len(chunk.records) for chunk in pool.chunks()] == [1, 1, 1, 2]
     assert pool.held is None
-    assert [chunk.label("read") for chunk in pool.chunks()][3] == "read 4 to 5 of 5"
+    assert [chunk.part for chunk in pool.chunks()][3] == "4 to 5 of 5"
 
 
 def test_ids_that_repeat_are_found_without_holding_them():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from p2d_cli.data.folders import find_splits
 from p2d_cli.data.records import read_records
 from p2d_cli.data.sources import locate, read_rows, scan_rows
+from p2d_cli.engine.identity import digest_rows
 from p2d_cli.errors import DataError
-from p2d_cli.stages.identity import digest_rows
 
 WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -205,7 +205,7 @@ def test_files_of_several_folders_are_read_in_order_and_keep_their_names(tmp_pat
 
 
 def test_files_that_change_places_are_other_rows(tmp_path):
-    from p2d_cli.stages.identity import digest_rows
+    from p2d_cli.engine.identity import digest_rows
 
     digests = []
     for files in (["a/rows.jsonl", "b/rows.jsonl"], ["b/rows.jsonl", "a/rows.jsonl"]):

@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 
-from p2d_cli.modeling.choices import Pack, can_pack, score_pack_batch, split_into_packs
+from p2d_cli.core.batches import Pack, split_into_packs
+from p2d_cli.modeling.choices import can_pack, score_pack_batch
 from p2d_cli.modeling.generation import score_completions
 
 ModelFactory = Callable[..., Any]

@@ -1,7 +1,9 @@
 """Runs that would be called the same are told apart by what differs: shares and epochs, then seeds, then folders."""
 
+import pytest
+
 from p2d_cli.core.aer import RunCost, StageCost
-from p2d_cli.stages.report_aer import _distinct_names
+from p2d_cli.stages.report_aer import _distinct_names, _is_control
 
 
 def run(name="pad heads, p2d rows", path="evaluation/a", epochs=3.0, **settings):
@@ -62,3 +64,21 @@ def test_seeds_and_folders():
         "pad heads, p2d rows (a)",
         "pad heads, p2d rows (b)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "data", "expected"),
+    [
+        ("pad", "p2d", False),
+        ("random", "p2d", True),
+        ("uniform", "p2d", True),
+        ("pad", "random", True),
+        ("pad", "full", True),
+        ("taylor", "ifd", False),
+        (None, None, False),
+        ("of another p2d", "p2d", False),
+    ],
+)
+def test_controls_are_known_by_what_was_trained(heads, data, expected):
+    """Not by what mined the rows, which may be other heads."""
+    assert _is_control(run(heads_method=heads, data_method=data)) is expected

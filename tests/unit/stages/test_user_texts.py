@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from p2d_cli.data.chat_templates import read_chat_template
-from p2d_cli.recipe import read_recipe, read_recipe_text
+from p2d_cli.recipes.recipe import read_recipe, read_recipe_text
 from p2d_cli.stages.evaluate import open_choices
-from p2d_cli.stages.relevance import open_relevance
+from p2d_cli.stages.mining_inputs import open_relevance
 
 TEXTS = {
     "recipe": ('name = "ä"\n', lambda path, job: read_recipe(path).name, "ä"),
     "recipe of a report": ('name = "ä"\n', lambda path, job: read_recipe_text(path), 'name = "ä"\n'),
     "choices": ('["ä", "b"]', lambda path, job: open_choices(job, str(path)), ("ä", "b")),
-    "relevance": ('{"relevant": ["ä"]}', lambda path, job: open_relevance(job).relevant, {"ä"}),
+    "relevance": ('{"relevant": ["ä"]}', lambda path, job: open_relevance(job), {"ä"}),
     "chat template": ("{{ 'ä' }}", lambda path, job: read_chat_template(path), "{{ 'ä' }}"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import p2d_cli
 
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
-DATES = {("execution.py", "_manifest"), ("locking.py", "_describe_holder"), ("progress.py", "note")}
+DATES = {("stage_run.py", "_commit"), ("locking.py", "_describe_holder"), ("progress.py", "note")}
 """Where a date is written down, and nothing is computed from it."""
 
 

@@ -101,16 +101,16 @@ def test_a_trained_weight(p2d, words, name, tmp_path, monkeypatch):
 
 def test_a_score(p2d, words, tmp_path, monkeypatch):
     """Of a method that computes it from values that are in order."""
-    from p2d_cli.stages import pool_scoring
+    from p2d_cli.methods.rows.lexical import Lexical
 
-    score = pool_scoring.METHODS["lexical"]
+    score = Lexical.score
 
-    def spoilt(task):
-        scored = score(task)
+    def spoilt(method):
+        scored = score(method)
         scored.scores[4] = math.nan
         return scored
 
-    monkeypatch.setitem(pool_scoring.METHODS, "lexical", spoilt)
+    monkeypatch.setattr(Lexical, "score", spoilt)
     line = words(("mine-data", "loss"), tmp_path / "out")
     done = p2d(*line[:-2], "--method", "lexical", *line[-2:])
     refused(done, tmp_path / "out", "the lexical score of", "pool.jsonl:5")

@@ -1,0 +1,134 @@
+"""The passes that methods and stages share: answers behind prompts, likelihoods of completions, outputs of heads.
+
+Legend: B rows of a batch, K heads in (layer, head) order, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.journal import pack_texts, unpack_texts
+from p2d_cli.core.turns import TurnFrame
+from p2d_cli.data.prompts import EncodedExample
+from p2d_cli.engine.cost import FLOAT32
+from p2d_cli.engine.passes import AnswerPass, Arrays, Pass
+from p2d_cli.engine.reader import Completion, ModelReader, Reader, depth_of
+
+
+def answer_pass(
+    prompts: Sequence[Sequence[int]],
+    answers: list[str],
+    *,
+    longest: int,
+    frames: Sequence[TurnFrame],
+    stop: tuple[str, ...],
+    names: Sequence[str] = (),
+    **options: Any,
+) -> AnswerPass:
+    """Return a pass that lets the model write greedily behind prompts.
+
+    Args:
+        prompts: token ids of each.
+        answers: is given the text behind each prompt.
+        longest: tokens of the longest answer.
+        frames: what stands around each answer.
+        stop: strings that end an answer.
+        names: what an error calls each prompt.
+        options: see `AnswerPass`.
+    """
+
+    def generate(reader: ModelReader, batch: list[int], most: int) -> Arrays:
+        from p2d_cli.modeling.generation import generate_greedy
+
+        texts, new_tokens = generate_greedy(
+            reader.model,
+            reader.tokenizer,
+            [prompts[row] for row in batch],
+            max_new_tokens=most,
+            stop=stop,
+            names=[names[row] for row in batch] if names else (),
+            frames=[frames[row] for row in batch],
+        )
+        return {"answers": pack_texts(texts), "new_tokens": np.array([new_tokens])}
+
+    def join(first: Arrays, second: Arrays) -> Arrays:
+        texts = [*unpack_texts(first["answers"]), *unpack_texts(second["answers"])]
+        return {"answers": pack_texts(texts), "new_tokens": np.concatenate([first["new_tokens"], second["new_tokens"]])}
+
+    def take(batch: list[int], arrays: Arrays) -> None:
+        for row, text in zip(batch, unpack_texts(arrays["answers"]), strict=True):
+            answers[row] = text
+
+    return AnswerPass(
+        lengths=[len(prompt) for prompt in prompts],
+        longest=longest,
+        generate=generate,
+        read=lambda reader, batch: generate(reader, batch, longest),
+        join=join,
+        take=take,
+        name=names.__getitem__ if names else "row {}".format,
+        **options,
+    )
+
+
+def completion_pass(
+    completions: Sequence[Completion],
+    weigh: Callable[[list[int], NDArray[np.float64], NDArray[np.int64]], Arrays],
+    **options: Any,
+) -> Pass:
+    """Return a pass that reads how likely the model finds completions behind their prompts.
+
+    Args:
+        completions: one a row.
+        weigh: turns a batch, the log-likelihood of each of its completions, in nats, and the tokens that these are of,
+            into what is kept of it.
+        options: see `Pass`.
+    """
+
+    def read(reader: ModelReader, batch: list[int]) -> Arrays:
+        sums, counts = reader.completion_losses([completions[row] for row in batch])
+        return weigh(batch, np.array(sums, dtype=np.float64), np.array(counts))
+
+    return Pass(
+        lengths=[len(ids) for ids, _ in completions],
+        logits=[len(ids) - start for ids, start in completions],
+        read=read,
+        **options,
+    )
+
+
+def head_outputs_pass(
+    reader: Reader,
+    examples: Sequence[EncodedExample],
+    heads_LH: NDArray[np.bool_],
+    *,
+    keep: Callable[[Arrays], Arrays] | None = None,
+    **options: Any,
+) -> Pass:
+    """Return a pass that gives the mean output of the heads on each row's answer, float32 `[B, K, d]`, as `outputs`.
+
+    Args:
+        reader: knows how large a head is.
+        examples: the rows.
+        heads_LH: the heads, bool; the pass ends at the deepest layer that has one of them.
+        keep: what is kept of a batch in place of the outputs, which then need no room.
+        options: see `Pass`.
+    """
+    each = int(heads_LH.sum()) * reader.shape.head_dim * FLOAT32
+
+    def read(model: ModelReader, batch: list[int]) -> Arrays:
+        return {"outputs": model.head_outputs([examples[row] for row in batch], heads_LH)}
+
+    return Pass(
+        lengths=[len(example.input_ids) for example in examples],
+        layers=depth_of(heads_LH),
+        read=read,
+        keep=keep,
+        kept_bytes=each if keep is None else 8,
+        memory={"captured head outputs": each * len(examples)} if keep is None else {},
+        **options,
+    )

@@ -1,0 +1,425 @@
+"""What all stages do alike: skip what is current, share the work, charge seconds, write the artifact.
+
+A stage's `run` opens a `StageRun`, registers its inputs, and hands its computation to `complete`. Nothing here imports
+torch, so that a run that is up to date answers at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal
+
+from p2d_cli.artifacts.journal import Journal
+from p2d_cli.artifacts.manifest import SCHEMA_VERSIONS, InputEntry, Manifest, ModelIdentity, artifact_key
+from p2d_cli.artifacts.store import (
+    clear_leftovers,
+    draft,
+    ensure_nameable,
+    ensure_replaceable,
+    find_current,
+    unfinished_folder,
+)
+from p2d_cli.config import ConfigT, Resolved, StageConfig
+from p2d_cli.core.aer import StageCost
+from p2d_cli.data.prompts import PromptTemplate
+from p2d_cli.data.records import OpenCheck
+from p2d_cli.engine.cost import StagePlan
+from p2d_cli.engine.identity import changes_of, identity_differences, recorded_identity
+from p2d_cli.engine.inputs import StageInputs
+from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.pipeline import ArtifactKind, stage_named
+from p2d_cli.runtime import distributed, signals
+from p2d_cli.runtime.hardware import (
+    combine_hardware,
+    describe_hardware,
+    forget_peak_memory,
+    highest_memory_gib,
+    package_versions,
+    peak_memory_gib,
+    synchronizer,
+    whereabouts,
+)
+from p2d_cli.runtime.progress import LogProgress, Progress, SilentProgress
+from p2d_cli.runtime.timing import PhaseTimer
+
+Planning = Callable[[Path | None], StagePlan]
+"""Tells what a stage would take, given the folder with what an interrupted run has finished."""
+Whereabouts = tuple[dict[str, Any], tuple[str, str], dict[str, float]]
+"""What one rank ran on: its hardware, its host and device, and the most memory that it had in use, in GiB."""
+Shown = Literal["prompt", "example", "conversation", "episode"]
+"""What of a row a stage shows: the prompt alone, with its answer, with every answer as a target, or among others."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what."""
+
+    force: bool = False
+    """Redo the stage even if its artifact is current, and replace what is there."""
+    replace_stale: bool = False
+    """Replace an artifact whose inputs or settings changed; a recipe owns its folder and does so."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    timed: bool = False
+    """In a dry run: load the model, and time some batches of what would be done."""
+    rates: dict[tuple[Any, ...], tuple[float, float | None]] = field(default_factory=dict)
+    """What such timings found, so that the stages of a recipe share them."""
+    planned: dict[str, StageConfig] = field(default_factory=dict)
+    """In a dry run of a recipe: settings of the stages whose artifacts are still to be made, by their folder."""
+    progress: Progress = field(default_factory=SilentProgress)
+    rank_logs: bool = False
+    """Whether ranks other than the first, which show nothing, write a log beside the output."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did."""
+
+    stage: str
+    out: Path
+    status: Literal["done", "up-to-date", "would-run", "would-skip"]
+    key: str
+    inputs: dict[str, InputEntry]
+    manifest: Manifest | None
+    """None only for a dry run of work that is still to do."""
+    wall_seconds: float
+    plan: StagePlan | None = None
+    """What it would take; only for a dry run of work that is still to do."""
+    bad_rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows that it would leave out, of those that were read, as in a manifest's summary; likewise."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage's computation hands back for the manifest."""
+
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    """What the report needs to know of the stage (see `p2d_cli.core.aer`)."""
+    precision: str
+    device: str
+    tokens: int = 0
+    tokens_planned: int | None = None
+    epochs: float | None = None
+    steps_done: int | None = None
+    steps_planned: int | None = None
+    extras: frozenset[str] = frozenset()
+    """Payload files that are not part of what the artifact says, such as pictures and logs."""
+    charged: bool = True
+    """Whether the stage is a cost that a run is charged for."""
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What rank 0 decided: the result if there is nothing to do, else where the work goes."""
+
+    result: StageResult | None = None
+    folder: Path = Path()
+    unfinished: Path = Path()
+    num_embeddings: int | None = None
+
+
+class StageRun(Generic[ConfigT]):
+    """One run of one stage, on one rank or several that share it.
+
+    Rank 0 decides whether there is anything to do, holds the lock, and writes the artifact.
+    """
+
+    def __init__(self, stage: str, resolved: Resolved[ConfigT], options: RunOptions) -> None:
+        self.stage = stage_named(stage)
+        self.kind: ArtifactKind = self.stage.writes
+        self.resolved = resolved
+        self.config = resolved.config
+        self.options = options
+        self.progress = self._progress()
+        self.timer = PhaseTimer()
+        self.inputs = StageInputs(self.config, self.progress, self._row_check, options.planned)
+        self.prompts: dict[tuple[str, bool], tuple[Any, PromptTemplate]] = {}
+        """Tokenizers and templates that were loaded; see `p2d_cli.engine.prompts.open_prompts`."""
+        self.shown: Shown | None = None
+        """What of its rows the stage shows to a model; None where no model reads them."""
+        self.scorer: ModelIdentity | None = None
+        """The model that does this stage's work, where it is not the one that the work is for."""
+        self.devices: dict[str, int] = {}
+        """The devices of a divided model, each with its number of modules; empty for a model on one device."""
+        self.facts: dict[str, Any] = {}
+        """What to add to the stage's own summary."""
+        self.num_embeddings: int | None = None
+        """How many tokens the model that reads rows has embeddings for, once it was checked."""
+        self._unfinished: Path | None = None
+        self._identity: dict[str, Any] = {}
+        self._key: str | None = None
+        self._until_committed = ExitStack()
+        self._started = time.perf_counter()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the artifact; the other ranks only share the work."""
+        return distributed.is_main_process()
+
+    def use_device(self, device: str) -> None:
+        """Synchronise with `device` when a phase begins or ends."""
+        self.timer.synchronize_with(synchronizer(device))
+
+    def require_device(self) -> None:
+        """Refuse a device that this machine does not have, also where the stage itself would not use it.
+
+        Raises:
+            UsageError, UnavailableError: see `p2d_cli.modeling.loading.resolve_device`.
+        """
+        if self.config.device not in {"auto", "cpu"}:
+            from p2d_cli.modeling.loading import resolve_device
+
+            resolve_device(distributed.own_device(self.config.device))
+
+    def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
+        """Open the record of the finished batches of `plan`, those of an interrupted run included.
+
+        Several journals of a stage need different labels.
+        """
+        return Journal(self._scratch / f"{label.replace(' ', '-')}.jsonl", plan, work=f"{self.key} {label}")
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder that outlives an interrupted run of this very work, and goes once the artifact is there."""
+        folder = self._scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def see_through(self) -> None:
+        """Let signals wait until the artifact is there: the work is done, and writing it does not take long."""
+        self._until_committed.enter_context(signals.shielded())
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Charge the body of the `with` block to the phase `save`; from here on, signals wait for the commit."""
+        self.see_through()
+        with self.timer.phase("save"):
+            yield
+
+    @contextmanager
+    def drawing(self, name: str) -> Iterator[None]:
+        """Do without the picture `name` where it cannot be drawn, and say so."""
+        try:
+            yield
+        except UnavailableError as missing:
+            self.progress.note(f"no {name}: {missing.message}")
+
+    @property
+    def key(self) -> str:
+        """The key of the artifact that is being made: unfinished work of another one is of no use for it."""
+        if self._key is None:
+            raise RuntimeError("a stage has a key once all of its inputs are known")
+        return self._key
+
+    @property
+    def _scratch(self) -> Path:
+        if self._unfinished is None:
+            raise RuntimeError("a stage keeps unfinished work while it computes, not before")
+        return self._unfinished
+
+    def complete(
+        self,
+        compute: Callable[[Path], Outcome],
+        plan: Planning | None = None,
+        *,
+        alone: bool = False,
+        check: Callable[[], int | None] = lambda: None,
+    ) -> StageResult:
+        """Skip, plan or do the work, and leave the artifact.
+
+        Args:
+            compute: writes the payload into the folder it is given, on rank 0; all ranks call it, and share its work.
+            plan: tells what that would take; it is given the folder with what an interrupted run has finished.
+            alone: whether there is no work to share: only rank 0 calls `compute`, and the others wait for it.
+            check: refuses a model that could not do the work, before it is planned or begun; returns how many tokens it
+                has embeddings for, or None where no rows are shown to it.
+        """
+        if self.inputs.waiting:
+            return self._foretell(plan, check)
+        self._identity = {
+            "schema": f"p2d.{self.kind}/{SCHEMA_VERSIONS[self.kind]}",
+            "settings": self.config.identity(),
+            "inputs": {name: entry.digest for name, entry in self.inputs.entries.items()},
+        }
+        self._key = artifact_key(self._identity)
+        with ExitStack() as held:
+            decision = distributed.from_main(lambda: self._decide(plan, check, held))
+            self.num_embeddings = decision.num_embeddings
+            if decision.result is not None:
+                return replace(decision.result, wall_seconds=time.perf_counter() - self._started)
+            self._ensure_same_everywhere()
+            self._unfinished = decision.unfinished
+            forget_peak_memory()
+            with ExitStack() as self._until_committed:
+                manifest = self._do(compute, decision.folder, alone=alone)
+        return self._result("done", manifest)
+
+    def _foretell(self, plan: Planning | None, check: Callable[[], int | None]) -> StageResult:
+        """Plan a stage some of whose inputs are artifacts that are only planned themselves."""
+        self.require_device()
+        self.num_embeddings = check()
+        found = plan(None) if plan is not None else None
+        if found is not None:
+            told = "inputs that are still to be made are stood for by others like them"
+            found = replace(found, notes=(*found.notes, told))
+        result = self._result("would-run", plan=found)
+        left_out = {name: bad for name, bad in result.bad_rows.items() if name not in self.inputs.waiting}
+        return replace(result, inputs={}, bad_rows=left_out)
+
+    def _row_check(self, files: ModelFiles) -> OpenCheck | None:
+        from p2d_cli.engine.prompts import open_row_check
+
+        return open_row_check(self, files)
+
+    def _progress(self) -> Progress:
+        """Return what the stage reports to; a rank that shows nothing may keep a log of its own."""
+        if self.is_main or not self.options.rank_logs:
+            return self.options.progress
+        out = self.config.out
+        return LogProgress(out.with_name(f".{out.name}.rank{distributed.rank()}.log"))
+
+    def _decide(self, plan: Planning | None, check: Callable[[], int | None], held: ExitStack) -> _Decision:
+        """See whether the artifact is current, and open a draft if it has to be made; `held` keeps the lock."""
+        if (current := self._current()) is not None:
+            if self.options.dry_run:
+                return _Decision(self._result("would-skip", current))
+            clear_leftovers(self.config.out, self.key)
+            return _Decision(self._result("up-to-date", current))
+        self._ensure_room()
+        self.require_device()
+        self.num_embeddings = check()
+        if self.options.dry_run:
+            return _Decision(self._result("would-run", plan=self._plan(plan)))
+        self._draft = held.enter_context(draft(self.config.out, self.kind, self.key, resume=not self.options.force))
+        # Another process may have put an artifact there while this one waited for its turn.
+        if (current := self._current()) is not None:
+            return _Decision(self._result("up-to-date", current))
+        self._ensure_room()
+        return _Decision(None, self._draft.folder, self._draft.unfinished, self.num_embeddings)
+
+    def _current(self) -> Manifest | None:
+        """Return the manifest of the artifact that is there, if it is what would be made."""
+        if self.options.force:
+            return None
+        return find_current(
+            self.config.out, self.kind, self.key, is_same=lambda other: recorded_identity(other) == self._identity
+        )
+
+    def _ensure_room(self) -> None:
+        out = self.config.out
+        ensure_nameable(out)
+        for entry in self.inputs.entries.values():
+            if entry.kind != "rows" and Path(entry.source).expanduser().resolve() == out.resolve():
+                raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")
+        replace = self.options.force or self.options.replace_stale
+        ensure_replaceable(out, self.kind, replace=replace, changes=changes_of(out, self._identity))
+
+    def _plan(self, plan: Planning | None) -> StagePlan | None:
+        try:
+            return plan(unfinished_folder(self.config.out, self.key)) if plan is not None else None
+        except UnavailableError as missing:
+            # What a data set is can be known before its rows are here.
+            self.progress.note(f"no plan: {missing.message}")
+            return None
+
+    def _ensure_same_everywhere(self) -> None:
+        """Refuse to share work between machines that see other rows, or settings."""
+        for number, other in enumerate(distributed.exchange(self._identity)):
+            if differences := identity_differences(self._identity, other):
+                raise DataError(
+                    f"rank {number} and rank {distributed.rank()} see different {', '.join(differences)}",
+                    hint="give all machines the same files, on a file system that they share, and the same settings",
+                )
+
+    def _do(self, compute: Callable[[Path], Outcome], folder: Path, *, alone: bool) -> Manifest:
+        """Do the work and commit it; every rank gets the manifest."""
+
+        def finish() -> Manifest:
+            outcome = compute(folder)
+            self.see_through()
+            return self._commit(outcome, [self._whereabouts(outcome.device)])
+
+        if alone:
+            return distributed.from_main(finish)
+        with distributed.explained_losses():
+            outcome = compute(folder)
+        self.see_through()
+        ranks = distributed.exchange(self._whereabouts(outcome.device))
+        return distributed.from_main(lambda: self._commit(outcome, ranks))
+
+    def _whereabouts(self, device: str) -> Whereabouts:
+        accelerators = sum(name.startswith("cuda") for name in self.devices)
+        hardware = describe_hardware(device, accelerators=max(accelerators, 1))
+        return hardware, whereabouts(device), peak_memory_gib(device)
+
+    def _commit(self, outcome: Outcome, ranks: Sequence[Whereabouts]) -> Manifest:
+        """Write the manifest, with what this run cost, and put the artifact in its place."""
+        outputs = self._draft.describe_outputs(outcome.extras)
+        hardware = combine_hardware([kind for kind, _, _ in ranks], [where for _, where, _ in ranks])
+        peak = highest_memory_gib([gib for _, _, gib in ranks])
+        seconds = {name: round(value, 6) for name, value in self.timer.seconds.items()}
+        bad_rows = self.inputs.bad_rows
+        worker = self.scorer or self.inputs.base_model
+        cost = StageCost(
+            stage=self.stage.name,
+            artifact=self.key,
+            seconds=seconds,
+            # A stage that ran no model is the same work on any hardware, and compares with all.
+            hardware=hardware["label"] if outcome.precision else "",
+            precision=outcome.precision,
+            epochs=outcome.epochs,
+            steps_done=outcome.steps_done,
+            steps_planned=outcome.steps_planned,
+            model=worker.digest if worker else "",
+            tokens=outcome.tokens,
+            tokens_planned=outcome.tokens_planned,
+            peak_gib=peak.get("device", peak["host"]),
+            settings=outcome.settings | ({"scorer_model": self.scorer.source} if self.scorer else {}),
+        )
+        manifest = Manifest(
+            schema_=self._identity["schema"],
+            key=self.key,
+            identity=self._identity,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            status="complete",
+            exit_code=0,
+            config=self.resolved.provenance(),
+            inputs=self.inputs.entries,
+            outputs=outputs,
+            model=self.inputs.base_model,
+            seed=self.config.seed,
+            seconds=seconds,
+            tokens=outcome.tokens,
+            peak_memory_gib=peak,
+            hardware=hardware,
+            precision=outcome.precision,
+            versions=package_versions(),
+            summary=outcome.summary | self.facts | ({"bad_rows": bad_rows} if bad_rows else {}),
+            ledger=[*self.inputs.ledger.values(), *([cost.to_dict()] if outcome.charged else [])],
+        )
+        self._draft.commit(manifest)
+        return manifest
+
+    def _result(
+        self,
+        status: Literal["done", "up-to-date", "would-run", "would-skip"],
+        manifest: Manifest | None = None,
+        plan: StagePlan | None = None,
+    ) -> StageResult:
+        return StageResult(
+            stage=self.stage.name,
+            out=self.config.out,
+            status=status,
+            key=manifest.key if manifest is not None else self._key or "",
+            inputs=dict(self.inputs.entries),
+            manifest=manifest,
+            wall_seconds=time.perf_counter() - self._started,
+            plan=plan,
+            bad_rows=dict(self.inputs.bad_rows) if manifest is None else {},
+        )

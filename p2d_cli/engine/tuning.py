@@ -1,0 +1,466 @@
+"""How a model is trained within the memory there is, and what that takes: one description of the rows, run or counted.
+
+Legend: L layers, H query heads a layer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
+from p2d_cli.config import Scope, TrainConfig
+from p2d_cli.core.batches import MEGABATCHES
+from p2d_cli.data.prompts import EncodedExample, encoding_notes
+from p2d_cli.data.records import Record
+from p2d_cli.engine.cost import (
+    FLOAT32,
+    BatchShape,
+    ModelSize,
+    Trained,
+    backward_flops,
+    forward_flops,
+    heads_trained,
+    largest_of,
+    learn_bytes,
+    lora_trained,
+)
+from p2d_cli.engine.counting import CountingReader
+from p2d_cli.engine.passes import Steps, repeated
+from p2d_cli.engine.reader import ModelReader, Reader
+from p2d_cli.engine.stage_run import StageRun
+from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, first_line, is_out_of_memory
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.runtime import distributed, signals
+from p2d_cli.runtime.seeding import derive_seed, seed_everything
+
+if TYPE_CHECKING:
+    import torch
+
+    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
+
+DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
+"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models. Heads: a tenth."""
+HIGHEST_DEFAULT_RATE = 1e-2
+TIMED_UPDATES = 4
+TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
+CHECKPOINTS_AT_ONCE = 3
+"""Two are kept, and a third is there while it is being written."""
+FOUR_BITS = 0.56
+"""Bytes a weight, with the scales of its block."""
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """Rows to learn from, or to look at."""
+
+    records: tuple[Record, ...]
+    """Those whose completion is not cut away as a whole."""
+    examples: tuple[EncodedExample, ...]
+    truncated: int
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, reader: Reader, records: Sequence[Record]) -> TokenizedRows:
+        """Tokenize rows.
+
+        Raises:
+            DataError: truncation left nothing to learn from.
+        """
+        examples = reader.examples(records, reader.job.config.loss_on)
+        pairs = [pair for pair in zip(records, examples, strict=True) if len(pair[1].input_ids) > pair[1].answer_start]
+        if not pairs:
+            raise DataError(
+                f"--max-length {reader.max_length} cuts off the completions of all {len(records)} rows: nothing to"
+                " learn from",
+                hint="raise --max-length",
+            )
+        return cls(
+            records=tuple(record for record, _ in pairs),
+            examples=tuple(example for _, example in pairs),
+            truncated=sum(example.truncated > 0 for example in examples),
+            notes=encoding_notes(examples, reader.max_length),
+        )
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the tokens of each row, and those of them that are learnt."""
+        return [(len(example.input_ids), sum(example.label_mask)) for example in self.examples]
+
+    def to_training(self) -> list[TrainingRow]:
+        """Return the rows as a training takes them."""
+        from p2d_cli.modeling.gradients import IGNORED_LABEL
+        from p2d_cli.modeling.training import TrainingRow
+
+        return [
+            TrainingRow(record.where, example.input_ids, tuple(example.labels(IGNORED_LABEL)))
+            for record, example in zip(self.records, self.examples, strict=True)
+        ]
+
+
+def is_sharded() -> bool:
+    """Say whether `accelerate launch` was told to shard the model over the ranks."""
+    return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def default_learning_rate(scope: Scope, heads_LH: NDArray[np.bool_] | None) -> float:
+    """Return the peak learning rate of a training that names none.
+
+    The more heads move together, the less each may move: their rate is the power of their share that leads from that of
+    a tenth to that of all attention, to two digits, and at most the highest that was tried.
+    """
+    rate = DEFAULT_LEARNING_RATE[scope]
+    if scope != "heads" or heads_LH is None:
+        return rate
+    of_all = DEFAULT_LEARNING_RATE["attention"]
+    scaled = of_all * float(heads_LH.mean()) ** math.log10(of_all / rate)
+    return float(f"{min(scaled, HIGHEST_DEFAULT_RATE):.2g}")
+
+
+class Tuning:
+    """One training of a model: with scope heads, of the heads of `heads_LH`, bool `[L, H]`."""
+
+    def __init__(self, job: StageRun[TrainConfig], files: ModelFiles, heads_LH: NDArray[np.bool_] | None) -> None:
+        self._job = job
+        self._config = job.config
+        self._files = files
+        self._heads_LH = heads_LH
+
+    @cached_property
+    def device(self) -> str:
+        """The device to train on."""
+        from p2d_cli.modeling.loading import resolve_device
+
+        device = str(resolve_device(distributed.own_device(self._config.device)))
+        self._job.use_device(device)
+        return device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen part, and of the computation."""
+        from p2d_cli.modeling.loading import resolve_dtype
+
+        return resolve_dtype(self._config.dtype, self.device)
+
+    def _settings(self) -> TrainingPlan:
+        from p2d_cli.modeling.training import TrainingPlan
+
+        config = self._config
+        names = {one.name for one in fields(TrainingPlan)}
+        alike = {name: value for name, value in config if name in names}
+        return TrainingPlan(
+            **alike
+            | {
+                "learning_rate": config.lr or default_learning_rate(config.resolved_scope, self._heads_LH),
+                "autocast": str(self.dtype).removeprefix("torch."),
+                "device": self.device,
+                "seed": derive_seed(config.seed, "train"),
+                "trackers": config.tracker,
+            }
+        )
+
+    def _build(self) -> Any:
+        """Load the model and prepare it for training; each time from the same random numbers."""
+        from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full, unfreeze_attention
+        from p2d_cli.modeling.loading import load_model
+
+        config, scope = self._config, self._config.resolved_scope
+        with self._job.timer.phase("load"):
+            seed_everything(derive_seed(config.seed, "train"))
+            four_bit = config.base_quantization == "4bit"
+            # A model that is to be sharded may not fit where it goes as a whole.
+            place = "cpu" if is_sharded() else self.device
+            model = load_model(self._files.folder, dtype=self.dtype, device=place, four_bit=four_bit)
+        with self._job.timer.phase("prepare"):
+            if scope == "heads" and self._heads_LH is not None:
+                return attach_heads(model, self._heads_LH, config.projections)
+            if scope == "lora":
+                return attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
+            if scope == "attention":
+                unfreeze_attention(model)
+            else:
+                prepare_full(model)
+            return model
+
+    # --- training
+
+    def train(
+        self, rows: Sequence[TrainingRow], eval_rows: Sequence[TrainingRow], pad_id: int
+    ) -> tuple[Any, TrainingPlan, TrainingRecord]:
+        """Train with the largest micro-batch that fits into memory, none larger than the settings say.
+
+        A training that runs out of memory is begun anew with a smaller one, from the weights that it began with: it
+        ends with the very numbers that it would have had with the smaller one in the first place.
+        """
+        from p2d_cli.modeling.memory import release_memory
+
+        plan = self._as_far_as_known(self._settings())
+        while True:
+            model = self._build()
+            try:
+                return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
+            except StoppedEarlyError as stopped:
+                # All ranks stop here; saying it once is enough.
+                distributed.raise_together(stopped)
+                raise
+            except Exception as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                found = first_line(problem)
+            del model
+            release_memory(cycles=True)
+            plan = self._smaller(plan, found)
+
+    def _as_far_as_known(self, plan: TrainingPlan) -> TrainingPlan:
+        """Begin with the micro-batch that an interrupted run had come down to; several processes keep to theirs."""
+        if distributed.world_size() > 1:
+            return plan
+        tried = self._job.scratch("checkpoints").glob("micro-batch-*")
+        smallest = min([plan.micro_batch, *(int(folder.name.rpartition("-")[2]) for folder in tried)])
+        return replace(plan, accumulation=plan.batch_size // smallest)
+
+    def _smaller(self, plan: TrainingPlan, found: str) -> TrainingPlan:
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
+
+        Raises:
+            MemoryExhaustedError: it is a single row already, or other processes would go on with theirs.
+        """
+        if distributed.world_size() > 1:
+            raise MemoryExhaustedError(
+                f"training: out of memory with micro-batches of {plan.micro_batch} rows: {found}",
+                hint=f"--accumulation {2 * plan.accumulation}, or {TRAIN_WITH_LESS}",
+            )
+        if plan.micro_batch == 1:
+            raise MemoryExhaustedError(f"training: out of memory with a single row: {found}", hint=TRAIN_WITH_LESS)
+        sizes = range(1, plan.micro_batch // 2 + 1)
+        size = max(size for size in sizes if plan.batch_size % size == 0)
+        self._job.progress.note(
+            f"out of memory with micro-batches of {plan.micro_batch} rows: beginning anew with {size}, "
+            f"{plan.batch_size // size} of them an update"
+        )
+        shutil.rmtree(self._checkpoints(plan))
+        return replace(plan, accumulation=plan.batch_size // size)
+
+    def _checkpoints(self, plan: TrainingPlan) -> Path:
+        return self._job.scratch(f"checkpoints/micro-batch-{plan.micro_batch}")
+
+    def _train(
+        self,
+        model: Any,
+        rows: Sequence[TrainingRow],
+        eval_rows: Sequence[TrainingRow],
+        plan: TrainingPlan,
+        pad_id: int,
+    ) -> TrainingRecord:
+        """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
+        from p2d_cli.modeling.head_adapter import freeze_placing
+        from p2d_cli.modeling.training import Ranks, ResumePoint, TrainingHooks, planned_updates, train
+
+        job, scratch = self._job, self._checkpoints(plan)
+        earlier = distributed.from_main(lambda: self._earlier(scratch))
+        job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
+        spent, started = job.timer.seconds["train"], time.perf_counter()
+        updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
+        found = earlier.updates if earlier else 0
+        with (
+            job.timer.phase("train"),
+            job.progress.task(f"train ({self._config.resolved_scope})", updates, found=found) as advance,
+            # An update is worth finishing; behind the last one there is nothing left but to write the result.
+            signals.deferred(),
+        ):
+
+            def seal(folder: Path, tokens: int) -> None:
+                seconds = spent + time.perf_counter() - started
+                if job.is_main:
+                    seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
+
+            record = train(
+                model,
+                rows,
+                plan,
+                pad_id=pad_id,
+                scratch=scratch,
+                eval_rows=eval_rows,
+                ranks=Ranks(
+                    distributed.rank(),
+                    distributed.world_size(),
+                    exchange=distributed.exchange,
+                    raise_together=distributed.raise_together,
+                ),
+                resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
+                hooks=TrainingHooks(
+                    on_step=advance,
+                    on_checkpoint=seal,
+                    should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
+                    after_loading=freeze_placing if self._config.resolved_scope == "heads" else lambda _: None,
+                ),
+            )
+            job.see_through()
+            return record
+
+    def _earlier(self, scratch: Path) -> Checkpoint | None:
+        checkpoint, problems = newest_checkpoint(scratch, work=self._job.key)
+        for problem in problems:
+            self._job.progress.note(f"not going on from {problem}")
+        if checkpoint is not None:
+            self._job.progress.note(f"going on from {checkpoint.folder.name} of the interrupted run")
+        discard_newer(scratch, checkpoint)
+        return checkpoint
+
+    # --- what it takes
+
+    def count(self, reader: CountingReader, rows: TokenizedRows, held_out: TokenizedRows | None) -> None:
+        """Have a reader count the updates, and what they need of memory and disk."""
+        config, size, trained = self._config, reader.size, self._trained(reader.size)
+        reader.notes += rows.notes if reader.is_exact else ()
+        an_epoch = -(-len(rows.sizes) // config.batch_size)
+        updates = min(float(np.ceil(an_epoch * config.epochs)), config.max_steps or np.inf)
+        works = [self._updates(reader, rows, trained, times=updates / an_epoch)]
+        if held_out is not None:
+            works.append(self._looks(held_out, times=max(int(updates // (config.eval_steps or an_epoch)), 1)))
+        reader.run(works)
+        reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
+        adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
+        weights = self._weight_bytes(size, reader.itemsize)
+        reader.need({"gradients": FLOAT32 * trained.parameters, "optimizer state": trained.optimizer_bytes})
+        reader.memory["weights"] = weights
+        reader.need({"adapter": adapter})
+        whole = size.parameters * reader.itemsize
+        reader.disk["artifact"] = trained.saved * FLOAT32 if config.makes_adapter else whole
+        kept = (adapter if config.makes_adapter else weights) + trained.optimizer_bytes
+        reader.disk["checkpoints"] = CHECKPOINTS_AT_ONCE * kept
+        if config.eval_data is None:
+            reader.notes.append(f"checkpoints only if it takes more than {config.checkpoint_minutes:g} minutes")
+
+    def _trained(self, size: ModelSize) -> Trained:
+        config = self._config
+        if self._heads_LH is not None:
+            return heads_trained(size, self._heads_LH, config.projections)
+        if config.resolved_scope == "lora":
+            return lora_trained(size, config.lora_rank, config.projections)
+        whole = size.parameters if config.resolved_scope == "full" else size.attention_weights
+        return Trained(whole, 0, size.layers)
+
+    def _weight_bytes(self, size: ModelSize, itemsize: int) -> int:
+        """Return the bytes of the model's own weights."""
+        scope = self._config.resolved_scope
+        if scope == "full":
+            return size.parameters * FLOAT32
+        if scope == "attention":
+            return size.parameters * itemsize + size.attention_weights * (FLOAT32 - itemsize)
+        quantised = size.layers * size.layer_weights if self._config.base_quantization == "4bit" else 0
+        return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
+
+    def _updates(self, reader: CountingReader, rows: TokenizedRows, trained: Trained, times: float) -> Steps:
+        """Return the micro-batches of an epoch, which are done so many times."""
+        config, shapes = self._config, self._micro_batches(rows.sizes)
+
+        def flops(size: ModelSize, shape: BatchShape) -> float:
+            forward = forward_flops(size, shape) * (2 if config.checkpointing else 1)
+            return forward + backward_flops(size, shape, layers=trained.layers, trained=trained.parameters)
+
+        def memory(size: ModelSize, itemsize: int) -> dict[str, int]:
+            return learn_bytes(
+                size,
+                largest_of(shapes),
+                itemsize,
+                layers=trained.layers,
+                weights_trained=not config.makes_adapter,
+                recompute=config.checkpointing,
+            )
+
+        return Steps(
+            work="train",
+            kind="learn",
+            rows=round(len(rows.sizes) * times),
+            shapes=shapes,
+            times=times,
+            flops=flops,
+            seconds=lambda _, step: self._time(reader, shapes[step]),
+            memory=memory,
+        )
+
+    def _looks(self, held_out: TokenizedRows, times: int) -> Steps:
+        """Return the batches of a look at held-out rows, which is taken so many times."""
+        micro = self._config.batch_size // self._config.accumulation
+        starts = range(0, len(held_out.sizes), micro)
+
+        def seconds(load: Callable[[], ModelReader], step: int) -> float:
+            model, chosen = load(), held_out.examples[starts[step] : starts[step] + micro]
+            examples = [(example.input_ids, example.answer_start) for example in chosen]
+            return repeated(lambda: model.completion_losses(examples), model.device)
+
+        return Steps(
+            work="look at held-out rows",
+            kind="read",
+            rows=len(held_out.sizes) * times,
+            shapes=[BatchShape.of(held_out.sizes[start : start + micro]) for start in starts],
+            times=times,
+            flops=forward_flops,
+            seconds=seconds,
+            memory=lambda *_: {},
+            counted=False,
+        )
+
+    def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> list[BatchShape]:
+        """Return the micro-batches of an epoch: rows in random order, sorted by length within so many batches."""
+        config = self._config
+        micro = config.batch_size // config.accumulation
+        order = np.random.default_rng(derive_seed(config.seed, "plan", "order")).permutation(len(sizes))
+        part = MEGABATCHES * config.batch_size
+        shapes = []
+        for start in range(0, len(order), part):
+            by_length = sorted((sizes[index] for index in order[start : start + part]), key=lambda size: -size[0])
+            for first in range(0, len(by_length), micro):
+                rows = by_length[first : first + micro]
+                # Packed, they are one sequence.
+                packed = [(sum(length for length, _ in rows), sum(labels for _, labels in rows))]
+                shapes.append(BatchShape.of(packed if config.packing else rows))
+        return shapes
+
+    def _time(self, reader: CountingReader, shape: BatchShape) -> float:
+        """Return the seconds of a micro-batch, from a few updates on made-up rows, and tell those before the first."""
+        from p2d_cli.modeling.gradients import IGNORED_LABEL
+        from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
+
+        model = self._build()
+        learnt = max(1, min(shape.length - 1, round(shape.logits / shape.rows)))
+        ids = tuple(5 + place % 50 for place in range(shape.length))
+        row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (shape.length - learnt) + ids[shape.length - learnt :])
+        ends: list[float] = []
+        settings = self._settings()
+        plan = replace(
+            settings,
+            batch_size=shape.rows * settings.accumulation,
+            epochs=1.0,
+            max_steps=TIMED_UPDATES,
+            trackers=(),
+            eval_steps=None,
+            patience=None,
+            checkpoint_minutes=math.inf,
+        )
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            train(
+                model,
+                [row] * (plan.batch_size * TIMED_UPDATES),
+                plan,
+                pad_id=reader.tokenizer.pad_token_id,
+                scratch=Path(scratch),
+                hooks=TrainingHooks(on_step=lambda _: ends.append(time.perf_counter())),
+            )
+        update = (ends[-1] - ends[0]) / (len(ends) - 1)
+        reader.starts_with(max(ends[0] - started - update, 0.0))
+        return update / settings.accumulation

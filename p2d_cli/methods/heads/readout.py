@@ -1,0 +1,74 @@
+"""readout: heads whose output on a row, read alone, tells target rows from pool rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from p2d_cli.core.readout import require_halves, separation
+from p2d_cli.data.episodes import duplicate_groups
+from p2d_cli.data.records import Record
+from p2d_cli.engine.passes import Pass, scatter
+from p2d_cli.engine.readings import head_outputs_pass
+from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores, all_heads, by_layer
+
+
+class Readout(HeadMethod):
+    """How well each head's output tells target rows from pool rows that its readout was not fitted on."""
+
+    name = "readout"
+    takes_pool = True
+    spreads = True
+    reads = frozenset()
+
+    def __init__(self, task: HeadTask) -> None:
+        super().__init__(task)
+        self._target = task.sample()
+        with task.job.timer.phase("prepare"):
+            self._background = self._draw_background()
+            require_halves(len(self._target), len(self._background))
+        self._outputs = np.empty((0, 0, 0), dtype=np.float32)
+
+    def passes(self) -> Iterator[Pass]:
+        """Read each row once."""
+        reader, rows = self.task.reader, [*self._target, *self._background]
+        examples = reader.examples(rows)
+        shape = reader.shape
+        self._outputs = np.empty((len(rows), shape.total_heads, shape.head_dim), dtype=np.float32)
+        yield head_outputs_pass(
+            reader,
+            examples,
+            all_heads(shape),
+            work="read rows",
+            part=self.task.part,
+            take=scatter(self._outputs, "outputs"),
+            name=lambda row: rows[row].where,
+        )
+
+    def score(self) -> RepeatScores:
+        """Return the area under each head's ROC curve."""
+        target = len(self._target)
+        with self.task.job.timer.phase("score"):
+            scores_K = separation(self._outputs[:target], self._outputs[target:])
+        notes = {"rows": target, "rows_background": len(self._background), "best_separation": float(scores_K.max())}
+        return RepeatScores(by_layer(scores_K, self.task.reader.shape), notes)
+
+    def _draw_background(self) -> Sequence[Record]:
+        """Return a random sample of the pool rows that are none of these target rows."""
+        task, pool = self.task, self.task.others
+        texts = {record.plain_text for record in self._target}
+        groups, _ = duplicate_groups(task.target)
+        shown = [group for group, record in zip(groups, task.target, strict=True) if record.plain_text in texts]
+        is_other_N = np.ones(pool.num_rows, dtype=np.bool_)
+        is_other_N[pool.twins[np.isin(pool.twin_groups, shown)]] = False
+        return pool.take(task.rng.permutation(np.flatnonzero(is_other_N))[: task.config.background])
+
+    @classmethod
+    def describe(cls, summary: dict[str, Any]) -> list[str]:
+        """Say how well the best head does."""
+        if "best_separation" not in summary:
+            return []
+        best = summary["best_separation"]
+        return [f"best head tells target rows from pool rows with ROC area {best:.3f}, chance 0.5"]

@@ -1,0 +1,127 @@
+"""What a method of mine-data is: it turns the rows of a pool into scores, higher is better.
+
+Legend: N pool rows, M rows to choose from (those that are listed, and no target rows), L layers, H query heads a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.config import MineDataConfig
+from p2d_cli.core.subset_selection import resolve_count
+from p2d_cli.data.pool import Chunk, Pool
+from p2d_cli.data.records import Record
+from p2d_cli.engine.reader import Reader
+from p2d_cli.engine.stage_run import StageRun
+from p2d_cli.methods.method import Method, Read
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.suitability import require_reader
+
+
+@dataclass(frozen=True)
+class PoolTask:
+    """A pool to be scored."""
+
+    job: StageRun[MineDataConfig]
+    reader: Reader
+    """Of the model that reads the rows; it loads the model once it is to read."""
+    pool: Pool
+    target: Sequence[Record]
+    """Empty where the method has no use for target rows, or none were given."""
+    heads_LH: NDArray[np.bool_] | None = None
+    """The selected heads, bool, where the method takes any."""
+
+    @property
+    def config(self) -> MineDataConfig:
+        """The stage's settings."""
+        return self.job.config
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the rows to choose from, a chunk at a time; reading them is charged to `prepare`."""
+        chunks = self.pool.chunks()
+        while True:
+            with self.job.timer.phase("prepare"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What a method found of the M rows to choose from."""
+
+    scores: NDArray[np.float64]
+    draws: NDArray[np.int64]
+    """Number of measurements behind each score."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Figures for the summary, which `describe` puts into words."""
+
+    @classmethod
+    def measured(
+        cls, scores_M: NDArray[np.float64], notes: dict[str, Any] | None = None, *, times: int = 1
+    ) -> RowScores:
+        """Return scores that all rest on so many measurements; 0 for those that rest on nothing that was read."""
+        return cls(scores_M, np.broadcast_to(np.int64(times), scores_M.shape), notes or {})
+
+
+class RowMethod(Method[PoolTask]):
+    """One way of scoring rows; an instance scores one pool."""
+
+    takes_target: ClassVar[bool] = False
+    """Whether it looks at target rows, where they are given."""
+    takes_heads: ClassVar[bool] = False
+    """Whether it needs a heads artifact."""
+    takes_shortlist: ClassVar[bool] = False
+    """Whether words may choose beforehand which rows the model reads."""
+    sets_floor: ClassVar[bool] = False
+    """Whether target rows can set a score below which no row is kept (`--floor-quantile`)."""
+    reads_model: ClassVar[bool] = True
+    has_size: ClassVar[bool] = True
+    """Whether `--ratio` or `--count` says how many rows are kept."""
+
+    @classmethod
+    def check_settings(cls, config: MineDataConfig) -> None:
+        """Refuse settings that do not go together with this method.
+
+        Raises:
+            ValueError: saying which.
+        """
+        del config
+
+    @classmethod
+    def count(cls, config: MineDataConfig, num_rows: int) -> int:
+        """Return how many rows of a pool are kept."""
+        return resolve_count(num_rows, config.ratio, config.count)
+
+    @classmethod
+    def reads(cls, config: MineDataConfig) -> frozenset[Read]:
+        """Return what it reads of the model besides the outputs of heads."""
+        del config
+        return frozenset({"logits"})
+
+    @classmethod
+    def check_model(cls, config: MineDataConfig, model: ModelFiles) -> int:
+        """Refuse a model that cannot read as the method wants it; return how many tokens it has embeddings for.
+
+        Raises:
+            P2DError: see `p2d_cli.modeling.suitability.require_suitable`.
+        """
+        reads = cls.reads(config)
+        is_of_heads = cls.takes_heads or "attention" in reads
+        return require_reader(model, heads=is_of_heads, attention="attention" in reads, logits="logits" in reads)
+
+    @cached_property
+    def scores_M(self) -> NDArray[np.float64]:
+        """Room for the score of each row to choose from, to be filled by the passes."""
+        return np.full(self.task.pool.size, np.nan)
+
+    def score(self) -> RowScores:
+        """Return the scores, once all passes are done."""
+        return RowScores.measured(self.scores_M)

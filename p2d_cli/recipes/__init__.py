@@ -1,0 +1,1 @@
+"""Recipes: a whole pipeline in one file, and the grid of runs that it is for."""
