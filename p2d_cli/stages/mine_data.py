@@ -87,9 +87,9 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         reader.import_libraries()
     with job.timer.phase("prepare"):
         target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
-        if config.answer_weight == "generate" and config.answer_metric == "number_match":
-            for record in target:
-                require_number(record)
+        asks_for_numbers = config.answer_weight == "generate" and config.answer_metric == "number_match"
+        for record in target if asks_for_numbers else ():
+            require_number(record)
         pool = job.inputs.pool(inputs.pool, target)
         count = method.count(config, pool.num_rows)
         _tell_twins(job, pool)
@@ -128,20 +128,25 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             **scored.notes,
             **measured,
         },
-        settings={
-            "method": method.name,
-            "ratio": count / pool.num_rows,
-            "rows_selected": count,
-            "rows_total": pool.num_rows,
-            **({"shortlist": config.shortlist} if config.has_shortlist else {}),
-            **({"floor_quantile": config.floor_quantile} if config.has_floor else {}),
-            **({"precision": measured["precision"]} if measured else {}),
-        },
+        settings=_settings(config, count, pool.num_rows, measured),
         precision=reader.precision if is_read else "",
         device=reader.device if is_read else "cpu",
         tokens=reader.tokens,
         extras=frozenset({PICTURE_NAME, CARD_NAME}),
     )
+
+
+def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a report needs to know of the choice."""
+    return {
+        "method": config.method,
+        "ratio": count / total,
+        "rows_selected": count,
+        "rows_total": total,
+        **({"shortlist": config.shortlist} if config.has_shortlist else {}),
+        **({"floor_quantile": config.floor_quantile} if config.has_floor else {}),
+        **({"precision": measured["precision"]} if measured else {}),
+    }
 
 
 def _choose_again(

@@ -109,22 +109,12 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
 
     config, scope = job.config, job.config.resolved_scope
-    with job.timer.phase("prepare"):
-        records = job.inputs.read(inputs.data).records
-        held_out = job.inputs.read(inputs.eval_data).records if inputs.eval_data is not None else ()
-    tuning = Tuning(job, inputs.model, inputs.heads_LH)
+    tuning, reader = Tuning(job, inputs.model, inputs.heads_LH), ModelReader(job, inputs.model)
     with job.timer.phase("load"):
         device, dtype = tuning.device, tuning.dtype
-    reader = ModelReader(job, inputs.model)
-    rows = TokenizedRows.read(reader, records)
-    eval_rows = TokenizedRows.read(reader, held_out) if held_out else None
-    for note in (*rows.notes, *(eval_rows.notes if eval_rows is not None else ())):
-        job.progress.note(note)
+    rows, eval_rows, ends = _tokenize(job, inputs, reader)
     with job.timer.phase("prepare"):
-        ends = reader.template.ends(reader.tokenizer, records)
         learnt, looked_at = rows.to_training(), eval_rows.to_training() if eval_rows is not None else []
-    if len(ends) > 1:
-        job.facts["template"]["ends"] = list(ends)
     model, plan, record = tuning.train(learnt, looked_at, reader.tokenizer.pad_token_id)
     share = trainable_share(model)
     if is_sharded():
@@ -169,6 +159,24 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_planned=_steps_meant(config, record),
         extras=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
     )
+
+
+def _tokenize(
+    job: StageRun[TrainConfig], inputs: _Inputs, reader: Reader
+) -> tuple[TokenizedRows, TokenizedRows | None, tuple[str, ...]]:
+    """Return the rows to learn, those to look at, and the tokens that end the template's turns."""
+    with job.timer.phase("prepare"):
+        records = job.inputs.read(inputs.data).records
+        held_out = job.inputs.read(inputs.eval_data).records if inputs.eval_data is not None else ()
+    rows = TokenizedRows.read(reader, records)
+    eval_rows = TokenizedRows.read(reader, held_out) if held_out else None
+    for note in (*rows.notes, *(eval_rows.notes if eval_rows is not None else ())):
+        job.progress.note(note)
+    with job.timer.phase("prepare"):
+        ends = reader.template.ends(reader.tokenizer, records)
+    if len(ends) > 1:
+        job.facts["template"]["ends"] = list(ends)
+    return rows, eval_rows, ends
 
 
 def _steps_meant(config: TrainConfig, record: TrainingRecord) -> int:
