@@ -81,12 +81,12 @@ class Embedding(RowMethod):
     def _room(self, rows: int, width: int) -> NDArray[np.float32]:
         if self.task.target:
             return np.empty((rows, width), dtype=np.float32)
-        # A file without a name, of this process alone; its room is taken now, since a mapped file cannot say later that
-        # the disk is full.
-        file = tempfile.TemporaryFile(dir=self.task.job.scratch("states"))  # noqa: SIM115 - as long as its mapping
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, rows * width * FLOAT32)
-        return np.memmap(file, dtype=np.float32, mode="r+", shape=(rows, width))
+        # A file without a name, of this process alone, which its mapping keeps; its room is taken now, since a mapped
+        # file cannot say later that the disk is full.
+        with tempfile.TemporaryFile(dir=self.task.job.scratch("states")) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, rows * width * FLOAT32)
+            return np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, width))
 
     @cached_property
     def _first_unit_BD(self) -> NDArray[np.float64]:
