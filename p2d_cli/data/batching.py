@@ -45,11 +45,6 @@ def token_batches(lengths: Sequence[int], *, token_budget: int, max_rows: int | 
     return batches
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `(input_ids_BT, attention_mask_BT)`, int64, with the padding behind each row; the mask is 1 on tokens."""
-    return pad_mask(rows, pad_id), pad_mask([[1] * len(row) for row in rows], 0)
-
-
 def pad_mask(rows: Sequence[Sequence[int]] | Sequence[Sequence[bool]], fill: int | bool) -> torch.Tensor:
     """Return rows of masks, labels or segment ids as `[B, T]`, padded on the right with `fill`.
 

@@ -6,7 +6,7 @@ What is refused are the ids that a stage would show the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -49,11 +49,6 @@ class KnownIds:
             f" does not know: its tokenizer knows ids up to {self.highest}, the model has {self._count} embeddings",
             hint=_HINT,
         )
-
-    def require_all(self, rows: Iterable[tuple[str, Sequence[int]]]) -> None:
-        """Refuse ids beyond the embeddings in any of these rows, each given with the place that it comes from."""
-        for where, ids in rows:
-            self.require(where, ids)
 
 
 def count_embeddings(model: Any) -> int | None:

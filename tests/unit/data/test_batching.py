@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.data.batching import pad_mask, pad_right, token_batches
+from p2d_cli.data.batching import pad_mask, token_batches
 from p2d_cli.errors import UsageError
 
 ROWS = st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1, max_size=6)
@@ -38,7 +38,7 @@ def test_impossible_limits_are_refused(limits):
 @settings(deadline=None)
 @given(ROWS)
 def test_padding_keeps_the_rows_and_marks_the_rest(rows):
-    right, right_mask = pad_right(rows, 7)
+    right, right_mask = pad_mask(rows, 7), pad_mask([[1] * len(row) for row in rows], 0)
     assert right.dtype == right_mask.dtype == torch.long
     for index, row in enumerate(rows):
         count = len(row)

@@ -27,7 +27,7 @@ def test_only_ids_that_are_shown_are_refused():
     assert not known.are_all
     message = r"rows\.jsonl:3: the token 't4' has the id 4, .* ids up to 5, the model has 4 embeddings"
     with pytest.raises(ModelError, match=message):
-        known.require_all([("rows.jsonl:2", [3]), ("rows.jsonl:3", [1, 4, 5])])
+        known.require("rows.jsonl:3", [1, 4, 5])
 
 
 def test_a_model_that_knows_all_tokens_refuses_none():
