@@ -27,7 +27,7 @@ class HeadScores:
     """Scores and selection of every head of a model."""
 
     scores_LH: NDArray[np.float32]
-    """Higher is more important; the mean over the repeats."""
+    """Higher is more important; the mean over the repeats. Nan where a layer has no such head."""
     selected_LH: NDArray[np.bool_]
     repeats_RLH: NDArray[np.float32]
     method: str
@@ -36,12 +36,13 @@ class HeadScores:
 
 def save_head_scores(folder: Path, heads: HeadScores) -> None:
     """Write `head_scores.safetensors`; equal heads give equal bytes."""
-    described = {"method": heads.method, "geometry": vars(heads.geometry)}
+    described = {"method": heads.method, "geometry": heads.geometry.to_dict()}
     save_file(
         {
             "scores": np.ascontiguousarray(heads.scores_LH, dtype=np.float32),
             "selected": np.ascontiguousarray(heads.selected_LH, dtype=np.bool_),
             "repeats": np.ascontiguousarray(heads.repeats_RLH, dtype=np.float32),
+            "exists": np.ascontiguousarray(heads.geometry.exists_LH),
         },
         folder / HEAD_SCORES_NAME,
         # One key only: safetensors orders several by a hash that varies from run to run.
@@ -60,11 +61,11 @@ def load_head_scores(folder: Path) -> HeadScores:
         with safe_open(path, framework="numpy") as file:
             described = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in ("scores", "selected", "repeats")}
-        geometry = HeadGeometry(**described["geometry"])
+        geometry = HeadGeometry.from_dict(described["geometry"])
         method = str(described["method"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
-    _check_tensors(path, tensors, (geometry.num_layers, geometry.num_heads))
+    _check_tensors(path, tensors, geometry.exists_LH)
     return HeadScores(
         scores_LH=tensors["scores"],
         selected_LH=tensors["selected"].astype(np.bool_),
@@ -74,7 +75,8 @@ def load_head_scores(folder: Path) -> HeadScores:
     )
 
 
-def _check_tensors(path: Path, tensors: dict[str, NDArray[Any]], shape: tuple[int, int]) -> None:
+def _check_tensors(path: Path, tensors: dict[str, NDArray[Any]], exists_LH: NDArray[np.bool_]) -> None:
+    shape = exists_LH.shape
     if tensors["scores"].shape != shape or tensors["selected"].shape != shape:
         found = tensors["scores"].shape, tensors["selected"].shape
         raise ArtifactError(f"{path}: expected scores and selected of shape {shape}, found {found}")
@@ -82,7 +84,9 @@ def _check_tensors(path: Path, tensors: dict[str, NDArray[Any]], shape: tuple[in
         raise ArtifactError(f"{path}: expected repeats of shape [R, {shape[0]}, {shape[1]}]")
     if tensors["selected"].dtype != np.bool_ or not tensors["selected"].any():
         raise ArtifactError(f"{path} selects no heads", hint="rerun p2d score-heads")
+    if (tensors["selected"] & ~exists_LH).any():
+        raise ArtifactError(f"{path} selects heads that the model has not", hint="rerun p2d score-heads")
     if not all(np.issubdtype(tensors[name].dtype, np.floating) for name in ("scores", "repeats")):
         raise ArtifactError(f"{path}: the scores are no floating-point numbers", hint="rerun p2d score-heads")
-    if not np.isfinite(tensors["scores"]).all():
+    if not np.isfinite(tensors["scores"][exists_LH]).all():
         raise ArtifactError(f"{path} holds scores that are not finite numbers", hint="rerun p2d score-heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -311,13 +312,17 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def print_heat_map(scores_LH: Any, selected_LH: Any) -> None:
-    """Draw heads as coloured cells, layers downward; `#` marks a selected head."""
-    low, high = float(scores_LH.min()), float(scores_LH.max())
+    """Draw heads as coloured cells, layers downward; `#` marks a selected head, and one without score is left blank."""
+    known = [score for score in scores_LH.ravel().tolist() if not math.isnan(score)]
+    low, high = min(known), max(known)
     span = high - low or 1.0
     out.print("\n[bold]heads[/] (layers downward, heads across; # selected)")
     for layer, (scores_H, selected_H) in enumerate(zip(scores_LH, selected_LH, strict=True)):
         line = Text(f"  {layer:>3} ")
         for score, is_selected in zip(scores_H, selected_H, strict=True):
+            if math.isnan(score):  # the layer has no such head
+                line.append("  ")
+                continue
             shade = SHADES[int((float(score) - low) / span * (len(SHADES) - 1))]
             line.append("##" if is_selected else "  ", style=f"bold black on color({shade})")
         out.print(line)

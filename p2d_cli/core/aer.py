@@ -232,7 +232,7 @@ class HeadMap:
     selected: tuple[int, ...]
     """`layer * num_heads + head` of each selected head."""
     levels: str
-    """A digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest."""
+    """A digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest; a dot for none."""
     used_by: tuple[str, ...]
     """Names of the runs that it led to."""
 

@@ -1,12 +1,14 @@
 """From head scores to a selection of heads, and how well such a selection repeats.
 
-Axes: L layers, H query heads a layer, E episodes, K heads, R repeats. A head is the pair `(layer, head)`.
+Axes: L layers, H query heads of the layer with most, E episodes, K heads, R repeats. A head is the pair
+`(layer, head)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -14,63 +16,71 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from p2d_cli.core.geometry import LayerHeads
 from p2d_cli.errors import NonFiniteError, UsageError
 
+NO_HEAD = "."
+"""Stands in `head_levels` for a head that a layer has not."""
 
-def select_top(scores_LH: ArrayLike, count: int) -> NDArray[np.bool_]:
-    """Return the `count` heads of highest score as bool [L, H]; among equal scores the earlier head wins.
+
+def select_top(scores_LH: ArrayLike, count: int, candidates_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the `count` candidates of highest score as bool [L, H]; among equal scores the earlier head wins.
 
     Args:
-        scores_LH: Finite scores, [L, H], higher is more important.
-        count: Heads to select, 1 to `L * H`.
+        scores_LH: Scores, [L, H], higher is more important; finite for candidates.
+        count: Heads to select, 1 to the number of candidates.
+        candidates_LH: Heads that may be selected, bool [L, H].
 
     Raises:
         NonFiniteError: a score is nan or infinite; names the first such `(layer, head)`.
         UsageError: `count` is out of range.
     """
-    return _mask(_ranked(scores_LH)[: _checked_count(count, np.size(scores_LH))], *np.shape(scores_LH))
+    return _mask(_ranked(scores_LH, candidates_LH)[: _checked_count(count, candidates_LH)], candidates_LH)
 
 
-def select_spread(scores_LH: ArrayLike, count: int, num_groups: int) -> NDArray[np.bool_]:
-    """Return `count` heads of high score, spread over layers and key/value groups; bool [L, H].
+def select_spread(
+    scores_LH: ArrayLike, count: int, candidates_LH: NDArray[np.bool_], groups_L: Sequence[LayerHeads]
+) -> NDArray[np.bool_]:
+    """Return `count` candidates of high score, spread over layers and key/value groups; bool [L, H].
 
     Trained heads that crowd into few layers or groups move few parameters and learn less. Heads are taken by falling
-    score, passing over those whose layer has its even share, `ceil(count / L)`, or whose group is taken already while
-    there are others; what that leaves open is filled up by score alone.
+    score, passing over those whose layer has its even share, `ceil(count / L)` of the layers with candidates, or whose
+    group is taken already while there are others; what that leaves open is filled up by score alone.
 
     Args:
-        scores_LH: Finite scores, [L, H], higher is more important.
-        count: Heads to select, 1 to `L * H`.
-        num_groups: Key/value groups a layer, G; head `h` reads group `floor(h * G / H)`.
+        scores_LH: Scores, [L, H], higher is more important; finite for candidates.
+        count: Heads to select, 1 to the number of candidates.
+        candidates_LH: Heads that may be selected, bool [L, H].
+        groups_L: Which heads of each layer share keys and values.
 
     Raises:
         NonFiniteError: a score is nan or infinite.
         UsageError: `count` is out of range.
     """
-    num_layers, num_heads = np.shape(scores_LH)
-    share = -(-_checked_count(count, num_layers * num_heads) // num_layers)
+    share = -(-_checked_count(count, candidates_LH) // int(candidates_LH.any(axis=1).sum()))
     taken, passed = [], []
-    heads_of_layer, used_groups = [0] * num_layers, set()
-    for place in _ranked(scores_LH).tolist():
-        layer, head = divmod(place, num_heads)
-        group = (layer, head * num_groups // num_heads)
+    heads_of_layer, used_groups = Counter[int](), set()
+    for place in _ranked(scores_LH, candidates_LH).tolist():
+        layer, head = divmod(place, candidates_LH.shape[1])
+        group = (layer, groups_L[layer].group_of(head))
         if heads_of_layer[layer] == share or group in used_groups:
             passed.append(place)
             continue
         taken.append(place)
         heads_of_layer[layer] += 1
         used_groups.add(group)
-    return _mask(np.array([*taken, *passed][:count]), num_layers, num_heads)
+    return _mask(np.array([*taken, *passed][:count]), candidates_LH)
 
 
-def select_uniform(num_layers: int, num_heads: int, count: int) -> NDArray[np.bool_]:
-    """Return `count` heads spread evenly over depth and, within a layer, over its heads: a control.
+def select_uniform(count: int, candidates_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return `count` candidates spread evenly over depth and, within a layer, over its heads: a control.
 
-    The heads are evenly spaced in `(layer, head)` order, hence the counts of two layers differ by at most one.
+    They are evenly spaced in `(layer, head)` order, hence the counts of two layers with as many candidates differ by at
+    most one.
     """
-    total = num_layers * num_heads
-    places = np.arange(_checked_count(count, total))
-    return _mask((2 * places + 1) * total // (2 * count), num_layers, num_heads)
+    places = np.arange(_checked_count(count, candidates_LH))
+    there = np.flatnonzero(candidates_LH)
+    return _mask(there[(2 * places + 1) * len(there) // (2 * count)], candidates_LH)
 
 
 def candidate_layers(text: str | None, num_layers: int) -> range:
@@ -90,11 +100,12 @@ def candidate_layers(text: str | None, num_layers: int) -> range:
     return range(first, last + 1)
 
 
-def among_layers(selected: NDArray[np.bool_], layers: range, num_layers: int) -> NDArray[np.bool_]:
-    """Return a selection among some layers, bool [len(layers), H], as one of the whole model, bool [L, H]."""
-    selected_LH = np.zeros((num_layers, selected.shape[1]), dtype=np.bool_)
-    selected_LH[layers.start : layers.stop] = selected
-    return selected_LH
+def candidate_heads(text: str | None, exists_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the heads that there are in the layers that `text` names, bool [L, H]; see `candidate_layers`."""
+    candidates_LH = np.zeros_like(exists_LH)
+    layers = candidate_layers(text, len(exists_LH))
+    candidates_LH[layers.start : layers.stop] = exists_LH[layers.start : layers.stop]
+    return candidates_LH
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
@@ -159,13 +170,16 @@ class Repeatability:
 
 
 def repeatability(
-    repeats_RLH: ArrayLike, select: Callable[[NDArray[np.float64]], NDArray[np.bool_]]
+    repeats_RLH: ArrayLike,
+    candidates_LH: NDArray[np.bool_],
+    select: Callable[[NDArray[np.float64]], NDArray[np.bool_]],
 ) -> Repeatability | None:
     """Compare the rankings and the selections between repeats.
 
     Args:
         repeats_RLH: Scores of each repeat, [R, L, H].
-        select: makes a selection of as many heads each time, bool [L, H], from scores [L, H].
+        candidates_LH: Heads that may be selected, bool [L, H]; others are left out of account.
+        select: makes a selection of as many of them each time, bool [L, H], from scores [L, H].
 
     Returns:
         The agreement, or None if there are fewer than two repeats.
@@ -178,12 +192,12 @@ def repeatability(
         return None
     selections = [select(scores_LH) for scores_LH in repeats]
     count = int(selections[0].sum())
-    correlations = [spearman(a, b) for a, b in combinations(repeats, 2)]
+    correlations = [spearman(a, b) for a, b in combinations(repeats[:, candidates_LH], 2)]
     known = [value for value in correlations if not math.isnan(value)]
     return Repeatability(
         mean_spearman=math.fsum(known) / len(known) if known else math.nan,
         mean_jaccard=float(np.mean([jaccard(a, b) for a, b in combinations(selections, 2)])),
-        chance_jaccard=expected_jaccard(selections[0].size, count),
+        chance_jaccard=expected_jaccard(int(candidates_LH.sum()), count),
         draws=len(repeats),
     )
 
@@ -208,38 +222,42 @@ def contrast_scores(target_share: ArrayLike, num_demos: int) -> NDArray[np.float
     return np.asarray(shares.mean(axis=0) - 1.0 / num_demos)
 
 
-def head_levels(scores_LH: NDArray[np.floating[Any]]) -> str:
+def head_levels(scores_LH: NDArray[np.floating[Any]], exists_LH: NDArray[np.bool_]) -> str:
     """Return a digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest.
 
-    Equal scores share the lowest of their places.
+    Equal scores share the lowest of their places. A head that there is none of (`exists_LH`, bool [L, H]) has a dot.
     """
-    scores = scores_LH.ravel()
+    scores = scores_LH[exists_LH]
     lower = np.searchsorted(np.sort(scores), scores, side="left")
-    return "".join(str(level) for level in (10 * lower // scores.size).tolist())
+    levels = np.full(scores_LH.size, NO_HEAD)
+    levels[exists_LH.ravel()] = (10 * lower // scores.size).astype(str)
+    return "".join(levels.tolist())
 
 
-def _ranked(scores_LH: ArrayLike) -> NDArray[np.int64]:
-    """Return the heads' places in (layer, head) order by falling score, the earlier of equal ones first."""
+def _ranked(scores_LH: ArrayLike, candidates_LH: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the candidates' places in (layer, head) order by falling score, the earlier of equal ones first."""
     scores = np.asarray(scores_LH, dtype=np.float64)
-    if not np.isfinite(scores).all():
-        layer, head = (int(axis[0]) for axis in np.nonzero(~np.isfinite(scores)))
+    if (unknown := np.argwhere(candidates_LH & ~np.isfinite(scores))).size:
+        layer, head = unknown[0].tolist()
         raise NonFiniteError(
             f"selecting heads: expected finite scores, found {scores[layer, head]} for (layer {layer}, head {head})",
             hint="a weight, activation or gradient of this model is not finite; try --dtype float32",
         )
-    return np.argsort(-scores, axis=None, kind="stable").astype(np.int64)
+    places = np.flatnonzero(candidates_LH)
+    return places[np.argsort(-scores.ravel()[places], kind="stable")]
 
 
-def _checked_count(count: int, total: int) -> int:
+def _checked_count(count: int, candidates_LH: NDArray[np.bool_]) -> int:
+    total = int(candidates_LH.sum())
     if not 1 <= count <= total:
         raise UsageError(f"selecting heads: expected a number from 1 to {total}, found {count}")
     return count
 
 
-def _mask(flat: NDArray[Any], num_layers: int, num_heads: int) -> NDArray[np.bool_]:
-    selected = np.zeros(num_layers * num_heads, dtype=np.bool_)
-    selected[flat] = True
-    return selected.reshape(num_layers, num_heads)
+def _mask(places: NDArray[Any], like_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    selected = np.zeros(like_LH.size, dtype=np.bool_)
+    selected[places] = True
+    return selected.reshape(like_LH.shape)
 
 
 def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -43,12 +43,19 @@ class Readout:
         return np.asarray(self.values(outputs_BKd).mean(axis=1))
 
 
-def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: float = SHRINKAGE) -> Readout:
+def fit_readout(
+    target_QKd: ArrayLike,
+    background_MKd: ArrayLike,
+    *,
+    dims_K: NDArray[np.int64] | None = None,
+    shrinkage: float = SHRINKAGE,
+) -> Readout:
     """Fit one linear discriminant a head.
 
     Args:
         target_QKd: mean head outputs of the target's rows, Q at least 1.
         background_MKd: the same of a sample of the pool, M at least 2.
+        dims_K: size of each head, where some are smaller than d and their outputs are filled up with zeros.
         shrinkage: share of the covariance that is replaced by its mean variance, in (0, 1].
 
     Raises:
@@ -57,7 +64,7 @@ def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: 
     """
     target, background = _checked(target_QKd, background_MKd)
     centre_Kd = background.mean(axis=0)
-    spread_Kdd = _covariance(background - centre_Kd, shrinkage)
+    spread_Kdd = _covariance(background - centre_Kd, dims_K, shrinkage)
     weights_Kd = np.linalg.solve(spread_Kdd, (target.mean(axis=0) - centre_Kd)[:, :, None])[:, :, 0]
     raw_MK = np.einsum("MKd,Kd->MK", background, weights_Kd)
     deviation_K = raw_MK.std(axis=0)
@@ -66,7 +73,9 @@ def fit_readout(target_QKd: ArrayLike, background_MKd: ArrayLike, *, shrinkage: 
     return Readout(weights_Kd * scale_K[:, None], raw_MK.mean(axis=0) * scale_K)
 
 
-def held_out_affinity(target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds: int = FOLDS) -> NDArray[np.float64]:
+def held_out_affinity(
+    target_QKd: ArrayLike, background_MKd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None, folds: int = FOLDS
+) -> NDArray[np.float64]:
     """Return each target row's affinity by a readout that was fitted without it, float64 `[Q]`.
 
     That is how a row of the task scores that the readout has not seen, such as one in the pool: a row below the
@@ -75,6 +84,7 @@ def held_out_affinity(target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds
     Args:
         target_QKd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
         background_MKd: likewise.
+        dims_K: likewise.
         folds: parts that are left out in turn, at most Q of them.
 
     Raises:
@@ -91,12 +101,14 @@ def held_out_affinity(target_QKd: ArrayLike, background_MKd: ArrayLike, *, folds
     fold_Q = np.arange(len(target)) % folds
     for fold in range(folds):
         is_out_Q = fold_Q == fold
-        readout = fit_readout(target[~is_out_Q], background)
+        readout = fit_readout(target[~is_out_Q], background, dims_K=dims_K)
         affinity_Q[is_out_Q] = readout.affinity(target[is_out_Q])
     return affinity_Q
 
 
-def separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
+def separation(
+    target_QKd: ArrayLike, background_MKd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
     """Return how well each head alone tells target rows from background rows that its readout was not fitted on.
 
     Both sets of rows are halved; the readout of one half is judged on the other, and the other way round.
@@ -104,6 +116,7 @@ def separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.f
     Args:
         target_QKd: as for `fit_readout`, in random order; Q at least 2.
         background_MKd: likewise; M at least 4.
+        dims_K: likewise.
 
     Returns:
         float64 `[K]`: area under the ROC curve, mean of both halves; 0.5 is chance, 1 is perfect.
@@ -114,15 +127,16 @@ def separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.f
     """
     target, background = np.asarray(target_QKd), np.asarray(background_MKd)
     require_halves(len(target), len(background))
+    dims_K = np.full(target.shape[1], target.shape[2]) if dims_K is None else dims_K
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
-    return np.concatenate([_separation(target[:, block], background[:, block]) for block in blocks])
+    return np.concatenate([_separation(target[:, block], background[:, block], dims_K[block]) for block in blocks])
 
 
-def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike) -> NDArray[np.float64]:
+def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike, dims_K: NDArray[np.int64]) -> NDArray[np.float64]:
     target, background = _checked(target_QKd, background_MKd)
     areas = []
     for half in (0, 1):
-        readout = fit_readout(target[half::2], background[half::2])
+        readout = fit_readout(target[half::2], background[half::2], dims_K=dims_K)
         areas.append(_area(readout.values(target[1 - half :: 2]), readout.values(background[1 - half :: 2])))
     return np.asarray(np.mean(areas, axis=0))
 
@@ -136,12 +150,17 @@ def _area(high_QK: NDArray[np.float64], low_MK: NDArray[np.float64]) -> NDArray[
     return np.array(areas)
 
 
-def _covariance(centred_MKd: NDArray[np.float64], shrinkage: float) -> NDArray[np.float64]:
-    """Return each head's shrunk covariance, `[K, d, d]`; the identity for a head that never varies."""
+def _covariance(
+    centred_MKd: NDArray[np.float64], dims_K: NDArray[np.int64] | None, shrinkage: float
+) -> NDArray[np.float64]:
+    """Return each head's shrunk covariance, `[K, d, d]`; the identity for a head that never varies.
+
+    What fills up a small head has no covariance with anything, so that its readout is the one that it has alone.
+    """
     size = centred_MKd.shape[2]
     rows_KMd = centred_MKd.transpose(1, 0, 2)
     covariance_Kdd = rows_KMd.transpose(0, 2, 1) @ rows_KMd / len(centred_MKd)
-    variance_K = np.trace(covariance_Kdd, axis1=1, axis2=2) / size
+    variance_K = np.trace(covariance_Kdd, axis1=1, axis2=2) / (size if dims_K is None else dims_K)
     mean_K11 = np.where(variance_K > 0, variance_K, 1.0)[:, None, None]
     return np.asarray((1 - shrinkage) * covariance_Kdd + (shrinkage * mean_K11 * np.eye(size)))
 

@@ -10,92 +10,137 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
-from p2d_cli.core.geometry import share_count
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads
+from p2d_cli.core.head_layout import ModelLayout, ProjectionName
 
 FLOAT32, FLOAT64 = 4, 8
 _LOGIT_ROWS_IN_FP32 = 512
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _BUFFERS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|attention\.bias$")
-_FUSED = frozenset({"phi3", "gpt2", "gpt_neox"})
 
 WorkKind = Literal["read", "learn", "answer", "compare"]
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """The numbers that a layer's costs follow from."""
+
+    weights: float
+    """Those that a token is multiplied with; of experts, those that it is sent to."""
+    queries: int
+    """Width of all query heads, `H * d`; 0 without attention."""
+    keys: int
+    """Width of all key/value groups, `G * d`."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """The numbers that a model's costs follow from."""
 
-    layers: int
-    heads: int
-    groups: int
-    head_dim: int
+    layers: tuple[LayerSize, ...]
     hidden: int
     mlp: int
     vocabulary: int
     parameters: int
     """All of them, tied ones once."""
-    layer_weights: int
-    """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
-    fused: bool
-    """Whether q, k and v are one module."""
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
 
     @property
     def queries(self) -> int:
-        """Width of all query heads of a layer, `H * d`."""
-        return self.heads * self.head_dim
+        """Width of all query heads of the widest layer."""
+        return max(layer.queries for layer in self.layers)
 
     @property
     def keys(self) -> int:
-        """Width of all key groups of a layer, `G * d`."""
-        return self.groups * self.head_dim
+        """Width of all key/value groups of the widest layer."""
+        return max(layer.keys for layer in self.layers)
 
-    @property
-    def attention_weights(self) -> int:
-        """Weights of q, k, v and o in all layers."""
-        return self.layers * self.hidden * 2 * (self.queries + self.keys)
+    @cached_property
+    def _sums(self) -> NDArray[np.float64]:
+        """Weights, queries and keys of the first 0, 1, ... layers together, `[3, L + 1]`."""
+        each = np.array([(layer.weights, layer.queries, layer.keys) for layer in self.layers]).T
+        return np.concatenate([np.zeros((3, 1)), each.cumsum(axis=1)], axis=1)
+
+    def first(self, layers: int | None = None) -> tuple[float, float, float]:
+        """Return weights, queries and keys of the first layers together, of all if it is not said how many."""
+        weights, queries, keys = self._sums[:, self.depth if layers is None else layers].tolist()
+        return weights, queries, keys
+
+    def last(self, layers: int | None = None) -> tuple[float, float, float]:
+        """Return weights, queries and keys of the last layers together, of all if it is not said how many."""
+        below = self._sums[:, 0 if layers is None else self.depth - layers]
+        weights, queries, keys = (self._sums[:, -1] - below).tolist()
+        return weights, queries, keys
 
 
-def model_size(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> ModelSize:
-    """Read a model's sizes from its `config.json` and the shapes of its stored tensors, by name."""
+def model_size(
+    config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], geometry: HeadGeometry | None = None
+) -> ModelSize:
+    """Read a model's sizes from its `config.json` and the shapes of its stored tensors, by name.
+
+    Without a `geometry`, which is for models whose heads cannot be told apart, all layers have the heads that the
+    config names.
+    """
     text: Mapping[str, Any] = config.get("text_config", config)
 
     def number(*names: str, default: int | None = None) -> int:
-        found = next((text[name] for name in names if isinstance(text.get(name), int)), default)
-        return 0 if found is None else int(found)
+        # A size for each layer is as good as the largest.
+        values = (max(found) if isinstance(found := text.get(name), list) and found else found for name in names)
+        value = next((value for value in values if isinstance(value, int)), default)
+        return 0 if value is None else int(value)
 
-    hidden = number("hidden_size", "n_embd")
-    heads = number("num_attention_heads", "n_head")
-    layers = number("num_hidden_layers", "n_layer")
+    hidden = number("hidden_size", "n_embd", "d_model")
+    heads = number("num_attention_heads", "n_head", "n_heads", "num_heads")
+    layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     stored = {name: math.prod(shape) for name, shape in tensors.items() if not _BUFFERS.search(name)}
     if text.get("tie_word_embeddings", config.get("tie_word_embeddings", text.get("model_type") == "gpt2")):
         stored = {name: size for name, size in stored.items() if not name.endswith("lm_head.weight")}
     experts = number("num_experts", "num_local_experts", "n_routed_experts", default=1) or 1
     used = number("num_experts_per_tok", default=experts) / experts
-    in_layers = sum(
-        size * (used if ".experts." in name else 1)
-        for name, size in stored.items()
-        if _LAYER.search(name) and len(tensors[name]) > 1
-    )
+    multiplied = {
+        name: size * (used if ".experts." in name else 1) for name, size in stored.items() if len(tensors[name]) > 1
+    }
+    if geometry is None:
+        head_dim = number("head_dim", default=hidden // max(heads, 1))
+        alike = LayerHeads(heads, number("num_key_value_heads", default=heads), head_dim) if heads else LayerHeads()
+        each = (alike,) * layers
+    else:
+        each = geometry.layers
+    weights = _layer_weights(multiplied, len(each))
     return ModelSize(
-        layers=layers,
-        heads=heads,
-        groups=number("num_key_value_heads", default=heads),
-        head_dim=number("head_dim", default=hidden // max(heads, 1)),
+        layers=tuple(
+            LayerSize(weight, one.num_heads * one.head_dim, one.num_groups * one.head_dim)
+            for weight, one in zip(weights, each, strict=True)
+        ),
         hidden=hidden,
         mlp=number("intermediate_size", "n_inner", default=4 * hidden),
         vocabulary=number("vocab_size"),
         parameters=sum(stored.values()),
-        layer_weights=round(in_layers / max(layers, 1)),
-        fused=str(config.get("model_type")) in _FUSED,
     )
+
+
+def _layer_weights(sizes: Mapping[str, float], layers: int) -> list[float]:
+    """Return the weights of each layer of the text decoder: of several stacks of layers, the largest of that depth."""
+    stacks: dict[str, dict[int, float]] = {}
+    for name, size in sizes.items():
+        if (found := _LAYER.search(name)) is not None:
+            stack = stacks.setdefault(name[: found.start(1)], dict.fromkeys(range(layers), 0.0))
+            stack[int(found[1])] = stack.get(int(found[1]), 0.0) + size
+    fitting = [stack for stack in stacks.values() if len(stack) == layers]
+    return list(max(fitting, key=lambda stack: sum(stack.values()), default=dict.fromkeys(range(layers), 0.0)).values())
 
 
 # --- work
@@ -201,10 +246,9 @@ def largest_of(shapes: Iterable[BatchShape]) -> BatchShape:
 
 def forward_flops(size: ModelSize, shape: BatchShape, *, layers: int | None = None) -> float:
     """Return the operations of one forward pass through the first `layers` layers, and of the logits it keeps."""
-    depth = size.layers if layers is None else layers
-    weights = 2.0 * size.layer_weights * shape.tokens
-    attention = 2.0 * size.queries * shape.tokens * shape.length  # causal: half of all pairs
-    return depth * (weights + attention) + 2.0 * size.hidden * size.vocabulary * shape.logits
+    weights, queries, _ = size.first(layers)
+    attention = 2.0 * queries * shape.tokens * shape.length  # causal: half of all pairs
+    return 2.0 * weights * shape.tokens + attention + 2.0 * size.hidden * size.vocabulary * shape.logits
 
 
 def backward_flops(size: ModelSize, shape: BatchShape, *, layers: int | None = None, trained: int = 0) -> float:
@@ -212,8 +256,8 @@ def backward_flops(size: ModelSize, shape: BatchShape, *, layers: int | None = N
 
     The gradient runs through the upper `layers` layers, and is computed of so many `trained` weights.
     """
-    depth = size.layers if layers is None else layers
-    activations = depth * (2.0 * size.layer_weights * shape.tokens + 4.0 * size.queries * shape.tokens * shape.length)
+    weights, queries, _ = size.last(layers)
+    activations = 2.0 * weights * shape.tokens + 4.0 * queries * shape.tokens * shape.length
     return activations + 2.0 * size.hidden * size.vocabulary * shape.logits + 2.0 * trained * shape.tokens
 
 
@@ -250,7 +294,8 @@ def learn_bytes(
 
 def cache_bytes(size: ModelSize, rows: int, length: int, itemsize: int) -> int:
     """Return the memory of the keys and values of `rows` sequences."""
-    return 2 * size.layers * size.keys * rows * length * itemsize
+    _, _, keys = size.first()
+    return 2 * round(keys) * rows * length * itemsize
 
 
 # --- what is trained
@@ -274,46 +319,31 @@ class Trained:
         return 2 * FLOAT32 * self.parameters
 
 
-def heads_trained(size: ModelSize, heads_LH: NDArray[np.bool_], projections: Iterable[str]) -> Trained:
+def heads_trained(layout: ModelLayout, heads_LH: NDArray[np.bool_], projections: Collection[ProjectionName]) -> Trained:
     """Return what training these heads trains: their own rows of q and o, and the k and v rows of their groups."""
-    groups_LG = np.zeros((heads_LH.shape[0], size.groups), dtype=np.bool_)
-    layers, heads = np.nonzero(heads_LH)
-    groups_LG[layers, heads * size.groups // size.heads] = True
-    units = {"q": heads_LH, "k": groups_LG, "v": groups_LG, "o": heads_LH}
-    rows_L = {name: units[name].sum(axis=1) * size.head_dim for name in projections}
-    modules = [
-        (np.sum([rows_L[name] for name in names], axis=0), end) for names, end in _modules(size, tuple(rows_L)).items()
-    ]
+    placed = layout.placements(heads_LH, projections).values()
+    if not placed:
+        return Trained(0, 0, 0)
     # On disk the factors of all modules have one rank.
-    rank = common_rank([int(count_L.max(initial=0)) for count_L, _ in modules])
+    rank = common_rank([len(place.rows) for place in placed])
     return Trained(
-        parameters=size.hidden * sum(int(each.sum()) for each in rows_L.values()),
-        placing=sum(int(count_L.sum()) * end for count_L, end in modules),
-        layers=size.layers - (int(layers.min()) if len(layers) else 0),
-        saved=rank * sum(int((count_L > 0).sum()) * (size.hidden + end) for count_L, end in modules),
+        parameters=sum(len(place.rows) * place.width for place in placed),
+        placing=sum(len(place.rows) * place.size for place in placed),
+        layers=layout.num_layers - int(np.flatnonzero(heads_LH.any(axis=1)).min()),
+        saved=rank * sum(place.width + place.size for place in placed),
     )
 
 
-def lora_trained(size: ModelSize, rank: int, projections: Iterable[str]) -> Trained:
-    """Return what a LoRA of this rank on these projections of every layer trains."""
-    ends = sum(size.hidden + end for end in _modules(size, tuple(dict.fromkeys(projections))).values())
-    return Trained(size.layers * rank * ends, 0, size.layers, size.layers * rank * ends)
+def lora_trained(modules: Collection[tuple[int, int]], rank: int, depth: int) -> Trained:
+    """Return what a LoRA of this rank trains on modules of these two sizes, in a model of so many layers."""
+    values = rank * sum(map(sum, modules))
+    return Trained(values, 0, depth, values)
 
 
-def _modules(size: ModelSize, projections: tuple[str, ...]) -> dict[tuple[str, ...], int]:
-    """Return the width of each module that has some of these projections, on the side of the heads."""
-    widths = {"q": size.queries, "k": size.keys, "v": size.keys, "o": size.queries}
-    if not size.fused:
-        return {(name,): widths[name] for name in projections}
-    inputs = tuple(name for name in projections if name != "o")
-    fused = {inputs: size.queries + 2 * size.keys} if inputs else {}
-    return fused | ({("o",): size.queries} if "o" in projections else {})
-
-
-def assumed_heads(size: ModelSize, ratio: float) -> NDArray[np.bool_]:
+def assumed_heads(geometry: HeadGeometry, ratio: float) -> NDArray[np.bool_]:
     """Return heads that stand for a selection that is still to be made: spread evenly, down from the very last."""
-    total = size.layers * size.heads
-    count = share_count(ratio, total)
-    heads_LH = np.zeros(total, dtype=np.bool_)
-    heads_LH[[(index + 1) * total // count - 1 for index in range(count)]] = True
-    return heads_LH.reshape(size.layers, size.heads)
+    there = np.flatnonzero(geometry.exists_LH)
+    count = geometry.head_budget(ratio)
+    heads_LH = np.zeros(geometry.exists_LH.size, dtype=np.bool_)
+    heads_LH[there[[(index + 1) * len(there) // count - 1 for index in range(count)]]] = True
+    return heads_LH.reshape(geometry.exists_LH.shape)

@@ -22,6 +22,7 @@ import numpy as np
 
 from p2d_cli.artifacts.checkpoints import newest_checkpoint
 from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.head_layout import ModelLayout
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
 from p2d_cli.data.sources import scan_rows
@@ -29,7 +30,9 @@ from p2d_cli.engine.cost import ModelSize, StagePlan, Work, largest_of, model_si
 from p2d_cli.engine.passes import Pass, Steps
 from p2d_cli.engine.reader import Encoded, Item, ModelReader, Reader
 from p2d_cli.engine.stage_run import StageRun
+from p2d_cli.errors import ModelError
 from p2d_cli.modeling.model_files import ModelFiles, tensor_shapes
+from p2d_cli.modeling.suitability import read_layout
 from p2d_cli.registry import ROW_METHODS
 from p2d_cli.runtime.hardware import likely_dtype
 
@@ -48,7 +51,6 @@ class CountingReader(Reader):
 
     def __init__(self, job: StageRun[Any], files: ModelFiles, unfinished: Path | None) -> None:
         super().__init__(job, files, light=True)
-        self.size: ModelSize = model_size(files.config, tensor_shapes(files))
         self.precision = likely_dtype(job.config.dtype, job.config.device)
         self.itemsize = ITEMSIZE[self.precision]
         self.rows: dict[str, int] = {}
@@ -71,11 +73,24 @@ class CountingReader(Reader):
         self._tokenizing = 0.0
         self._unfinished = unfinished
 
+    @cached_property
+    def size(self) -> ModelSize:
+        """What the model's costs follow from."""
+        try:
+            shape = self.shape
+        except ModelError:  # its heads cannot be told apart
+            shape = None
+        return model_size(self.files.config, tensor_shapes(self.files), shape)
+
+    @cached_property
+    def layout(self) -> ModelLayout:
+        """Where each head's weights are."""
+        return read_layout(self.files)
+
     @property
     def shape(self) -> HeadGeometry:
         """How many heads the model has."""
-        size = self.size
-        return HeadGeometry(size.layers, size.heads, size.groups, size.head_dim, size.hidden)
+        return self.layout.geometry
 
     def shape_without_weights(self) -> HeadGeometry:
         """Return how many heads the model has."""

@@ -12,24 +12,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.manifest import InputEntry, Manifest, ModelIdentity, is_artifact
 from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import EvalConfig, MineDataConfig, RowOptions, ScoreHeadsConfig, StageConfig, TrainConfig
+from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.chat_templates import read_chat_template
 from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Check, ColumnMap, OpenCheck, Record, RecordSet, SkippedRows, read_records, scan_records
 from p2d_cli.data.sources import locate
-from p2d_cli.engine.cost import assumed_heads, model_size
+from p2d_cli.engine.cost import assumed_heads
 from p2d_cli.engine.identity import digest_rows, ensure_same_model, identify_model
 from p2d_cli.errors import DataError
-from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, locate_model
+from p2d_cli.modeling.suitability import read_layout
 from p2d_cli.pipeline import ArtifactKind
 from p2d_cli.runtime import distributed
 from p2d_cli.runtime.progress import Progress
@@ -173,8 +172,8 @@ class StageInputs:
         self.manifests[name] = manifest
         return manifest
 
-    def heads(self, spec: str, files: ModelFiles, *, of: tuple[ModelIdentity, str] | None = None) -> NDArray[np.bool_]:
-        """Return the selected heads of a heads artifact, bool `[L, H]`; of one that is only planned, as many of them.
+    def heads(self, spec: str, files: ModelFiles, *, of: tuple[ModelIdentity, str] | None = None) -> SelectedHeads:
+        """Return the selected heads of a heads artifact; of one that is only planned, as many of them.
 
         They must be of the model `of`, given with the flag that named it; by default of this run's base model.
 
@@ -183,11 +182,13 @@ class StageInputs:
         """
         scored = self.planned("heads", spec)
         if isinstance(scored, ScoreHeadsConfig):
-            return assumed_heads(model_size(files.config, tensor_shapes(files)), scored.ratio)
+            shape = read_layout(files).geometry
+            return SelectedHeads(assumed_heads(shape, scored.ratio), shape.total_heads)
         manifest = self.artifact("heads", spec, "heads", same_model=of is None)
         if of is not None:
             ensure_same_model(manifest, of[0], spec, of[1])
-        return load_head_scores(Path(spec).expanduser()).selected_LH
+        found = load_head_scores(Path(spec).expanduser())
+        return SelectedHeads(found.selected_LH, found.geometry.total_heads)
 
     def read(self, source: RowSource, *, limit: int | None = None) -> RecordSet:
         """Read rows as records, telling what was left out."""

@@ -142,7 +142,7 @@ class Pass:
         """Return the memory that the largest batch takes, by part."""
         if self.kind != "learn":
             return read_bytes(size, largest, itemsize) | dict(self.memory)
-        return learn_bytes(size, largest, itemsize, layers=size.layers) | dict(self.memory)
+        return learn_bytes(size, largest, itemsize, layers=size.depth) | dict(self.memory)
 
     def seconds(self, reader: ModelReader, batch: list[int]) -> float:
         """Return what a batch takes on the model."""
@@ -185,7 +185,8 @@ class AnswerPass(Pass):
         """Return the operations of reading prompts and of each step behind them; the first comes from the prompts."""
         prompt = forward_flops(size, replace(shape, logits=shape.rows))
         step = forward_flops(size, BatchShape(shape.rows, 1, shape.rows))
-        cached = 4.0 * size.queries * size.layers * shape.rows * (shape.length + shape.logits / 2)
+        _, queries, _ = size.first()
+        cached = 4.0 * queries * shape.rows * (shape.length + shape.logits / 2)
         return prompt + (shape.logits - 1) * (step + cached)
 
     def bytes(self, size: ModelSize, largest: BatchShape, itemsize: int) -> dict[str, int]:

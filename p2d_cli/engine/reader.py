@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.journal import Entry, Journal
 from p2d_cli.config import RowOptions
 from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.head_layout import ModelLayout
 from p2d_cli.core.turns import TurnFrame
 from p2d_cli.data.batching import pad_mask
 from p2d_cli.data.episodes import EncodedEpisode, encode_episode
@@ -42,13 +43,13 @@ from p2d_cli.errors import (
     is_out_of_memory,
 )
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.suitability import read_layout
 from p2d_cli.modeling.token_ids import KnownIds
 from p2d_cli.runtime import distributed, signals
 
 if TYPE_CHECKING:
     import torch
 
-    from p2d_cli.modeling.layouts import LayerLayout
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
@@ -109,11 +110,8 @@ class Reader:
 
     def shape_without_weights(self) -> HeadGeometry:
         """Return how many heads the model has, found from its config alone."""
-        from p2d_cli.modeling.checkpoints import skeleton
-        from p2d_cli.modeling.layouts import geometry
-
         with self.job.timer.phase("load"):
-            return geometry(skeleton(self.files))
+            return read_layout(self.files).geometry
 
     def examples(self, records: Sequence[Record], loss_on: LossOn = "last") -> list[EncodedExample]:
         """Tokenize rows as prompt and completion."""
@@ -252,7 +250,7 @@ class ModelReader(Reader):
         return self._loaded[2]
 
     @cached_property
-    def layout(self) -> tuple[LayerLayout, ...]:
+    def layout(self) -> ModelLayout:
         """Where each head's weights are."""
         from p2d_cli.modeling.layouts import model_layout
 
@@ -261,9 +259,7 @@ class ModelReader(Reader):
     @property
     def shape(self) -> HeadGeometry:
         """How many heads the model has."""
-        from p2d_cli.modeling.layouts import layout_geometry
-
-        return layout_geometry(self.layout)
+        return self.layout.geometry
 
     def can_pack(self, longest: int) -> bool:
         """Say whether the model reads several answers to a prompt of so many tokens as one sequence."""

@@ -118,7 +118,7 @@ def head_outputs_pass(
         keep: what is kept of a batch in place of the outputs, which then need no room.
         options: see `Pass`.
     """
-    each = int(heads_LH.sum()) * reader.shape.head_dim * FLOAT32
+    each = int(heads_LH.sum()) * int(reader.shape.dims(heads_LH).max()) * FLOAT32
 
     def read(model: ModelReader, batch: list[int]) -> Arrays:
         return {"outputs": model.head_outputs([examples[row] for row in batch], heads_LH)}

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
 from p2d_cli.config import Scope, TrainConfig
 from p2d_cli.core.batches import MEGABATCHES
+from p2d_cli.core.geometry import SelectedHeads
+from p2d_cli.core.head_layout import PROJECTIONS
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
 from p2d_cli.engine.cost import (
@@ -43,6 +44,7 @@ from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, first_line, is_out_of_memory
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.suitability import attention_sizes
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 
@@ -115,28 +117,28 @@ def is_sharded() -> bool:
     return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def default_learning_rate(scope: Scope, heads_LH: NDArray[np.bool_] | None) -> float:
+def default_learning_rate(scope: Scope, head_share: float | None) -> float:
     """Return the peak learning rate of a training that names none.
 
     The more heads move together, the less each may move: their rate is the power of their share that leads from that of
     a tenth to that of all attention, to two digits, and at most the highest that was tried.
     """
     rate = DEFAULT_LEARNING_RATE[scope]
-    if scope != "heads" or heads_LH is None:
+    if scope != "heads" or head_share is None:
         return rate
     of_all = DEFAULT_LEARNING_RATE["attention"]
-    scaled = of_all * float(heads_LH.mean()) ** math.log10(of_all / rate)
+    scaled = of_all * head_share ** math.log10(of_all / rate)
     return float(f"{min(scaled, HIGHEST_DEFAULT_RATE):.2g}")
 
 
 class Tuning:
-    """One training of a model: with scope heads, of the heads of `heads_LH`, bool `[L, H]`."""
+    """One training of a model: with scope heads, of the heads `heads`."""
 
-    def __init__(self, job: StageRun[TrainConfig], files: ModelFiles, heads_LH: NDArray[np.bool_] | None) -> None:
+    def __init__(self, job: StageRun[TrainConfig], files: ModelFiles, heads: SelectedHeads | None) -> None:
         self._job = job
         self._config = job.config
         self._files = files
-        self._heads_LH = heads_LH
+        self._heads = heads
 
     @cached_property
     def device(self) -> str:
@@ -163,7 +165,8 @@ class Tuning:
         return TrainingPlan(
             **alike
             | {
-                "learning_rate": config.lr or default_learning_rate(config.resolved_scope, self._heads_LH),
+                "learning_rate": config.lr
+                or default_learning_rate(config.resolved_scope, None if self._heads is None else self._heads.share),
                 "autocast": str(self.dtype).removeprefix("torch."),
                 "device": self.device,
                 "seed": derive_seed(config.seed, "train"),
@@ -184,8 +187,8 @@ class Tuning:
             place = "cpu" if is_sharded() else self.device
             model = load_model(self._files.folder, dtype=self.dtype, device=place, four_bit=four_bit)
         with self._job.timer.phase("prepare"):
-            if scope == "heads" and self._heads_LH is not None:
-                return attach_heads(model, self._heads_LH, config.projections)
+            if scope == "heads" and self._heads is not None:
+                return attach_heads(model, self._heads.selected_LH, config.projections)
             if scope == "lora":
                 return attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
             if scope == "attention":
@@ -323,7 +326,7 @@ class Tuning:
 
     def count(self, reader: CountingReader, rows: TokenizedRows, held_out: TokenizedRows | None) -> None:
         """Have a reader count the updates, and what they need of memory and disk."""
-        config, size, trained = self._config, reader.size, self._trained(reader.size)
+        config, size, trained = self._config, reader.size, self._trained(reader)
         reader.notes += rows.notes if reader.is_exact else ()
         an_epoch = -(-len(rows.sizes) // config.batch_size)
         updates = min(float(np.ceil(an_epoch * config.epochs)), config.max_steps or np.inf)
@@ -333,7 +336,7 @@ class Tuning:
         reader.run(works)
         reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
-        weights = self._weight_bytes(size, reader.itemsize)
+        weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
         reader.need({"gradients": FLOAT32 * trained.parameters, "optimizer state": trained.optimizer_bytes})
         reader.memory["weights"] = weights
         reader.need({"adapter": adapter})
@@ -344,23 +347,26 @@ class Tuning:
         if config.eval_data is None:
             reader.notes.append(f"checkpoints only if it takes more than {config.checkpoint_minutes:g} minutes")
 
-    def _trained(self, size: ModelSize) -> Trained:
-        config = self._config
-        if self._heads_LH is not None:
-            return heads_trained(size, self._heads_LH, config.projections)
-        if config.resolved_scope == "lora":
-            return lora_trained(size, config.lora_rank, config.projections)
-        whole = size.parameters if config.resolved_scope == "full" else size.attention_weights
-        return Trained(whole, 0, size.layers)
+    def _trained(self, reader: CountingReader) -> Trained:
+        config, size = self._config, reader.size
+        if self._heads is not None:
+            return heads_trained(reader.layout, self._heads.selected_LH, config.projections)
+        if config.resolved_scope == "full":
+            return Trained(size.parameters, 0, size.depth)
+        is_lora = config.resolved_scope == "lora"
+        modules = attention_sizes(self._files, config.projections if is_lora else PROJECTIONS).values()
+        if is_lora:
+            return lora_trained(modules, config.lora_rank, size.depth)
+        return Trained(sum(map(math.prod, modules)), 0, size.depth)
 
-    def _weight_bytes(self, size: ModelSize, itemsize: int) -> int:
-        """Return the bytes of the model's own weights."""
+    def _weight_bytes(self, size: ModelSize, trained: int, itemsize: int) -> int:
+        """Return the bytes of the model's own weights, of which so many are trained."""
         scope = self._config.resolved_scope
         if scope == "full":
             return size.parameters * FLOAT32
         if scope == "attention":
-            return size.parameters * itemsize + size.attention_weights * (FLOAT32 - itemsize)
-        quantised = size.layers * size.layer_weights if self._config.base_quantization == "4bit" else 0
+            return size.parameters * itemsize + trained * (FLOAT32 - itemsize)
+        quantised = round(size.first()[0]) if self._config.base_quantization == "4bit" else 0
         return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
 
     def _updates(self, reader: CountingReader, rows: TokenizedRows, trained: Trained, times: float) -> Steps:

@@ -6,7 +6,6 @@ Legend: L layers, H query heads a layer.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -71,6 +70,7 @@ class RepeatScores:
     """What one repeat found."""
 
     scores_LH: NDArray[np.float64]
+    """Nan where a layer has no such head."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Figures for the summary, which `describe` puts into words."""
 
@@ -116,13 +116,3 @@ class HeadMethod(Method[HeadTask]):
     @abstractmethod
     def score(self) -> RepeatScores:
         """Return the scores, once all passes are done."""
-
-
-def all_heads(shape: HeadGeometry) -> NDArray[np.bool_]:
-    """Return every head, bool `[L, H]`."""
-    return np.ones((shape.num_layers, shape.num_heads), dtype=np.bool_)
-
-
-def by_layer(scores_K: NDArray[np.float64] | Sequence[float], shape: HeadGeometry) -> NDArray[np.float64]:
-    """Return scores of all heads in (layer, head) order as `[L, H]`."""
-    return np.asarray(scores_K).reshape(shape.num_layers, shape.num_heads)

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.core.head_layout import ModelLayout
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
-from p2d_cli.modeling.layouts import LayerLayout, layer_weights
+from p2d_cli.modeling.layouts import layer_weights
 from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config, require_finite_weights
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
 
@@ -98,18 +99,17 @@ def skeleton(model: Path | str | ModelFiles) -> Any:
         ) from problem
 
 
-def read_layer_weights(checkpoint: CheckpointReader, layer: LayerLayout) -> LayerWeights:
-    """Read the q, k and v weights of one layer, cut into heads.
+def read_layer_weights(checkpoint: CheckpointReader, layout: ModelLayout, layer: int) -> LayerWeights:
+    """Read the q, k and v weights of one layer, cut into heads; see `layer_weights`.
 
     Raises:
         ArtifactError: the checkpoint lacks them, or is of another shape than the layout.
     """
     try:
         # A fused projection is asked for three times.
-        return layer_weights(layer, cache(checkpoint.tensor))
+        return layer_weights(layout, layer, cache(checkpoint.tensor))
     except (RuntimeError, IndexError) as problem:
         raise ArtifactError(
-            f"the attention of layer {layer.layer} in {checkpoint.spec} has another shape than the base model's: "
-            f"{problem}",
+            f"the attention of layer {layer} in {checkpoint.spec} has another shape than the base model's: {problem}",
             hint="compare a model with a fine-tuned copy of itself",
         ) from problem

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
+from p2d_cli.core.head_layout import PROJECTIONS, ProjectionName
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.layouts import PROJECTIONS, LayerLayout, ProjectionName, model_layout, plain_model
+from p2d_cli.modeling.layouts import attention_parts, is_transposed, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
 
 ADAPTER_NAME = "default"
@@ -59,9 +60,10 @@ class TrainableShare:
 def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]) -> Any:
     """Make the selected heads, bool `[L, H]`, trainable, and nothing else; the model's modules are replaced in place.
 
-    A head's `q` rows and `o` columns are its own; its `k` and `v` rows are its group's, and training them changes every
-    head of the group. Modules without a selected head are not touched, and so no gradient is computed below the lowest
-    one that has any.
+    A head's `q` rows and `o` columns are its own, those of a gate beside its query among them. Its `k` and `v` rows are
+    its group's: training them changes every head of the group, also in later layers that take them over. Where a layer
+    takes keys and values from another, its heads have `q` and `o` alone. Modules without a selected head are not
+    touched, and so no gradient is computed below the lowest one that has any.
 
     Returns:
         A PeftModel whose trained factors are zeros in fp32 (in float64 for such a model), so that it equals the base.
@@ -73,31 +75,29 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
     """
     layout = model_layout(model)
     _check_projections(projections)
-    expected = (len(layout), layout[0].num_heads)
-    if selected_LH.shape != expected:
-        raise ArtifactError(
-            f"the selected heads are [layers, heads] = {list(selected_LH.shape)}, this model has {list(expected)}",
-            hint="score the heads of this model",
-        )
+    placed = layout.placements(selected_LH, projections)
     if not selected_LH.any():
         raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
-    placed = _placements(layout, selected_LH, projections)
-    counts = {name: len(positions) for name, (positions, _) in placed.items()}
+    if not placed:
+        raise UsageError(
+            f"the selected heads have no {', '.join(projections)} of their own: their layers take keys and values from"
+            " other layers",
+            hint="train q and o as well: --projections q,k,v,o",
+        )
+    counts = {name: len(place.rows) for name, place in placed.items()}
     first = next(iter(counts.values()))
     # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
-    peft_model = _attach(
-        model, layout, placed, r=first, lora_alpha=first, rank_pattern=counts, alpha_pattern={**counts}
-    )
-    for name, (positions, on_input) in placed.items():
+    peft_model = _attach(model, placed, r=first, lora_alpha=first, rank_pattern=counts, alpha_pattern={**counts})
+    for name, place in placed.items():
         module = peft_model.get_base_model().get_submodule(name)
-        if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(positions):
-            raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(positions)} rows")
-        trained, placing = _factors(module, on_input=on_input)
+        if module.scaling[ADAPTER_NAME] != 1.0 or module.r[ADAPTER_NAME] != len(place.rows):
+            raise AssertionError(f"PEFT gave rank {module.r} and scaling {module.scaling} for {len(place.rows)} rows")
+        trained, placing = _factors(module, on_input=place.on_input)
         placing.requires_grad_(False)
         with torch.no_grad():
             trained.zero_()
             placing.zero_()
-            (placing.T if on_input else placing)[list(positions), range(len(positions))] = 1
+            (placing.T if place.on_input else placing)[list(place.rows), range(len(place.rows))] = 1
     return peft_model
 
 
@@ -108,27 +108,32 @@ def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dro
         model: without adapter.
         rank: r.
         alpha: the scaling is `alpha / rank`.
-        targets: of q, k, v, o; a fused module is adapted as a whole.
+        targets: of q, k, v, o; a fused module is adapted as a whole, and of latent attention the parts that make them.
         dropout: on the inputs of the adapter, in [0, 1).
 
     Raises:
-        UsageError: an unknown target.
-        ModelError: the attention is of an unsupported kind.
+        UsageError: an unknown target, or one that the model has not.
+        ModelError: the model has no attention.
     """
-    layout = model_layout(model)
     _check_projections(targets)
-    names = [name for name in PROJECTIONS if name in targets]
-    modules = dict.fromkeys(layer.projection(name).module for layer in layout for name in names)
-    return _attach(model, layout, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+    parts = attention_parts(model)
+    modules = dict.fromkeys(module for name in PROJECTIONS if name in targets for module in parts[name])
+    if not modules:
+        there = [name for name in PROJECTIONS if parts[name]]
+        raise UsageError(
+            f"--projections {','.join(targets)}: the attention of this model has no linear layer for any of them",
+            hint=f"train --projections {','.join(there)}",
+        )
+    return _attach(model, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
 
 
-def _attach(model: Any, layout: Sequence[LayerLayout], modules: Iterable[str], **settings: Any) -> Any:
+def _attach(model: Any, modules: Collection[str], **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=list(modules),
-        fan_in_fan_out=layout[0].q.transposed,
+        fan_in_fan_out=is_transposed(model.get_submodule(next(iter(modules)))),
         bias="none",
         **settings,
     )
@@ -189,11 +194,11 @@ def unfreeze_attention(model: Any) -> None:
     A 16-bit model must then run under autocast, as its activations keep their dtype.
 
     Raises:
-        ModelError: the attention is of an unsupported kind.
+        ModelError: the model has no attention.
     """
-    layout = model_layout(model)
+    parts = attention_parts(model)
     model.requires_grad_(False)
-    for name in dict.fromkeys(layer.projection(part).module for layer in layout for part in PROJECTIONS):
+    for name in dict.fromkeys(module for modules in parts.values() for module in modules):
         module = model.get_submodule(name)
         module.weight = torch.nn.Parameter(_at_least_float32(module.weight.data))
 
@@ -355,21 +360,6 @@ def _check_projections(projections: Collection[str]) -> None:
     if unknown or not projections:
         found = f"found {', '.join(unknown)}" if unknown else "found none"
         raise UsageError(f"choosing what to train: expected some of {', '.join(PROJECTIONS)}, {found}")
-
-
-def _placements(
-    layout: Sequence[LayerLayout], selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]
-) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Trained rows of each module with a selected head, and whether they are columns (o) instead."""
-    placed: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for layer in layout:
-        heads = [int(head) for head in np.flatnonzero(selected_LH[layer.layer])]
-        for name in projections if heads else ():
-            part = layer.projection(name)
-            earlier, _ = placed.get(part.module, ((), False))
-            rows = {*earlier, *part.indices(layer.units(name, heads))}
-            placed[part.module] = (tuple(sorted(rows)), name == "o")
-    return placed
 
 
 def _padded(name: str, factor: torch.Tensor, rank: int) -> torch.Tensor:

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from p2d_cli.modeling.layouts import LayerLayout, plain_model
+from p2d_cli.core.head_layout import ModelLayout
+from p2d_cli.modeling.layouts import plain_model
 from p2d_cli.modeling.likelihood import ForwardStopped, forward_inputs
 
 
 @torch.no_grad()
 def mean_head_outputs(
     model: Any,
-    layout: Sequence[LayerLayout],
+    layout: ModelLayout,
     heads: Mapping[int, Sequence[int]],
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor,
@@ -40,11 +42,13 @@ def mean_head_outputs(
         token_mask_BT: `[B, T]`, 1 for the tokens to average over. A row without any has the output 0.
 
     Returns:
-        `[B, K, d]` float32 on the CPU.
+        `[B, K, d]` float32 on the CPU; where layers differ in head size, d is that of the largest of these heads, and
+        the outputs of the smaller ones are filled up with zeros.
     """
     plain = plain_model(model)
     weight_BT = token_mask_BT / token_mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
     chosen = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
+    largest = max(layout[layer].heads.head_dim for layer in chosen)
     means: dict[int, Tensor] = {}
 
     def read(layer: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -53,7 +57,8 @@ def mean_head_outputs(
         weights = weight_BT.to(device=output_BTE.device, dtype=output_BTE.dtype)
         # Averaged in the model's precision with fp32 accumulation inside the product, a matrix product a row.
         mean_BE = torch.bmm(weights[:, None], output_BTE)[:, 0]
-        means[layer] = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
+        means_BKd = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
+        means[layer] = functional.pad(means_BKd, (0, largest - means_BKd.shape[2]))
         if layer == max(chosen):
             raise ForwardStopped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import removal_effect
+from p2d_cli.core.head_layout import LayerLayout, ModelLayout
 from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, trainable_only
-from p2d_cli.modeling.layouts import LayerLayout
 
 
-def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+def taylor_scores(model: Any, layout: ModelLayout, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
     """First-order effect of removing each head, example by example (Michel et al. 2019, eq. 5).
 
     Removing a head means zeroing its columns of the output projection, so the effect is `|sum(grad * weight)|` over
@@ -23,7 +23,7 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
     An example counts with the mean loss of its completion tokens.
 
     Yields:
-        Scores `[B, L, H]` of each batch, float64 on the CPU.
+        Scores `[B, K]` of all heads, in (layer, head) order, for each batch; float64 on the CPU.
 
     Raises:
         NonFiniteError: the loss of a batch is not finite.
@@ -43,7 +43,7 @@ def taylor_scores(model: Any, layout: Sequence[LayerLayout], batches: Iterable[B
             removal_effect(_by_head(context, layer), _by_head(gradient, layer)).double().cpu()
             for layer, context, gradient in zip(layout, contexts, gradients, strict=True)
         ]
-        yield torch.stack(scores, dim=1)
+        yield torch.cat(scores, dim=1)
 
 
 def _collect(contexts: list[torch.Tensor], _module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
@@ -55,4 +55,4 @@ def _collect(contexts: list[torch.Tensor], _module: Any, arguments: tuple[torch.
 
 
 def _by_head(tensor: torch.Tensor, layer: LayerLayout) -> torch.Tensor:
-    return tensor.detach().reshape(*tensor.shape[:-1], layer.num_heads, layer.head_dim)
+    return tensor.detach().reshape(*tensor.shape[:-1], layer.heads.num_heads, layer.heads.head_dim)

@@ -1,29 +1,25 @@
-"""Which weight rows belong to which attention head.
+"""Reading from a model's modules which weight rows belong to which attention head, and which modules its attention has.
 
-Axes: L layers, H query heads, G key/value groups, d head_dim, D hidden size. A weight is said to have "rows" (outputs)
-and "columns" (inputs) as in `nn.Linear`, `[out, in]`; GPT-2's Conv1D stores the transpose, as `Projection.transposed`
-says, so that everyone else may think in rows.
+Axes: L layers, H query heads, G key/value groups, d head dimension, D hidden size. A weight is said to have "rows"
+(outputs) and "columns" (inputs) as in `nn.Linear`, see `p2d_cli.core.head_layout`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads
 from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.core.head_layout import PROJECTIONS, LayerLayout, ModelLayout, Projection, ProjectionName
 from p2d_cli.errors import ModelError
-
-ProjectionName = Literal["q", "k", "v", "o"]
-PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
-
-Range = tuple[int, int]
 
 _OWN_ATTENTION = "its attention does not run through transformers' attention interface"
 _REFUSED = {
@@ -36,10 +32,19 @@ _REFUSED = {
     "xglm": _OWN_ATTENTION,
     "diffllama": "its heads are differences of two attentions, so none stands alone",
 }
-_LATENT_MODULES = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "q_a_proj")
+_LATENT = re.compile(r"(q|k|v|kv)_[ab]_proj")
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
 # The fused projection of q, k and v, and the output projection.
 _FUSED = {"phi3": ("qkv_proj", "o_proj"), "gpt2": ("c_attn", "c_proj"), "gpt_neox": ("query_key_value", "dense")}
+# Families whose query projection puts a gate behind the query of each head.
+_GATED = ("qwen3_next", "qwen3_5", "qwen4_exp")
+# What parts of an attention are called, whether or not its heads can be told apart.
+_PARTS: dict[ProjectionName, re.Pattern[str]] = {
+    "q": re.compile(r"q(_[ab])?_proj|query|c_attn|qkv_proj|query_key_value|Wqkv|q_attn"),
+    "k": re.compile(r"k(_b)?_proj|key|kv(_[ab])?_proj(_with_mqa)?|c_attn|qkv_proj|query_key_value|Wqkv"),
+    "v": re.compile(r"v(_b)?_proj|value|kv(_[ab])?_proj(_with_mqa)?|c_attn|qkv_proj|query_key_value|Wqkv"),
+    "o": re.compile(r"o_proj|out_proj|dense|c_proj"),
+}
 # What a layer may have in place of attention, by the names of its classes in transformers.
 _MIXERS = {
     "linear attention": re.compile(r"Delta(Net|Attention)|Lightning|LinearAttention|Retention|Rwkv", re.IGNORECASE),
@@ -48,58 +53,7 @@ _MIXERS = {
     "a recurrence": re.compile(r"Recurrent(Block|Layer)|RgLru|[ms]LSTM", re.IGNORECASE),
     "cross-attention": re.compile(r"CrossAttention"),
 }
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One of a layer's q, k, v, o: a module and the ranges that its heads (q, o) or groups (k, v) own."""
-
-    module: str
-    """Full dotted name in the plain model; fused families repeat it for q, k and v."""
-    rows: tuple[Range, ...]
-    """(start, stop) of each head or group: output rows for q, k, v, and input columns for o."""
-    transposed: bool = False
-    """Whether the weight is stored `[in, out]` (Conv1D)."""
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the weight among the model's parameters."""
-        return f"{self.module}.weight"
-
-    def indices(self, units: Iterable[int]) -> tuple[int, ...]:
-        """Rows (for o: columns) of these heads or groups, ascending, each once."""
-        return tuple(sorted({row for unit in units for row in range(*self.rows[unit])}))
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """The attention of one layer."""
-
-    layer: int
-    module: str
-    """Full dotted name of the attention module."""
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    hidden_size: int
-    q: Projection
-    k: Projection
-    v: Projection
-    o: Projection
-
-    def projection(self, name: ProjectionName) -> Projection:
-        """Return the projection of this name."""
-        found: Projection = getattr(self, name)
-        return found
-
-    def group_of(self, head: int) -> int:
-        """Return the key/value group that a query head reads."""
-        return head * self.num_groups // self.num_heads
-
-    def units(self, name: ProjectionName, heads: Iterable[int]) -> tuple[int, ...]:
-        """Return what these query heads own of a projection: themselves for q and o, their groups for k and v."""
-        chosen = heads if name in ("q", "o") else (self.group_of(head) for head in heads)
-        return tuple(sorted(set(chosen)))
+_NO_ATTENTION = "no attention at all"
 
 
 def plain_model(model: Any) -> Any:
@@ -107,11 +61,12 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def model_layout(model: Any) -> tuple[LayerLayout, ...]:
+def model_layout(model: Any) -> ModelLayout:
     """Read from a model's modules where each head's weights are, layer by layer.
 
     Sizes come from the modules themselves (head_dim is not hidden/heads in Gemma or Qwen3). The model may be on the
-    meta device, and may be a PeftModel; names are always those of the plain model.
+    meta device, and may be a PeftModel; names are always those of the plain model. Layers may have no attention, but
+    one that p2d does not know is not taken for none.
 
     Raises:
         ModelError: the model's attention is not of a kind whose heads p2d can tell apart, with the reason.
@@ -121,65 +76,105 @@ def model_layout(model: Any) -> tuple[LayerLayout, ...]:
     for model_type in (model.config.model_type, config.model_type):
         if model_type in _REFUSED:
             _refuse(model_type, _REFUSED[model_type])
-    if shared := getattr(config, "num_kv_shared_layers", 0):
-        _refuse(
-            config.model_type,
-            f"{shared} of its {config.num_hidden_layers} layers take their keys and values from other layers",
-        )
     found = sorted(_attention_modules(model, config), key=lambda item: item[0])
-    layers = [layer for layer, _, _ in found]
-    if layers != list(range(config.num_hidden_layers)):
-        _refuse(config.model_type, _why_incomplete(_decoder(model, config), config.num_hidden_layers, layers))
-    layout = tuple(_layer_layout(layer, name, module, config) for layer, name, module in found)
-    shapes = {(item.num_heads, item.num_groups, item.head_dim, item.hidden_size) for item in layout}
-    if len(shapes) > 1:
-        _refuse(config.model_type, f"its layers differ in (heads, groups, head_dim, hidden size): {sorted(shapes)}")
-    if min(map(min, shapes), default=0) < 1:
-        _refuse(config.model_type, f"expected layers with heads, found {len(layout)} layers of {sorted(shapes)}")
-    return layout
+    layers, total = [layer for layer, _, _ in found], config.num_hidden_layers
+    if (why := _why_unknown(_decoder(model, config), total, layers)) is not None:
+        _refuse(config.model_type, why)
+    sources: dict[Any, int] = {}
+    layout = []
+    for layer, name, module in found:
+        kind = getattr(module, "layer_type", None)
+        one = _layer_layout(layer, name, module, config)
+        if one.k is None:
+            one = replace(one, kv_layer=sources.get(kind))
+        else:
+            sources[kind] = layer  # those that share keys and values take those of the last layer of their kind
+        layout.append(one)
+    return ModelLayout(num_layers=total, hidden_size=layout[0].o.width, layers=tuple(layout))
 
 
 def geometry(model: Any) -> HeadGeometry:
     """Return the geometry of a model, or raise as `model_layout` does."""
-    return layout_geometry(model_layout(model))
+    return model_layout(model).geometry
 
 
-def layout_geometry(layout: tuple[LayerLayout, ...]) -> HeadGeometry:
-    """Return the numbers and sizes of layers, heads and groups."""
-    first = layout[0]
-    return HeadGeometry(
-        num_layers=len(layout),
-        num_heads=first.num_heads,
-        num_groups=first.num_groups,
-        head_dim=first.head_dim,
-        hidden_size=first.hidden_size,
-    )
+def attention_parts(model: Any) -> dict[ProjectionName, tuple[str, ...]]:
+    """Return the modules that make up each projection of a model's attention, in all layers, by their full names.
+
+    They are known by name alone, so this goes for families whose heads cannot be told apart as well: with latent
+    attention, `k` and `v` are the projections down to the latent and up from it. A fused module is part of each.
+
+    Raises:
+        ModelError: the model has no attention.
+    """
+    model = plain_model(model)
+    config = model.config.get_text_config()
+    found: dict[ProjectionName, list[str]] = {name: [] for name in PROJECTIONS}
+    for name, module in _decoder_modules(model, config):
+        if _is_mixer(module):
+            continue
+        parts = [part for part, child in module.named_children() if _is_linear(child)]
+        # A module with an output and something to read: an MLP may call its own parts c_proj or dense.
+        if not any(_PARTS["o"].fullmatch(part) for part in parts) or not any(
+            _PARTS["k"].fullmatch(part) for part in parts
+        ):
+            continue
+        for projection, pattern in _PARTS.items():
+            found[projection] += [f"{name}.{part}" for part in parts if pattern.fullmatch(part)]
+    if not any(found.values()):
+        raise ModelError(
+            f"{config.model_type} has no attention with projections that could be trained",
+            hint="train it with --scope full",
+        )
+    return {name: tuple(modules) for name, modules in found.items()}
 
 
-def layer_weights(layer: LayerLayout, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
-    """Cut a layer's q, k and v weights into heads.
+def is_transposed(module: Any) -> bool:
+    """Say whether a linear layer stores its weight `[in, out]`."""
+    return _features(module)[2]
+
+
+def layer_weights(layout: ModelLayout, layer: int, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
+    """Cut the q, k and v weights that a layer reads with into heads; of a query with a gate, the query alone.
 
     `tensors` gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`. Returns q
     `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
-    """
 
-    def cut(projection: Projection) -> torch.Tensor:
+    Raises:
+        ModelError: the layer takes keys and values from another one, and it is not known from which.
+    """
+    own = layout[layer]
+    source = None if own.kv_layer is None else layout[own.kv_layer]
+    if source is None or source.k is None:
+        raise ModelError(
+            f"layer {layer} takes its keys and values from another layer: its heads have no weights to compare",
+            hint="use --method readout, contrast or taylor, which read what heads do",
+        )
+
+    def cut(projection: Projection, most: int | None = None) -> torch.Tensor:
         weight = tensors(projection.weight_name).detach()
         weight = weight.T if projection.transposed else weight
         # narrow, unlike a slice, refuses a range that the weight does not have.
-        return torch.stack([weight.narrow(0, start, stop - start) for start, stop in projection.rows])
+        return torch.stack([weight.narrow(0, start, most or stop - start) for start, stop in projection.rows])
 
-    return LayerWeights(q_HdD=cut(layer.q), k_GdD=cut(layer.k), v_GdD=cut(layer.v))
+    # Keys serve as values where there are no others.
+    return LayerWeights(cut(own.q, own.query_dim), cut(source.k), cut(source.v or source.k))
 
 
-def _why_incomplete(decoder: Any, total: int, layers: Sequence[int]) -> str:
-    """Say what a model has where not every layer has one attention of its own; `layers` are those of the attentions."""
+def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
+    """Say what keeps heads from being told apart in the layers of a model, whose attentions are those of `layers`."""
+    if outside := [layer for layer in layers if not 0 <= layer < total]:
+        del outside
+        return "its attention is shared by several layers, so that a head belongs to no layer"
+    if several := sorted(layer for layer, count in Counter(layers).items() if count > 1):
+        return f"expected one attention a layer, found several in layer {several[0]}"
     blocks = _blocks_of(decoder, total) or ()
     kinds = Counter(_kind(block) for index, block in enumerate(blocks) if index not in layers)
+    unknown = [kind for kind in kinds if not kind.startswith((*_MIXERS, _NO_ATTENTION))]
+    if layers and not unknown and sum(kinds.values()) == total - len(layers):
+        return None
     if not kinds:
-        several = sorted(layer for layer, count in Counter(layers).items() if count > 1)
-        found = f"several in layer {several[0]}" if several else f"them in layers {list(layers)}"
-        return f"expected one attention in each of its {total} layers, found {found}"
+        return f"expected an attention in each of its {total} layers, found them in layers {list(layers)}"
     lacking = sum(kinds.values())
     share = f"none of its {total} layers has" if lacking == total else f"{lacking} of its {total} layers do not have"
     found = ", ".join(f"{kind} in {count}" if len(kinds) > 1 else kind for kind, count in kinds.items())
@@ -200,11 +195,8 @@ def _kind(block: Any) -> str:
     for kind, pattern in _MIXERS.items():
         if (name := next(filter(pattern.search, names), None)) is not None:
             return f"{kind} ({name})"
-    parts = [module for module in block.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
-    if any(getattr(part, "v_proj", None) is None for part in parts):
-        return "keys that serve as values as well"
     attention = next((name for name in names if "Attention" in name), None)
-    return "no attention at all" if attention is None else f"{attention}, which p2d does not know"
+    return _NO_ATTENTION if attention is None else f"{attention}, which p2d does not know"
 
 
 def _decoder(model: Any, config: Any) -> Any:
@@ -213,57 +205,84 @@ def _decoder(model: Any, config: Any) -> Any:
     return model.base_model if _blocks_of(decoder, config.num_hidden_layers) is None else decoder
 
 
+def _decoder_modules(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
+    """Full name and module of all that the model's text decoder is made of."""
+    decoder = set(_decoder(model, config).modules())
+    return ((name, module) for name, module in model.named_modules() if module in decoder)
+
+
+def _is_mixer(module: Any) -> bool:
+    """Say whether a module is what a layer has in place of attention; its projections may be called the same."""
+    return any(pattern.search(type(module).__name__) for pattern in _MIXERS.values())
+
+
 def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
     """Layer, full name and module of each attention in the model's text decoder."""
-    decoder = set(_decoder(model, config).modules())
-    model_type = config.model_type
     found = []
-    for name, module in model.named_modules():
-        if module not in decoder or not isinstance(getattr(module, "layer_idx", None), int):
+    for name, module in _decoder_modules(model, config):
+        if not isinstance(getattr(module, "layer_idx", None), int) or _is_mixer(module):
             continue
-        # A mixer may call its projections as an attention does.
-        if any(pattern.search(type(module).__name__) for pattern in _MIXERS.values()):
-            continue
-        if any(hasattr(module, latent) for latent in _LATENT_MODULES):
-            _refuse(model_type, "its keys and values are compressed into a latent (MLA), so heads own no plain k and v")
-        fused = hasattr(module, "c_attn") or hasattr(module, "qkv_proj") or hasattr(module, "query_key_value")
-        if fused or all(getattr(module, part, None) is not None for part in ("q_proj", "k_proj", "v_proj")):
+        children = [part for part, _ in module.named_children()]
+        if any(_LATENT.match(part) for part in children):
+            _refuse(
+                config.model_type,
+                "its keys and values are compressed into a latent (MLA), so heads own no plain k and v",
+            )
+        fused = {"c_attn", "qkv_proj", "query_key_value"} & set(children)
+        if fused or ("q_proj" in children and {*_OUTPUT_NAMES} & set(children)):
             found.append((module.layer_idx, name, module))
     return found
 
 
 def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayout:
-    head_dim, heads = _head_dim(module, config), config.num_attention_heads
+    query_dim = _head_dim(module, config)
+    value_dim = getattr(module, "v_head_dim", query_dim)
+    cut = partial(_projection, name, module)
     if hasattr(module, "q_proj"):
-        output = next((part for part in _OUTPUT_NAMES if hasattr(module, part)), "")
-        if not output:
-            _refuse(config.model_type, f"{name} has no output projection named {' or '.join(_OUTPUT_NAMES)}")
-        q, k, v = (_projection(name, module, f"{part}_proj", head_dim) for part in ("q", "k", "v"))
+        o = _require(cut(next(part for part in _OUTPUT_NAMES if hasattr(module, part)), value_dim, on_input=True))
+        q = _require(cut("q_proj", _query_rows(name, module, config, query_dim, len(o.rows))))
+        k, v = cut("k_proj", query_dim), cut("v_proj", value_dim)
     elif config.model_type in _FUSED:
         part, output = _FUSED[config.model_type]
-        fused = _projection(name, module, part, head_dim)
-        groups = (len(fused.rows) - heads) // 2
-        # All of q, then all of k, then all of v; in gpt_neox q, k and v of the first head, then of the second.
-        pieces = [slice(heads), slice(heads, heads + groups), slice(heads + groups, None)]
-        if config.model_type == "gpt_neox":
-            pieces = [slice(offset, None, 3) for offset in range(3)]
-        q, k, v = (replace(fused, rows=fused.rows[piece]) for piece in pieces)
+        o = _require(cut(output, value_dim, on_input=True))
+        q, k, v = _fused(_require(cut(part, query_dim)), len(o.rows), is_interleaved=config.model_type == "gpt_neox")
     else:
         _refuse(config.model_type, f"p2d does not know the row order of the fused projection in {name}")
-    o = _projection(name, module, output, head_dim, on_input=True)
-    if (v_head_dim := getattr(module, "v_head_dim", head_dim)) != head_dim:
-        _refuse(config.model_type, f"its values are of size {v_head_dim} a head, its queries and keys of {head_dim}")
-    if len(q.rows) == 2 * heads and len(o.rows) == heads:
-        _refuse(config.model_type, "its query projection also makes an output gate")
-    groups = len(k.rows)
-    if len(q.rows) != heads or len(o.rows) != heads or len(v.rows) != groups or heads % groups:
+    heads = len(o.rows)
+    groups = len(k.rows) if k is not None else heads // getattr(module, "num_key_value_groups", heads)
+    counts = len(q.rows), groups, groups if v is None else len(v.rows), heads
+    if counts != (heads, groups, groups, heads) or heads % groups or heads != _stated_heads(module, config):
         _refuse(
             config.model_type,
-            f"{name} has {len(q.rows)} query, {groups} key, {len(v.rows)} value and {len(o.rows)} output heads "
-            f"where its config says {heads} query heads",
+            f"{name} has {counts[0]} query, {counts[1]} key, {counts[2]} value and {counts[3]} output heads "
+            f"where its config says {_stated_heads(module, config)} query heads",
         )
-    hidden_size, _, _ = _features(module.get_submodule(q.module.rpartition(".")[2]))
-    return LayerLayout(layer, name, heads, groups, head_dim, hidden_size, q, k, v, o)
+    return LayerLayout(layer, name, LayerHeads(heads, groups, value_dim), query_dim, q, k, v, o, kv_layer=layer)
+
+
+def _query_rows(name: str, module: Any, config: Any, query_dim: int, heads: int) -> int:
+    """Return how many rows of the query projection a head owns: twice its size where they include a gate."""
+    _, rows, _ = _features(module.q_proj)
+    if rows != 2 * heads * query_dim:
+        return query_dim
+    if not config.model_type.startswith(_GATED):
+        _refuse(config.model_type, f"p2d does not know what the query projection in {name} makes besides queries")
+    return 2 * query_dim
+
+
+def _fused(whole: Projection, heads: int, *, is_interleaved: bool) -> tuple[Projection, ...]:
+    """Part a fused projection: all of q, then all of k, then all of v; or q, k and v of a head, then of the next."""
+    groups = (len(whole.rows) - heads) // 2
+    pieces = [slice(heads), slice(heads, heads + groups), slice(heads + groups, None)]
+    if is_interleaved:
+        pieces = [slice(offset, None, 3) for offset in range(3)]
+    return tuple(replace(whole, rows=whole.rows[piece]) for piece in pieces)
+
+
+def _stated_heads(module: Any, config: Any) -> int:
+    """Return how many query heads a layer says that it has, or else the config."""
+    stated = getattr(module, "num_heads", None)
+    return int(stated if isinstance(stated, int) else config.num_attention_heads)
 
 
 def _head_dim(module: Any, config: Any) -> int:
@@ -278,11 +297,29 @@ def _head_dim(module: Any, config: Any) -> int:
     return head_dim
 
 
-def _projection(name: str, module: Any, part: str, head_dim: int, *, on_input: bool = False) -> Projection:
-    """Cut all output rows of a part of an attention module (`on_input`: its input columns) into heads."""
-    in_features, out_features, transposed = _features(getattr(module, part))
-    starts = range(0, in_features if on_input else out_features, head_dim)
-    return Projection(f"{name}.{part}", tuple((start, start + head_dim) for start in starts), transposed)
+def _projection(name: str, module: Any, part: str, unit: int, *, on_input: bool = False) -> Projection | None:
+    """Cut all output rows of a part of an attention module (`on_input`: its input columns) into units of a size.
+
+    Returns None if the module has no such part.
+    """
+    if (child := getattr(module, part, None)) is None:
+        return None
+    in_features, out_features, transposed = _features(child)
+    size, width = (in_features, out_features) if on_input else (out_features, in_features)
+    rows = tuple((start, start + unit) for start in range(0, size, unit))
+    return Projection(f"{name}.{part}", rows, width, size, transposed)
+
+
+def _require(projection: Projection | None) -> Projection:
+    """Return a projection that is surely there: its attention was found by it."""
+    assert projection is not None, "an attention without its projection"
+    return projection
+
+
+def _is_linear(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(getattr(module, "base_layer", module), Conv1D | nn.Linear)
 
 
 def _features(module: Any) -> tuple[int, int, bool]:
@@ -295,6 +332,7 @@ def _features(module: Any) -> tuple[int, int, bool]:
 
 def _refuse(model_type: str, reason: str) -> NoReturn:
     raise ModelError(
-        f"p2d does not support the attention of {model_type}: {reason}",
-        hint="use a model such as llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox or olmo2",
+        f"p2d cannot tell the attention heads of {model_type} apart: {reason}",
+        hint="what needs no heads works: train --scope lora, attention or full; mine-data --method lexical, embedding,"
+        " loss, ifd, random",
     )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from p2d_cli.core.head_importance import LayerWeights
+from p2d_cli.core.head_layout import ModelLayout, ProjectionName
 from p2d_cli.errors import NonFiniteError, UsageError, is_out_of_memory
 from p2d_cli.modeling.gradients import Batch, example_losses, require_finite, scored_tokens, trainable_only
-from p2d_cli.modeling.layouts import LayerLayout, ProjectionName, layer_weights
+from p2d_cli.modeling.layouts import layer_weights
 from p2d_cli.modeling.memory import release_memory
 
 
@@ -44,7 +45,7 @@ class AttentionProxy:
     def __init__(
         self,
         model: Any,
-        layout: Sequence[LayerLayout],
+        layout: ModelLayout,
         *,
         lr: float,
         projections: Sequence[ProjectionName] = ("q", "k", "v"),
@@ -52,12 +53,12 @@ class AttentionProxy:
         sum_over_ranks: Callable[[Sequence[torch.Tensor]], None] = lambda _: None,
     ) -> None:
         self._model = model
-        self._layout = tuple(layout)
+        self._layout = layout
         self._max_grad_norm = max_grad_norm
         self._sum_over_ranks = sum_over_ranks
         self.parts = 1
         """How many parts a batch is read in; more once it did not fit into memory."""
-        parts = [layer.projection(name) for layer in layout for name in projections]
+        parts = [part for layer in layout for name, part in layer.projections.items() if name in projections]
         names = dict.fromkeys(part.weight_name for part in parts)
         self._live = {name: model.get_parameter(name) for name in names}
         if any(weight.is_meta for weight in self._live.values()):
@@ -158,7 +159,7 @@ class AttentionProxy:
             found: torch.Tensor = tensors[name] if name in tensors else self._model.get_parameter(name)
             return found
 
-        return layer_weights(self._layout[layer], find)
+        return layer_weights(self._layout, layer, find)
 
     def _update(self, gradients: Sequence[torch.Tensor]) -> None:
         with torch.no_grad():
@@ -176,12 +177,12 @@ class AttentionProxy:
 
 
 def _frozen_rows(
-    layout: Sequence[LayerLayout], projections: Sequence[ProjectionName], weights: dict[str, torch.Tensor]
+    layout: ModelLayout, projections: Sequence[ProjectionName], weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """For fused modules of which only a part is trained: a mask of the rest, in the weight's stored shape."""
     masks: dict[str, torch.Tensor] = {}
     for layer in layout:
-        for part in (layer.projection(name) for name in projections if name != "o"):
+        for part in (part for name, part in layer.projections.items() if name in projections and name != "o"):
             weight = weights[part.weight_name]
             mask = masks.setdefault(part.weight_name, torch.ones_like(weight, dtype=torch.bool))
             rows = mask.T if part.transposed else mask

@@ -6,8 +6,11 @@ the headers of the weight files prove the same, so that a plan of them needs no 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from p2d_cli.core.geometry import LayerHeads
+from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Projection, ProjectionName
 from p2d_cli.errors import DataError, ModelError
 from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, require_tokenizer, tensor_shapes
 from p2d_cli.modeling.token_ids import count_embeddings
@@ -18,13 +21,20 @@ _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size
 
 
 def require_suitable(
-    files: ModelFiles, *, heads: bool = False, attention: bool = False, logits: bool = False, weights: bool = True
+    files: ModelFiles,
+    *,
+    heads: bool = False,
+    parts: bool = False,
+    attention: bool = False,
+    logits: bool = False,
+    weights: bool = True,
 ) -> int:
     """Refuse a model that could not do its work, with the reason; return the number of its input embeddings.
 
     Args:
         files: the model.
         heads: whether it matters which weights belong to which attention head.
+        parts: whether the projections of its attention are trained as a whole.
         attention: whether the attention of heads is watched.
         logits: whether it predicts tokens.
         weights: whether its weights are read at all.
@@ -35,16 +45,18 @@ def require_suitable(
     """
     if weights:
         require_plain_weights(files)
-    if (count := _ordinary_embeddings(files)) is not None:
-        return count
+    if _ordinary_layout(files) is not None:
+        return int(files.config["vocab_size"])
     from p2d_cli.modeling.attention_capture import require_capturable
     from p2d_cli.modeling.checkpoints import skeleton
-    from p2d_cli.modeling.layouts import model_layout
+    from p2d_cli.modeling.layouts import attention_parts, model_layout
     from p2d_cli.modeling.likelihood import output_embedding
 
     model = skeleton(files)
     if heads:
         model_layout(model)
+    if parts:
+        attention_parts(model)
     if attention:
         require_capturable(model)
     if logits:
@@ -54,18 +66,48 @@ def require_suitable(
     return count
 
 
-def require_reader(files: ModelFiles, *, heads: bool = False, attention: bool = False, logits: bool = False) -> int:
+def require_reader(
+    files: ModelFiles, *, heads: bool = False, parts: bool = False, attention: bool = False, logits: bool = False
+) -> int:
     """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
     require_tokenizer(files)
-    return require_suitable(files, heads=heads, attention=attention, logits=logits)
+    return require_suitable(files, heads=heads, parts=parts, attention=attention, logits=logits)
 
 
-def _ordinary_embeddings(files: ModelFiles) -> int | None:
-    """Return the number of embeddings of a model that is surely of an ordinary family; None if there is any doubt."""
+def read_layout(files: ModelFiles) -> ModelLayout:
+    """Return where each head's weights are, found without reading any; see `p2d_cli.modeling.layouts.model_layout`."""
+    if (layout := _ordinary_layout(files)) is not None:
+        return layout
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import model_layout
+
+    return model_layout(skeleton(files))
+
+
+def attention_sizes(files: ModelFiles, projections: Collection[ProjectionName]) -> dict[str, tuple[int, int]]:
+    """Return the two sizes of each module that makes up these projections of a model's attention, by name.
+
+    Raises:
+        ModelError: the model has no attention.
+    """
+    if (layout := _ordinary_layout(files)) is not None:
+        named = (part for layer in layout for name, part in layer.projections.items() if name in projections)
+        return {part.module: (part.width, part.size) for part in named}
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import attention_parts
+
+    model = skeleton(files)
+    modules = [module for name, found in attention_parts(model).items() if name in projections for module in found]
+    weights = {module: model.get_submodule(module).weight.shape for module in modules}
+    return {module: (int(shape[0]), int(shape[1])) for module, shape in weights.items()}
+
+
+def _ordinary_layout(files: ModelFiles) -> ModelLayout | None:
+    """Return the layout of a model that is surely of an ordinary family; None if there is any doubt."""
     config = files.config
     if files.model_type not in _ORDINARY or not _has_ordinary_settings(config):
         return None
-    layers, heads, hidden, vocabulary = (config[name] for name in _SIZES)
+    count, heads, hidden, vocabulary = (config[name] for name in _SIZES)
     groups = config.get("num_key_value_heads", heads)
     head_dim = config.get("head_dim", hidden // heads)
     if not (_is_size(groups) and _is_size(head_dim)) or heads % groups or hidden % heads:
@@ -74,12 +116,26 @@ def _ordinary_embeddings(files: ModelFiles) -> int | None:
         found = tensor_shapes(files)
     except DataError:
         return None
+    layers = tuple(_ordinary_layer(layer, LayerHeads(heads, groups, head_dim), hidden) for layer in range(count))
     expected = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    sizes = {"q": (heads * head_dim, hidden), "k": (groups * head_dim, hidden), "v": (groups * head_dim, hidden)}
-    sizes["o"] = (hidden, heads * head_dim)
-    for layer in range(layers):
-        expected |= {f"model.layers.{layer}.self_attn.{part}_proj.weight": shape for part, shape in sizes.items()}
-    return vocabulary if all(found.get(name) == shape for name, shape in expected.items()) else None
+    for part in (part for layer in layers for part in layer.projections.values()):
+        is_output = part.module.endswith("o_proj")
+        expected[part.weight_name] = (part.width, part.size) if is_output else (part.size, part.width)
+    if any(found.get(name) != shape for name, shape in expected.items()):
+        return None
+    return ModelLayout(count, hidden, layers)
+
+
+def _ordinary_layer(layer: int, heads: LayerHeads, hidden: int) -> LayerLayout:
+    module = f"model.layers.{layer}.self_attn"
+
+    def projection(name: str, units: int) -> Projection:
+        rows = tuple((unit * heads.head_dim, (unit + 1) * heads.head_dim) for unit in range(units))
+        return Projection(f"{module}.{name}_proj", rows, width=hidden, size=units * heads.head_dim)
+
+    q, o = projection("q", heads.num_heads), projection("o", heads.num_heads)
+    k, v = projection("k", heads.num_groups), projection("v", heads.num_groups)
+    return LayerLayout(layer, module, heads, heads.head_dim, q, k, v, o, kv_layer=layer)
 
 
 def _has_ordinary_settings(config: dict[str, Any]) -> bool:

@@ -61,26 +61,29 @@ _KINDS: dict[Kind, dict[str, Any]] = {
 def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str) -> None:
     """Draw the scores of heads, [L, H], layers downward and heads to the right, with the selected ones outlined.
 
-    `selected_LH` says which those are, bool [L, H]. A score that is not finite is drawn grey.
+    `selected_LH` says which those are, bool [L, H]. Where a layer has no such head, the score is nan and the cell
+    blank; on a logarithmic scale a score of 0 is drawn grey.
     """
     scores = np.asarray(scores_LH, dtype=np.float64)
     num_layers, num_heads = scores.shape
     cell = float(np.clip(7.0 / max(num_layers, num_heads), 0.09, 0.3))  # inches
     with _figure(path, (max(4.6, cell * num_heads + 2.0), max(2.6, cell * num_layers + 1.3))) as figure:
         from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
 
         axes = figure.add_subplot()
         norm, scale = _colour_scale(scores)
         shown = np.ma.masked_invalid(np.ma.masked_less_equal(scores, 0.0) if scale else scores)
         colours = colormaps["viridis"].with_extremes(bad=NO_SCORE)
-        image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        there = np.where(np.isnan(scores), 0.0, 1.0)
+        axes.imshow(shown, cmap=colours, norm=norm, alpha=there, aspect="auto", interpolation="nearest")
         _outline(axes, np.asarray(selected_LH, dtype=bool))
         axes.set(xlabel="head", ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        bar = figure.colorbar(image, ax=axes, label=f"score{scale}", fraction=0.05, pad=0.02)
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=f"score{scale}", fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        _title(axes, title, "outlined: selected")
+        _title(axes, title, "outlined: selected" + ("" if there.all() else "; blank: no such head"))
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:

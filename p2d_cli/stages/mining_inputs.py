@@ -68,7 +68,7 @@ def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
     model, heads_LH = _open_reader(job), None
     if method.takes_heads and config.heads is not None:
         scorer = None if job.scorer is None else (job.scorer, "--scorer-model")
-        heads_LH = job.inputs.heads(config.heads, model, of=scorer)
+        heads_LH = job.inputs.heads(config.heads, model, of=scorer).selected_LH
     return MiningInputs(
         method=method,
         model=model,

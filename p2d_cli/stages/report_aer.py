@@ -101,7 +101,7 @@ class _Settings(BaseModel):
     confidence: Annotated[float, Field(gt=0, lt=1)] = DEFAULT_CONFIDENCE
     shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
     selected: list[Annotated[int, Field(ge=0)]] = []
-    levels: Annotated[str, Field(pattern="^[0-9]*$")] = ""
+    levels: Annotated[str, Field(pattern="^[0-9.]*$")] = ""
 
 
 class _Entry(BaseModel):

@@ -18,8 +18,7 @@ from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores, save_hea
 from p2d_cli.config import Resolved, ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.core.head_selection import (
-    among_layers,
-    candidate_layers,
+    candidate_heads,
     head_levels,
     repeatability,
     select_spread,
@@ -130,7 +129,7 @@ def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | N
     reader = CountingReader(job, inputs.model, unfinished)
     shape = reader.shape
     _require_candidates(job.config, shape)
-    reader.disk["artifact"] = shape.total_heads * (2 * FLOAT32 + 1 + FLOAT32 * job.config.repeats)
+    reader.disk["artifact"] = shape.exists_LH.size * (FLOAT32 + 2 + FLOAT32 * job.config.repeats)
     if job.config.scores is not None:
         return reader.plan()
     target = reader.sample("target", inputs.target)
@@ -145,12 +144,12 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
     reader = ModelReader(job, inputs.model)
     shape, repeats_RLH, notes = _score(job, inputs, reader)
     scores_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
-    _require_finite(scores_LH, method.name)
-    layers = candidate_layers(config.layers, shape.num_layers)
-    select = _selection_rule(config, method, shape)
+    _require_finite(scores_LH, shape, method.name)
+    candidates_LH = candidate_heads(config.layers, shape.exists_LH)
+    select = _selection_rule(config, method, shape, candidates_LH)
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
-        selected_LH=among_layers(select(scores_LH[layers.start : layers.stop]), layers, len(scores_LH)),
+        selected_LH=select(scores_LH),
         repeats_RLH=repeats_RLH.astype(np.float32),
         method=method.name,
         geometry=shape,
@@ -159,7 +158,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
         with job.saving():
             save_head_scores(folder, heads)
             _draw(job, heads, folder)
-    repeat = repeatability(repeats_RLH[:, layers.start : layers.stop], select)
+    repeat = repeatability(repeats_RLH, candidates_LH, select)
     is_read = inputs.reads_rows
     return Outcome(
         summary=_selection(heads) | {"repeatability": vars(repeat) if repeat else None} | notes,
@@ -169,7 +168,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
             # What a report draws of the heads, small enough to travel in every later manifest.
             "shape": list(heads.scores_LH.shape),
             "selected": np.flatnonzero(heads.selected_LH).tolist(),
-            "levels": head_levels(heads.scores_LH),
+            "levels": head_levels(heads.scores_LH, shape.exists_LH),
         },
         precision=reader.precision if is_read else "",
         device=reader.device if is_read else "cpu",
@@ -212,7 +211,7 @@ def _require_candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> None:
     if config.layers is None:
         return
     budget = shape.head_budget(config.ratio)
-    there = len(candidate_layers(config.layers, shape.num_layers)) * shape.num_heads
+    there = int(candidate_heads(config.layers, shape.exists_LH).sum())
     if budget > there:
         raise UsageError(
             f"--ratio {config.ratio:g} asks for {budget} heads; layers {config.layers} have {there}",
@@ -221,19 +220,20 @@ def _require_candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> None:
 
 
 def _selection_rule(
-    config: ScoreHeadsConfig, method: type[HeadMethod], shape: HeadGeometry
+    config: ScoreHeadsConfig, method: type[HeadMethod], shape: HeadGeometry, candidates_LH: NDArray[np.bool_]
 ) -> Callable[[NDArray[np.float64]], NDArray[np.bool_]]:
-    """Return what makes a selection from the scores of some layers, `[layers, H]`."""
+    """Return what makes a selection of the candidates from scores, `[L, H]`."""
     budget = shape.head_budget(config.ratio)
     if config.resolved_selection == "spread" and method.ranks:
-        return lambda scores: select_spread(scores, budget, shape.num_groups)
-    return lambda scores: select_top(scores, budget)
+        return lambda scores: select_spread(scores, budget, candidates_LH, shape.layers)
+    return lambda scores: select_top(scores, budget, candidates_LH)
 
 
-def _require_finite(scores_LH: NDArray[np.float64], method: str) -> None:
-    if np.isfinite(scores_LH).all():
+def _require_finite(scores_LH: NDArray[np.float64], shape: HeadGeometry, method: str) -> None:
+    unknown = np.argwhere(shape.exists_LH & ~np.isfinite(scores_LH))
+    if not unknown.size:
         return
-    layer, head = np.argwhere(~np.isfinite(scores_LH))[0]
+    layer, head = unknown[0]
     raise NonFiniteError(
         f"the {method} score of layer {layer}, head {head} is not a finite number; nothing was written",
         hint=NOT_FINITE_HINT,
@@ -247,8 +247,8 @@ def _selection(heads: HeadScores) -> dict[str, object]:
         "method": heads.method,
         "heads_selected": int(heads.selected_LH.sum()),
         "heads_total": shape.total_heads,
-        "groups_touched": int(shape.groups_of(heads.selected_LH).sum()),
-        "groups_total": shape.num_layers * shape.num_groups,
+        "groups_touched": len(shape.groups_of(heads.selected_LH)),
+        "groups_total": shape.total_groups,
         "layers_touched": int(heads.selected_LH.any(axis=1).sum()),
     }
 
@@ -256,6 +256,6 @@ def _selection(heads: HeadScores) -> dict[str, object]:
 def _draw(job: StageRun[ScoreHeadsConfig], heads: HeadScores, folder: Path) -> None:
     from p2d_cli.reporting.plots import head_heatmap
 
-    title = f"{heads.method}: {int(heads.selected_LH.sum())} of {heads.scores_LH.size} heads"
+    title = f"{heads.method}: {int(heads.selected_LH.sum())} of {heads.geometry.total_heads} heads"
     with job.drawing(PICTURE_NAME):
         head_heatmap(heads.scores_LH, heads.selected_LH, folder / PICTURE_NAME, title=title)

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from p2d_cli.artifacts.adapter import (
     ADAPTER_RANK,
     CHAT_TEMPLATE_NAME,
@@ -20,6 +17,7 @@ from p2d_cli.artifacts.adapter import (
 )
 from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.config import Resolved, TrainConfig
+from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
@@ -45,7 +43,7 @@ class _Inputs:
     model: ModelFiles
     data: RowSource
     eval_data: RowSource | None
-    heads_LH: NDArray[np.bool_] | None
+    heads: SelectedHeads | None
     """The selected heads (scope heads only)."""
 
 
@@ -59,19 +57,24 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
     job.shown = "conversation" if config.loss_on == "all" else "example"
     model = job.inputs.model(config.model)
-    heads_LH = None
+    heads = None
     if config.resolved_scope == "heads" and config.heads is not None:
-        heads_LH = job.inputs.heads(config.heads, model)
+        heads = job.inputs.heads(config.heads, model)
     inputs = _Inputs(
         model=model,
         data=job.inputs.rows("data", config.data),
         eval_data=job.inputs.rows("eval_data", config.eval_data) if config.eval_data is not None else None,
-        heads_LH=heads_LH,
+        heads=heads,
     )
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: require_reader(model, heads=config.resolved_scope != "full", logits=True),
+        check=lambda: require_reader(
+            model,
+            heads=config.resolved_scope == "heads",
+            parts=config.resolved_scope in {"lora", "attention"},
+            logits=True,
+        ),
     )
 
 
@@ -101,7 +104,7 @@ def _plan(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path | None) 
     rows = TokenizedRows.read(reader, reader.sample("data", inputs.data))
     looked_at = reader.sample("eval_data", inputs.eval_data)
     held_out = TokenizedRows.read(reader, looked_at) if inputs.eval_data is not None else None
-    Tuning(job, inputs.model, inputs.heads_LH).count(reader, rows, held_out)
+    Tuning(job, inputs.model, inputs.heads).count(reader, rows, held_out)
     return reader.plan()
 
 
@@ -109,7 +112,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
 
     config, scope = job.config, job.config.resolved_scope
-    tuning, reader = Tuning(job, inputs.model, inputs.heads_LH), ModelReader(job, inputs.model)
+    tuning, reader = Tuning(job, inputs.model, inputs.heads), ModelReader(job, inputs.model)
     with job.timer.phase("load"):
         device, dtype = tuning.device, tuning.dtype
     rows, eval_rows, ends = _tokenize(job, inputs, reader)
@@ -124,7 +127,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "rows": len(learnt),
         "rows_truncated": rows.truncated,
         "eval_rows": len(looked_at),
-        "heads_trained": None if inputs.heads_LH is None else int(inputs.heads_LH.sum()),
+        "heads_trained": None if inputs.heads is None else inputs.heads.count,
     }
     if config.makes_adapter:
         summary[ADAPTER_RANK] = saved_rank(model)
@@ -208,7 +211,7 @@ def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[s
     heads, subset = job.inputs.manifests.get("heads"), job.inputs.manifests.get("data")
     return {
         "heads_method": heads.summary["method"] if heads else None,
-        "head_share": None if inputs.heads_LH is None else float(inputs.heads_LH.mean()),
+        "head_share": None if inputs.heads is None else inputs.heads.share,
         "data_method": subset.summary["method"] if subset else None,
         "row_share": subset.summary["rows_selected"] / subset.summary["rows_total"] if subset else 1.0,
         "rows": rows,

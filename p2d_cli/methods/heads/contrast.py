@@ -17,7 +17,7 @@ from p2d_cli.data.episodes import EncodedEpisode, Episode, duplicate_groups, pla
 from p2d_cli.engine.cost import FLOAT64
 from p2d_cli.engine.passes import Arrays, Pass, scatter
 from p2d_cli.engine.reader import ModelReader
-from p2d_cli.methods.head_method import HeadMethod, RepeatScores, all_heads, by_layer
+from p2d_cli.methods.head_method import HeadMethod, RepeatScores
 
 
 class Contrast(HeadMethod):
@@ -42,7 +42,7 @@ class Contrast(HeadMethod):
         self._share_EK = np.zeros((len(plan), shape.total_heads))
 
         def watch(reader: ModelReader, batch: list[int]) -> Arrays:
-            attention_BKS = reader.attention([episodes[index] for index in batch], all_heads(shape), demos)
+            attention_BKS = reader.attention([episodes[index] for index in batch], shape.exists_LH, demos)
             # Each head is weighed alone, so to demo_shares each is an episode of its own.
             shares = [
                 demo_shares(attention_KS[:, None, :])[:, plan[index].target_demo]
@@ -95,7 +95,7 @@ class Contrast(HeadMethod):
             "best_target_share": float(self._share_EK.mean(axis=0).max()),
             "chance_target_share": 1 / demos,
         }
-        return RepeatScores(by_layer(contrast_scores(self._share_EK, demos), self.task.reader.shape), notes)
+        return RepeatScores(self.task.reader.shape.table(contrast_scores(self._share_EK, demos)), notes)
 
     @classmethod
     def describe(cls, summary: dict[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ class Pad(HeadMethod):
             )
         checkpoints = [CheckpointReader(files.folder) for files in (task.reader.files, tuned)]
         layout = model_layout(empty)
-        pairs = (tuple(read_layer_weights(one, layer) for one in checkpoints) for layer in layout)
+        pairs = (tuple(read_layer_weights(one, layout, layer.layer) for one in checkpoints) for layer in layout)
         with task.job.timer.phase("score"):
             self._scores_LH = _distances(task, pairs, len(layout))
 
@@ -121,7 +121,8 @@ class Pad(HeadMethod):
 
         def flops(size: ModelSize, _: BatchShape) -> float:
             # For each head two maps of D x D, each from factors of rank d, and passes over both in float64.
-            return size.heads * size.hidden**2 * (4.0 * size.head_dim + 40)
+            shape = task.shape
+            return shape.num_heads * size.hidden**2 * (4.0 * shape.head_dim + 40)
 
         def memory(size: ModelSize, _: int) -> dict[str, int]:
             return {} if whole_models else {"weights": 2 * 2 * size.hidden * (size.queries + size.keys) * FLOAT32}
@@ -131,14 +132,15 @@ class Pad(HeadMethod):
             from p2d_cli.modeling.layouts import model_layout
 
             files = task.reader.files
-            layer = read_layer_weights(CheckpointReader(files.folder), model_layout(skeleton(files))[0])
+            layout = model_layout(skeleton(files))
+            layer = read_layer_weights(CheckpointReader(files.folder), layout, layout.layers[0].layer)
             return repeated(lambda: _distance(task.config, layer, layer))
 
         return Steps(
             work="compare layers",
             kind="compare",
             rows=0,
-            shapes=[BatchShape(0, 0, 0)] * task.shape.num_layers,
+            shapes=[BatchShape(0, 0, 0)] * int(task.shape.exists_LH.any(axis=1).sum()),
             flops=flops,
             seconds=seconds,
             memory=memory,
@@ -180,7 +182,7 @@ class Pad(HeadMethod):
 
         def memory(size: ModelSize, itemsize: int) -> dict[str, int]:
             tuned = _tuned_weights(size)
-            return learn_bytes(size, largest_of(shapes), itemsize, layers=size.layers) | {
+            return learn_bytes(size, largest_of(shapes), itemsize, layers=size.depth) | {
                 "weights": size.parameters * itemsize,
                 "base weights aside": tuned * itemsize,
                 "master weights": tuned * FLOAT32,
@@ -246,11 +248,11 @@ class Pad(HeadMethod):
             job.progress.note(f"draw {self.task.repeat + 1} of the proxy was finished before")
             self._scores_LH, self._losses = earlier.arrays["scores"], earlier.arrays["losses"].tolist()
             return
-        proxy, layers = self._proxy, len(reader.layout)
+        proxy, layout = self._proxy, reader.layout
         assert proxy is not None, "it was tuned"
         with job.timer.phase("score"):
-            pairs = ((proxy.base_weights(layer), proxy.task_weights(layer)) for layer in range(layers))
-            self._scores_LH = _distances(self.task, pairs, layers)
+            pairs = ((proxy.base_weights(layer.layer), proxy.task_weights(layer.layer)) for layer in layout)
+            self._scores_LH = _distances(self.task, pairs, len(layout))
             proxy.restore()
         self._proxy = None
         tokens = sum(distributed.exchange(self._tokens))
@@ -271,17 +273,18 @@ class Pad(HeadMethod):
 
 def _tuned_weights(size: ModelSize) -> int:
     """Return how many weights of q, k and v are tuned."""
-    return size.layers * size.hidden * (size.queries + 2 * size.keys)
+    _, queries, keys = size.first()
+    return round(size.hidden * (queries + 2 * keys))
 
 
 def _distances(task: HeadTask, pairs: Iterable[tuple[LayerWeights, ...]], layers: int) -> NDArray[np.float64]:
-    """Return the distance between each head's weights before and after, `[L, H]`."""
+    """Return the distance between each head's weights before and after, `[L, H]`; `layers` are those with attention."""
     scores = []
     with task.job.progress.task("compare layers", layers) as advance:
         for before, after in pairs:
             scores.append(_distance(task.config, before, after))
             advance(1)
-    return np.stack(scores)
+    return task.shape.table(np.concatenate(scores))
 
 
 def _distance(config: ScoreHeadsConfig, before: LayerWeights, after: LayerWeights) -> NDArray[np.float64]:

@@ -14,4 +14,4 @@ class Random(HeadMethod):
     def score(self) -> RepeatScores:
         """Return a random number for each head."""
         shape = self.task.shape
-        return RepeatScores(self.task.rng.random((shape.num_layers, shape.num_heads)))
+        return RepeatScores(shape.table(self.task.rng.random(shape.total_heads)))

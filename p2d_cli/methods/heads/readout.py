@@ -12,7 +12,7 @@ from p2d_cli.data.episodes import duplicate_groups
 from p2d_cli.data.records import Record
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.readings import head_outputs_pass
-from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores, all_heads, by_layer
+from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 
 
 class Readout(HeadMethod):
@@ -40,7 +40,7 @@ class Readout(HeadMethod):
         yield head_outputs_pass(
             reader,
             examples,
-            all_heads(shape),
+            shape.exists_LH,
             work="read rows",
             part=self.task.part,
             take=scatter(self._outputs, "outputs"),
@@ -49,11 +49,11 @@ class Readout(HeadMethod):
 
     def score(self) -> RepeatScores:
         """Return the area under each head's ROC curve."""
-        target = len(self._target)
+        target, shape = len(self._target), self.task.reader.shape
         with self.task.job.timer.phase("score"):
-            scores_K = separation(self._outputs[:target], self._outputs[target:])
+            scores_K = separation(self._outputs[:target], self._outputs[target:], dims_K=shape.dims(shape.exists_LH))
         notes = {"rows": target, "rows_background": len(self._background), "best_separation": float(scores_K.max())}
-        return RepeatScores(by_layer(scores_K, self.task.reader.shape), notes)
+        return RepeatScores(shape.table(scores_K), notes)
 
     def _draw_background(self) -> Sequence[Record]:
         """Return a random sample of the pool rows that are none of these target rows."""

@@ -21,7 +21,7 @@ class Taylor(HeadMethod):
     def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         self._rows = task.sample()
-        self._total_LH: NDArray[np.float64] | Any = 0.0
+        self._total_K: NDArray[np.float64] | Any = 0.0
 
     def passes(self) -> Iterator[Pass]:
         """Read each row forward and backward."""
@@ -32,12 +32,12 @@ class Taylor(HeadMethod):
             from p2d_cli.modeling.importance import taylor_scores
 
             labelled = reader.labelled([examples[row] for row in batch])
-            [effect_BLH] = taylor_scores(reader.model, reader.layout, [labelled])
-            return {"effect": effect_BLH.numpy()}
+            [effect_BK] = taylor_scores(reader.model, reader.layout, [labelled])
+            return {"effect": effect_BK.numpy()}
 
         def take(batch: list[int], arrays: Arrays) -> None:
             del batch
-            self._total_LH = self._total_LH + arrays["effect"].sum(axis=0)
+            self._total_K = self._total_K + arrays["effect"].sum(axis=0)
 
         yield Pass(
             work="read rows",
@@ -52,4 +52,4 @@ class Taylor(HeadMethod):
 
     def score(self) -> RepeatScores:
         """Return the mean effect over rows."""
-        return RepeatScores(self._total_LH / len(self._rows), {"rows": len(self._rows)})
+        return RepeatScores(self.task.reader.shape.table(self._total_K / len(self._rows)), {"rows": len(self._rows)})

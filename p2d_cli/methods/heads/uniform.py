@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from p2d_cli.config import ScoreHeadsConfig
-from p2d_cli.core.head_selection import among_layers, candidate_layers, select_uniform
+from p2d_cli.core.head_selection import candidate_heads, select_uniform
 from p2d_cli.methods.head_method import HeadMethod, RepeatScores
 
 
@@ -25,6 +25,6 @@ class Uniform(HeadMethod):
     def score(self) -> RepeatScores:
         """Return scores of 1 and 0, of which the highest are just this selection."""
         config, shape = self.task.config, self.task.shape
-        layers = candidate_layers(config.layers, shape.num_layers)
-        selected = select_uniform(len(layers), shape.num_heads, shape.head_budget(config.ratio))
-        return RepeatScores(among_layers(selected, layers, shape.num_layers).astype(np.float64))
+        candidates_LH = candidate_heads(config.layers, shape.exists_LH)
+        selected_LH = select_uniform(shape.head_budget(config.ratio), candidates_LH)
+        return RepeatScores(np.where(shape.exists_LH, selected_LH, np.nan))

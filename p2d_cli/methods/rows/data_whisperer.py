@@ -17,11 +17,19 @@ class DataWhisperer(EpisodeMethod):
     takes_shortlist = True
 
     def heads(self) -> NDArray[np.bool_]:
-        """Return all heads of the layer."""
+        """Return all heads of the layer: the middle one, or that with attention which is nearest to it."""
         shape, layer = self.task.reader.shape, self.task.config.layer
-        chosen = shape.num_layers // 2 if layer is None else layer
-        if chosen >= shape.num_layers:
-            raise UsageError(f"--layer {chosen}: the model has layers 0 to {shape.num_layers - 1}")
-        heads_LH = np.zeros((shape.num_layers, shape.num_heads), dtype=np.bool_)
-        heads_LH[chosen] = True
+        there = np.flatnonzero(shape.exists_LH.any(axis=1))
+        if layer is None:
+            middle = shape.num_layers // 2
+            layer = int(there[np.abs(there - middle).argmin()])
+        if layer >= shape.num_layers:
+            raise UsageError(f"--layer {layer}: the model has layers 0 to {shape.num_layers - 1}")
+        if layer not in there:
+            raise UsageError(
+                f"--layer {layer}: that layer of the model has no attention",
+                hint=f"choose one of {', '.join(map(str, there))}",
+            )
+        heads_LH = np.zeros_like(shape.exists_LH)
+        heads_LH[layer] = shape.exists_LH[layer]
         return heads_LH

@@ -132,10 +132,14 @@ class _ReadoutMethod(RowMethod):
         stacked = np.stack([self._known[row] for row in range(len(self._known))])
         return stacked[: len(self.task.target)], stacked[len(self.task.target) :]
 
+    @property
+    def _dims_K(self) -> NDArray[np.int64]:
+        return self.task.reader.shape.dims(self._heads_LH)
+
     @cached_property
     def _readout(self) -> Readout:
         with self.task.job.timer.phase("fit"):
-            return fit_readout(*self._outputs)
+            return fit_readout(*self._outputs, dims_K=self._dims_K)
 
     def score(self) -> RowScores:
         """Return each row's affinity."""
@@ -151,7 +155,7 @@ class _ReadoutMethod(RowMethod):
         }
         if config.has_floor:
             with self.task.job.timer.phase("fit"):
-                held_out_Q = held_out_affinity(target_QKd, background_MKd)
+                held_out_Q = held_out_affinity(target_QKd, background_MKd, dims_K=self._dims_K)
             notes["floor_quantile"] = config.floor_quantile
             notes["floor_score"] = float(np.quantile(held_out_Q, config.floor_quantile))
         return RowScores.measured(self.scores_M, notes)

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from p2d_cli.artifacts.subset import (
     save_subset_card,
 )
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.errors import ArtifactError
 
@@ -36,7 +37,7 @@ def some_heads():
         selected_LH=scores > 0.7,
         repeats_RLH=np.stack([scores, scores / 2]),
         method="contrast",
-        geometry=HeadGeometry(num_layers=3, num_heads=4, num_groups=2, head_dim=8, hidden_size=32),
+        geometry=HeadGeometry.even(3, num_heads=4, num_groups=2, head_dim=8, hidden_size=32),
     )
 
 
@@ -49,8 +50,23 @@ def test_heads_round_trip_and_open_with_safetensors_alone(tmp_path):
     assert np.array_equal(read.repeats_RLH, heads.repeats_RLH)
     assert (read.method, read.geometry) == (heads.method, heads.geometry)
     with safe_open(tmp_path / HEAD_SCORES_NAME, framework="numpy") as file:
-        assert set(file.keys()) == {"scores", "selected", "repeats"}
+        assert set(file.keys()) == {"scores", "selected", "repeats", "exists"}
         assert list(file.metadata()) == ["p2d"], "with two keys the bytes would vary"
+
+
+def test_heads_that_a_layer_has_not_are_marked(tmp_path):
+    geometry = HeadGeometry((LayerHeads(2, 1, 8), LayerHeads(), LayerHeads(4, 2, 16)), hidden_size=32)
+    scores_LH = geometry.table(range(6))
+    heads = HeadScores(scores_LH, scores_LH > 3, scores_LH[None], "readout", geometry)
+    save_head_scores(tmp_path, heads)
+    read = load_head_scores(tmp_path)
+    assert read.geometry == geometry
+    np.testing.assert_array_equal(read.scores_LH, scores_LH)
+    with safe_open(tmp_path / HEAD_SCORES_NAME, framework="numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("exists"), np.isfinite(scores_LH))
+    save_head_scores(tmp_path, replace(heads, selected_LH=~geometry.exists_LH))
+    with pytest.raises(ArtifactError, match="selects heads that the model has not"):
+        load_head_scores(tmp_path)
 
 
 def test_equal_heads_give_equal_bytes(tmp_path):

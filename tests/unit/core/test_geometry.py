@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -7,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.core.geometry import HeadGeometry, share_count
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads, share_count
 from p2d_cli.errors import ArtifactError, UsageError
 
 
 def _geometry(layers: int, heads: int, groups: int) -> HeadGeometry:
-    return HeadGeometry(num_layers=layers, num_heads=heads, num_groups=groups, head_dim=4, hidden_size=8)
+    return HeadGeometry.even(layers, num_heads=heads, num_groups=groups, head_dim=4, hidden_size=8)
 
 
 def test_rounding_errors_do_not_add_a_head():
@@ -46,13 +47,13 @@ def test_a_share_outside_0_to_1_is_refused_with_advice(ratio: float):
     ids=["mha", "gqa", "mqa"],
 )
 def test_heads_read_consecutive_groups(groups: int, expected: list[int]):
-    assert [_geometry(1, 4, groups).group_of(head) for head in range(4)] == expected
+    assert [_geometry(1, 4, groups).layers[0].group_of(head) for head in range(4)] == expected
 
 
 def test_group_of_refuses_a_head_that_is_not_there():
     for head in (-1, 4):
         with pytest.raises(ValueError, match="not one of the 4 heads"):
-            _geometry(1, 4, 2).group_of(head)
+            _geometry(1, 4, 2).layers[0].group_of(head)
 
 
 @settings(deadline=None)
@@ -61,20 +62,55 @@ def test_groups_of_is_the_union_of_group_of(data: st.DataObject, layers: int, he
     geometry = _geometry(layers, heads, data.draw(st.integers(1, heads)))
     rows = st.lists(st.booleans(), min_size=heads, max_size=heads)
     selected = np.array(data.draw(st.lists(rows, min_size=layers, max_size=layers)))
-    groups = geometry.groups_of(selected)
-    assert groups.shape == (layers, geometry.num_groups)
-    assert groups.dtype == np.bool_
-    expected = {(layer, geometry.group_of(head)) for layer, head in np.argwhere(selected).tolist()}
-    assert {(layer, group) for layer, group in np.argwhere(groups).tolist()} == expected
+    expected = {(layer, geometry.layers[layer].group_of(head)) for layer, head in np.argwhere(selected).tolist()}
+    assert geometry.groups_of(selected) == expected
+    assert len(geometry.groups_of(np.ones_like(selected))) == geometry.total_groups
 
 
 def test_a_selection_of_another_model_is_refused():
-    with pytest.raises(ArtifactError, match=r"\[2, 3\] do not fit a model of 2 layers with 4 heads"):
+    with pytest.raises(ArtifactError, match=r"\[2, 3\], this model has \[2, 4\]"):
         _geometry(2, 4, 2).groups_of(np.zeros((2, 3), dtype=bool))
+    selected = np.zeros((3, 4), dtype=bool)
+    selected[1, 2] = True
+    with pytest.raises(ArtifactError, match="head 2 of layer 1 is selected; that layer of this model has no heads"):
+        UNEVEN.require_fits(selected)
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+    with pytest.raises(ValueError, match="found 0 layers without any"):
         _geometry(0, 4, 2)
     with pytest.raises(ValueError, match="3 key/value groups cannot serve 2 heads"):
         _geometry(1, 2, 3)
+    with pytest.raises(ValueError, match=r"at least 1, or all 0, found \(4, 0, 8\)"):
+        LayerHeads(4, 0, 8)
+
+
+UNEVEN = HeadGeometry((LayerHeads(4, 2, 8), LayerHeads(), LayerHeads(2, 1, 16)), hidden_size=32)
+
+
+def test_only_heads_that_there_are_count():
+    assert (UNEVEN.num_layers, UNEVEN.num_heads, UNEVEN.total_heads, UNEVEN.total_groups) == (3, 4, 6, 3)
+    assert UNEVEN.exists_LH.tolist() == [[True] * 4, [False] * 4, [True, True, False, False]]
+    assert UNEVEN.head_budget(0.5) == 3
+    assert UNEVEN.dims(UNEVEN.exists_LH).tolist() == [8] * 4 + [16] * 2
+    table = UNEVEN.table(range(6))
+    np.testing.assert_array_equal(np.isfinite(table), UNEVEN.exists_LH)
+    assert table[UNEVEN.exists_LH].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("geometry", [UNEVEN, _geometry(3, 4, 2)], ids=["uneven", "even"])
+def test_a_geometry_survives_json(geometry: HeadGeometry):
+    assert HeadGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
+
+
+def test_an_even_geometry_is_written_as_it_always_was():
+    sizes = {"num_layers": 3, "num_heads": 4, "num_groups": 2, "head_dim": 4, "hidden_size": 8}
+    assert _geometry(3, 4, 2).to_dict() == sizes
+
+
+def test_sizes_of_too_few_layers_are_refused():
+    described = UNEVEN.to_dict()
+    with pytest.raises(ValueError, match=r"argument 2 is shorter"):
+        HeadGeometry.from_dict(described | {"num_groups": [2, 0]})
+    with pytest.raises(ValueError, match="expected those of 4"):
+        HeadGeometry.from_dict(described | {"num_layers": 4})

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from p2d_cli.core.geometry import LayerHeads
 from p2d_cli.core.head_selection import (
-    among_layers,
+    candidate_heads,
     candidate_layers,
     contrast_scores,
     expected_jaccard,
@@ -26,6 +26,23 @@ from p2d_cli.core.head_selection import (
 )
 from p2d_cli.errors import NonFiniteError, UsageError
 
+
+def every(scores):
+    """Return that all heads are there."""
+    return np.ones(np.shape(scores), dtype=bool)
+
+
+def grouped(layers, heads, groups):
+    """Return so many equal layers."""
+    return (LayerHeads(heads, groups, 8),) * layers
+
+
+def top(repeats, count):
+    """Return what `repeatability` needs to know of a selection of the best."""
+    candidates = every(repeats[0])
+    return candidates, lambda scores: select_top(scores, count, candidates)
+
+
 _few_values = st.integers(-2, 2).map(float)  # many ties
 
 
@@ -37,7 +54,7 @@ _few_values = st.integers(-2, 2).map(float)  # many ties
 def test_select_top_is_a_plain_sort_by_score_layer_head(scores: np.ndarray, data: st.DataObject):
     count = data.draw(st.integers(1, scores.size))
     places = sorted(np.ndindex(*scores.shape), key=lambda place: (-scores[place], *place))
-    selected = select_top(scores, count)
+    selected = select_top(scores, count, every(scores))
     assert selected.dtype == np.bool_
     assert sorted(map(tuple, np.argwhere(selected).tolist())) == sorted(places[:count])
 
@@ -45,10 +62,10 @@ def test_select_top_is_a_plain_sort_by_score_layer_head(scores: np.ndarray, data
 def test_selections_of_growing_size_contain_each_other_and_follow_a_permutation():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4, 3))
-    selections = [select_top(scores, count) for count in range(1, 13)]
+    selections = [select_top(scores, count, every(scores)) for count in range(1, 13)]
     assert all((small <= large).all() for small, large in itertools.pairwise(selections))
     order = rng.permutation(4)
-    assert (select_top(scores[order], 5) == selections[4][order]).all()
+    assert (select_top(scores[order], 5, every(scores)) == selections[4][order]).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -56,14 +73,14 @@ def test_a_score_that_is_not_finite_is_named(bad: float):
     scores = np.zeros((3, 4))
     scores[1, 2] = scores[2, 0] = bad
     with pytest.raises(NonFiniteError, match=r"\(layer 1, head 2\)"):
-        select_top(scores, 2)
+        select_top(scores, 2, every(scores))
 
 
 @pytest.mark.parametrize("count", [0, 7, -1])
 def test_an_impossible_number_of_heads_is_refused(count: int):
     for select in (
-        lambda: select_top(np.zeros((2, 3)), count),
-        lambda: select_uniform(2, 3, count),
+        lambda: select_top(np.zeros((2, 3)), count, np.ones((2, 3), bool)),
+        lambda: select_uniform(count, np.ones((2, 3), bool)),
     ):
         with pytest.raises(UsageError, match=f"from 1 to 6, found {count}"):
             select()
@@ -73,7 +90,7 @@ def test_an_impossible_number_of_heads_is_refused(count: int):
 @given(layers=st.integers(1, 12), heads=st.integers(1, 12), data=st.data())
 def test_uniform_spreads_heads_evenly_over_layers_and_within_them(layers: int, heads: int, data: st.DataObject):
     count = data.draw(st.integers(1, layers * heads))
-    selected = select_uniform(layers, heads, count)
+    selected = select_uniform(count, np.ones((layers, heads), bool))
     assert selected.shape == (layers, heads)
     assert selected.sum() == count
     per_layer = selected.sum(axis=1)
@@ -86,7 +103,7 @@ def test_uniform_spreads_heads_evenly_over_layers_and_within_them(layers: int, h
 
 
 def test_a_single_uniform_head_is_the_middle_one():
-    assert np.argwhere(select_uniform(5, 3, 1)).tolist() == [[2, 1]]
+    assert np.argwhere(select_uniform(1, np.ones((5, 3), bool))).tolist() == [[2, 1]]
 
 
 @settings(deadline=None)
@@ -142,7 +159,7 @@ def test_expected_jaccard_of_a_tenth_of_a_large_model():
 
 def test_repeatability_averages_all_pairs_of_repeats():
     repeats = np.random.default_rng(0).normal(size=(3, 4, 5))
-    found = repeatability(repeats, partial(select_top, count=4))
+    found = repeatability(repeats, *top(repeats, 4))
     assert found is not None
     pairs = [(0, 1), (0, 2), (1, 2)]
     rank = [scipy.stats.spearmanr(repeats[i].ravel(), repeats[j].ravel()).statistic for i, j in pairs]
@@ -157,22 +174,23 @@ def test_repeatability_averages_all_pairs_of_repeats():
 
 def test_repeatability_is_that_of_the_selection_that_is_made():
     scores = np.array([[[9.0, 8.0], [2.0, 1.0]], [[9.0, 1.0], [8.0, 2.0]]])
-    top = repeatability(scores, partial(select_top, count=2))
-    spread = repeatability(scores, lambda each: select_spread(each, 2, num_groups=2))
-    assert (top.mean_jaccard, spread.mean_jaccard) == (1 / 3, 1.0)
+    best = repeatability(scores, *top(scores, 2))
+    everything = every(scores[0])
+    spread = repeatability(scores, everything, lambda each: select_spread(each, 2, everything, grouped(2, 2, 2)))
+    assert (best.mean_jaccard, spread.mean_jaccard) == (1 / 3, 1.0)
 
 
 def test_repeatability_of_one_repeat_is_unknown_and_of_equal_ones_perfect():
     scores = np.arange(6.0).reshape(1, 2, 3)
-    assert repeatability(scores, partial(select_top, count=2)) is None
-    same = repeatability(np.repeat(scores, 2, axis=0), partial(select_top, count=2))
+    assert repeatability(scores, *top(scores, 2)) is None
+    same = repeatability(np.repeat(scores, 2, axis=0), *top(scores, 2))
     assert same is not None
     assert (same.mean_spearman, same.mean_jaccard) == (1.0, 1.0)
-    constant = repeatability(np.zeros((2, 2, 3)), partial(select_top, count=2))
+    constant = repeatability(np.zeros((2, 2, 3)), *top(scores, 2))
     assert constant is not None
     assert math.isnan(constant.mean_spearman)
     with pytest.raises(NonFiniteError):
-        repeatability(np.full((2, 2, 3), np.nan), partial(select_top, count=2))
+        repeatability(np.full((2, 2, 3), np.nan), *top(scores, 2))
 
 
 def test_contrast_is_the_mean_share_beyond_chance():
@@ -190,7 +208,7 @@ def test_a_spread_selection_is_even_and_takes_the_best_that_may_be_taken(layers,
     heads = groups * per_group
     count = data.draw(st.integers(1, layers * heads))
     scores = np.random.default_rng(seed).normal(size=(layers, heads))
-    selected = select_spread(scores, count, groups)
+    selected = select_spread(scores, count, every(scores), grouped(layers, heads, groups))
     assert selected.sum() == count
     share = -(-count // layers)
     by_group = selected.reshape(layers, groups, per_group).sum(axis=2)
@@ -204,8 +222,9 @@ def test_a_spread_selection_is_even_and_takes_the_best_that_may_be_taken(layers,
 def test_a_spread_selection_by_hand():
     scores = np.array([[9.0, 8.0, 1.0, 2.0], [7.0, 6.0, 5.0, 0.0]])
     expected = np.array([[1, 0, 0, 1], [1, 0, 1, 0]], dtype=bool)  # 8 and 6 share the groups of 9 and 7
-    np.testing.assert_array_equal(select_spread(scores, 4, 2), expected)
-    np.testing.assert_array_equal(select_spread(np.zeros((2, 4)), 2, 2), [[1, 0, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(select_spread(scores, 4, every(scores), grouped(2, 4, 2)), expected)
+    level = select_spread(np.zeros((2, 4)), 2, every(scores), grouped(2, 4, 2))
+    np.testing.assert_array_equal(level, [[1, 0, 0, 0], [1, 0, 0, 0]])
 
 
 def test_candidate_layers_are_named_by_the_first_and_the_last():
@@ -217,15 +236,43 @@ def test_candidate_layers_are_named_by_the_first_and_the_last():
             candidate_layers(wrong, 3)
 
 
-def test_a_selection_among_layers_is_put_into_its_place():
-    chosen = np.array([[True, False], [False, True]])
-    found = among_layers(chosen, range(1, 3), 4)
-    assert found.tolist() == [[False, False], [True, False], [False, True], [False, False]]
+def test_candidates_are_the_heads_that_there_are_in_the_layers():
+    there = np.array([[True, True], [False, False], [True, False], [True, True]])
+    assert candidate_heads("1-2", there).tolist() == [[False, False], [False, False], [True, False], [False, False]]
+    np.testing.assert_array_equal(candidate_heads(None, there), there)
+
+
+# Two layers of 4 and 2 heads, and between them one without attention.
+UNEVEN = np.array([[0.4, 0.9, 0.8, 0.1], [np.nan] * 4, [0.7, 0.6, np.nan, np.nan]])
+THERE = np.isfinite(UNEVEN)
+
+
+def test_heads_that_a_layer_has_not_are_never_selected_and_count_for_nothing():
+    layers = (LayerHeads(4, 2, 8), LayerHeads(), LayerHeads(2, 1, 16))
+    assert np.argwhere(select_top(UNEVEN, 3, THERE)).tolist() == [[0, 1], [0, 2], [2, 0]]
+    # A share of 2 for each of the two layers with heads; 0.6 shares the group of 0.7, and is passed over until the end.
+    assert np.argwhere(select_spread(UNEVEN, 3, THERE, layers)).tolist() == [[0, 1], [0, 2], [2, 0]]
+    assert np.argwhere(select_spread(UNEVEN, 5, THERE, layers)).tolist() == [[0, 0], [0, 1], [0, 2], [2, 0], [2, 1]]
+    assert np.argwhere(select_uniform(3, THERE)).tolist() == [[0, 1], [0, 3], [2, 1]]
+    for select in (lambda: select_top(UNEVEN, 7, THERE), lambda: select_uniform(7, THERE)):
+        with pytest.raises(UsageError, match="from 1 to 6, found 7"):
+            select()
+
+
+def test_repeats_agree_by_the_heads_that_there_are():
+    repeats = np.stack([UNEVEN, UNEVEN])
+    found = repeatability(repeats, THERE, lambda scores: select_top(scores, 2, THERE))
+    assert (found.mean_spearman, found.mean_jaccard) == (1.0, 1.0)
+    assert found.chance_jaccard == expected_jaccard(6, 2)
+
+
+def test_levels_are_tenths_of_the_heads_that_there_are():
+    assert head_levels(UNEVEN, THERE) == "1860....53.."
 
 
 @given(st.lists(st.integers(-9, 9), min_size=24, max_size=24))
 def test_levels_follow_the_scores(scores):
     flat = np.array(scores, np.float32)
-    levels = [int(level) for level in head_levels(flat.reshape(4, 6))]
+    levels = [int(level) for level in head_levels(flat.reshape(4, 6), np.ones((4, 6), dtype=bool))]
     for one in range(flat.size):
         assert levels[one] == 10 * int((flat < flat[one]).sum()) // flat.size

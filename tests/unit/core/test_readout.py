@@ -131,3 +131,18 @@ def test_a_quantile_of_held_out_rows_keeps_its_share_of_new_ones():
         floor = np.quantile(held_out_affinity(target, background), 0.1)
         kept.append((fit_readout(target, background).affinity(new) >= floor).mean())
     assert 0.87 < np.mean(kept) < 0.95
+
+
+def test_a_small_head_among_large_ones_has_the_readout_that_it_has_alone():
+    rng = np.random.default_rng(0)
+    target, background = rng.normal(0.5, 1, size=(20, 3, 8)), rng.normal(size=(60, 3, 8))
+    target[:, 1, 5:] = background[:, 1, 5:] = 0.0
+    dims_K = np.array([8, 5, 8])
+    together = fit_readout(target, background, dims_K=dims_K)
+    alone = fit_readout(target[:, 1:2, :5], background[:, 1:2, :5])
+    np.testing.assert_allclose(together.values(target)[:, 1], alone.values(target[:, 1:2, :5])[:, 0], rtol=1e-10)
+    np.testing.assert_array_equal(together.weights_Kd[1, 5:], 0.0)
+    areas = separation(target, background, dims_K=dims_K)
+    assert areas[1] == separation(target[:, 1:2, :5], background[:, 1:2, :5])[0]
+    held_out = held_out_affinity(target[:, 1:2], background[:, 1:2], dims_K=dims_K[1:2])
+    np.testing.assert_allclose(held_out, held_out_affinity(target[:, 1:2, :5], background[:, 1:2, :5]), rtol=1e-10)

@@ -68,6 +68,51 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(_CONFIGS)
 
+_LINEAR = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_GEMMA4 = _GROUPED | {
+    "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+# Layers that differ from each other, or of which some have no attention.
+_UNEVEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": ("Gemma4TextConfig", _GEMMA4),
+    "gemma4-shared": ("Gemma4TextConfig", _GEMMA4 | {"num_kv_shared_layers": 2}),
+    "gemma4-keys-as-values": (
+        "Gemma4TextConfig", _GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _GROUPED
+        | _LINEAR
+        | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+           "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "lfm2": (
+        "Lfm2Config", _GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "jamba": (
+        "JambaConfig",
+        _GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
+                    "use_mamba_kernels": False, "mamba_d_state": 8},
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        _GROUPED | {"head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+                    "mamba_n_groups": 1, "key_multiplier": 0.5},
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        _GROUPED | {"head_dim": 16, "v_head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 1,
+                    "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "sliding_window": 6,
+                    "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+}  # fmt: skip
+UNEVEN = tuple(name for name, (config, _) in _UNEVEN.items() if hasattr(transformers, config))
+_CONFIGS |= _UNEVEN
+
 
 def build_config(family: str, **overrides: Any) -> Any:
     """The config of a family, with some of its values replaced (`llama` alone is the grouped one)."""
@@ -104,6 +149,18 @@ def tiny_config() -> Callable[..., Any]:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Each supported family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=UNEVEN)
+def uneven_family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn whose layers differ, or do not all have attention."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[*FAMILIES, *UNEVEN])
+def any_family(request: pytest.FixtureRequest) -> str:
+    """Both kinds of families."""
     return str(request.param)
 
 

@@ -53,7 +53,9 @@ def selected_masks(model: Any, selected: np.ndarray, projections: tuple[str, ...
         for head in np.flatnonzero(selected[layer.layer]):
             for name in projections:
                 part = layer.projection(name)
-                start, stop = part.rows[head if name in ("q", "o") else head * layer.num_groups // layer.num_heads]
+                start, stop = part.rows[
+                    head if name in ("q", "o") else head * layer.heads.num_groups // layer.heads.num_heads
+                ]
                 columns = (name == "o") != part.transposed
                 mask = masks[part.weight_name]
                 (mask.T if columns else mask)[start:stop] = True

@@ -39,8 +39,8 @@ def eager_outputs(model, layout, ids, mask, tokens_BT):
         tokens = tokens_BT[example].nonzero()[:, 0].tolist()
         outputs = []
         for layer, matrix_BHTT in zip(layout, attentions, strict=True):
-            for head in range(layer.num_heads):
-                start, stop = layer.v.rows[layer.group_of(head)]
+            for head in range(layer.heads.num_heads):
+                start, stop = layer.v.rows[layer.heads.group_of(head)]
                 value_Td = values[layer.layer][example, :, start:stop]
                 outputs.append(sum(matrix_BHTT[example, head, token] @ value_Td for token in tokens) / len(tokens))
         rows.append(torch.stack(outputs))
@@ -50,7 +50,7 @@ def eager_outputs(model, layout, ids, mask, tokens_BT):
 def test_outputs_are_attention_times_values(tiny_model, token_ids, family, mask):
     model, ids = tiny_model(family), token_ids(B, T) * mask
     layout = model_layout(model)
-    heads = {layer.layer: range(layer.num_heads) for layer in layout}
+    heads = {layer.layer: range(layer.heads.num_heads) for layer in layout}
     tokens = mask * (token_ids(B, T, seed=1) % 2) | (mask.sum(dim=1, keepdim=True) == 1) * mask
     found = mean_head_outputs(model, layout, heads, ids, mask, tokens)
     assert found.dtype == torch.float32

@@ -3,28 +3,32 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads
+from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Projection
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.layouts import LayerLayout, Projection, geometry, layer_weights, model_layout
+from p2d_cli.modeling.layouts import attention_parts, geometry, layer_weights, model_layout
 
 UNCHANGED = 1e-5
 CHANGED = 1e-3
 
 
-def contexts(model: Any, layout: tuple[LayerLayout, ...], ids: torch.Tensor) -> torch.Tensor:
-    """What each head hands to the output projection, [L, B, T, H, d]."""
-    seen: list[torch.Tensor] = []
+def contexts(model: Any, layout: ModelLayout, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    """What each head hands to the output projection, by layer, [B, T, H, d]."""
+    seen: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():
         for layer in layout:
-            module = model.get_submodule(layer.o.module)
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+
+            def see(_: Any, inputs: tuple[torch.Tensor, ...], layer: LayerLayout = layer) -> None:
+                seen[layer.layer] = inputs[0].unflatten(-1, (layer.heads.num_heads, layer.heads.head_dim))
+
+            hooks.enter_context(model.get_submodule(layer.o.module).register_forward_pre_hook(see))
         model(ids, use_cache=False)
-    first = layout[0]
-    return torch.stack([item.unflatten(-1, (first.num_heads, first.head_dim)) for item in seen])
+    return seen
 
 
 def rows_of(model: Any, projection: Projection) -> torch.Tensor:
@@ -39,22 +43,84 @@ def roll_rows(model: Any, projection: Projection, unit: int) -> None:
     rows[start:stop] = rows[start:stop].roll(1, dims=0).clone()
 
 
-@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_rows_of_a_unit_change_its_heads_and_no_others(tiny_model, token_ids, family, layer, part):
+def test_rows_of_a_unit_change_its_heads_and_no_others(tiny_model, token_ids, any_family, part):
     ids = token_ids(2, 9)
-    model = tiny_model(family)
+    model = tiny_model(any_family)
     layout = model_layout(model)
     before = contexts(model, layout, ids)
-    where = layout[layer]
-    projection = where.projection(part)
-    for unit in range(len(projection.rows)):
-        model = tiny_model(family)
-        roll_rows(model, projection, unit)
-        moved_H = (contexts(model, layout, ids) - before)[layer].abs().amax(dim=(0, 1, 3))
-        owners = [head for head in range(where.num_heads) if unit in where.units(part, [head])]
-        for head in range(where.num_heads):
-            assert moved_H[head] > CHANGED if head in owners else moved_H[head] < UNCHANGED, (unit, head, moved_H)
+    for where in layout:
+        if (projection := where.projection(part)) is None:
+            continue
+        weight = model.get_parameter(projection.weight_name).data
+        for unit in range(len(projection.rows)):
+            original = weight.clone()
+            roll_rows(model, projection, unit)
+            moved_H = (contexts(model, layout, ids)[where.layer] - before[where.layer]).abs().amax(dim=(0, 1, 3))
+            weight.copy_(original)
+            owners = [head for head in range(where.heads.num_heads) if unit in where.units(part, [head])]
+            for head in range(where.heads.num_heads):
+                assert moved_H[head] > CHANGED if head in owners else moved_H[head] < UNCHANGED, (unit, head, moved_H)
+
+
+def test_a_gated_head_owns_its_query_and_its_gate(tiny_model, token_ids):
+    ids = token_ids(2, 9)
+    model = tiny_model("qwen3_next")
+    layout = model_layout(model)
+    layer = layout[1]
+    assert layer.q.rows == ((0, 32), (32, 64), (64, 96), (96, 128))
+    before = contexts(model, layout, ids)[1]
+    for start, stop in ((32, 48), (48, 64)):  # the query, the gate
+        weight = model.get_parameter(layer.q.weight_name).data
+        original = weight.clone()
+        weight[start:stop] = weight[start:stop].roll(1, dims=0).clone()
+        moved_H = (contexts(model, layout, ids)[1] - before).abs().amax(dim=(0, 1, 3))
+        weight.copy_(original)
+        assert (moved_H > CHANGED).tolist() == [False, True, False, False]
+    compared = layer_weights(layout, 1, model.get_parameter)
+    torch.testing.assert_close(compared.q_HdD[1], model.get_parameter(layer.q.weight_name)[32:48])
+
+
+SIZES = {  # heads, groups and size of each layer
+    "gemma4": [(4, 2, 8), (4, 2, 16)] * 2,
+    "gemma4-shared": [(4, 2, 8), (4, 2, 16)] * 2,
+    "gemma4-keys-as-values": [(4, 2, 8), (4, 1, 16)] * 2,
+    "qwen3_next": [(0, 0, 0), (4, 2, 16)],
+    "lfm2": [(0, 0, 0), (4, 2, 8)],
+    "jamba": [(0, 0, 0), (4, 2, 8)],
+    "falcon_h1": [(4, 2, 8)] * 2,
+    "mimo_v2_flash": [(4, 2, 8), (4, 4, 8)],
+}
+
+
+def test_layers_may_differ_and_have_no_attention(tiny_model, uneven_family):
+    expected = tuple(LayerHeads(*sizes) for sizes in SIZES[uneven_family])
+    assert geometry(tiny_model(uneven_family)) == HeadGeometry(expected, hidden_size=32)
+
+
+def test_layers_that_share_keys_and_values_own_none_and_read_those_of_their_kind(tiny_model):
+    layout = model_layout(tiny_model("gemma4-shared"))
+    assert [layer.k is None for layer in layout] == [layer.v is None for layer in layout] == [False] * 2 + [True] * 2
+    assert [layer.kv_layer for layer in layout] == [0, 1, 0, 1]
+    every = np.ones((4, 4), dtype=bool)
+    assert {name.split(".")[2] for name in layout.placements(every, ("k", "v"))} == {"0", "1"}
+    assert {name.split(".")[2] for name in layout.placements(every, ("q", "o"))} == {"0", "1", "2", "3"}
+
+
+def test_keys_serve_as_values_where_there_are_no_others(tiny_model):
+    model = tiny_model("gemma4-keys-as-values")
+    layout = model_layout(model)
+    assert [layer.v is None for layer in layout] == [False, True, False, True]
+    weights = layer_weights(layout, 1, model.get_parameter)
+    assert torch.equal(weights.k_GdD, weights.v_GdD)
+
+
+def test_the_parts_of_an_attention_are_those_that_heads_own_rows_of(tiny_model, any_family):
+    model = tiny_model(any_family)
+    by_name, layout = attention_parts(model), model_layout(model)
+    for name in ("q", "k", "v", "o"):
+        owned = (part.module for layer in layout if (part := layer.projection(name)) is not None)
+        assert by_name[name] == tuple(owned)
 
 
 def test_zero_output_columns_remove_exactly_that_head(tiny_model, token_ids, family):
@@ -113,17 +179,17 @@ def test_row_order_of_each_kind_of_projection(tiny_model):
     [("llama-mha", 4, 8), ("llama-mqa", 1, 8), ("qwen3", 2, 16), ("gemma2", 2, 16), ("gpt2", 4, 8)],
 )
 def test_geometry_is_read_from_the_modules(tiny_model, name, groups, head_dim):
-    expected = HeadGeometry(num_layers=2, num_heads=4, num_groups=groups, head_dim=head_dim, hidden_size=32)
+    expected = HeadGeometry.even(2, num_heads=4, num_groups=groups, head_dim=head_dim, hidden_size=32)
     assert geometry(tiny_model(name)) == expected
 
 
 def test_layer_weights_are_the_named_rows(tiny_model, family):
     model = tiny_model(family)
     layer = model_layout(model)[1]
-    weights = layer_weights(layer, model.get_parameter)
+    weights = layer_weights(model_layout(model), 1, model.get_parameter)
     for part, tensor in (("q", weights.q_HdD), ("k", weights.k_GdD), ("v", weights.v_GdD)):
         projection = layer.projection(part)
-        assert tensor.shape == (len(projection.rows), layer.head_dim, layer.hidden_size)
+        assert tensor.shape == (len(projection.rows), layer.heads.head_dim, projection.width)
         for unit, (start, stop) in enumerate(projection.rows):
             torch.testing.assert_close(tensor[unit], rows_of(model, projection)[start:stop], rtol=0, atol=0)
     before = weights.q_HdD.clone()
@@ -133,7 +199,7 @@ def test_layer_weights_are_the_named_rows(tiny_model, family):
 
 def test_units_of_heads_that_share_a_group_come_once(tiny_model):
     layer = model_layout(tiny_model("llama"))[0]
-    assert [layer.group_of(head) for head in range(4)] == [0, 0, 1, 1]
+    assert [layer.heads.group_of(head) for head in range(4)] == [0, 0, 1, 1]
     assert layer.units("k", [3, 2]) == (1,)
     assert layer.units("q", [3, 2]) == (2, 3)
     assert layer.k.indices([1, 1]) == tuple(range(8, 16))
@@ -174,8 +240,6 @@ def test_only_the_text_decoder_of_a_multimodal_model_is_read():
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPTJ_LIKE = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
-GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 32}
-QWEN3_NEXT = GROUPED | {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
 REFUSED = {
     "falcon": ("FalconConfig", SMALL, "falcon.*attention interface"),
     "bloom": ("BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
@@ -202,59 +266,10 @@ REFUSED = {
         },
         "deepseek_v2.*MLA",
     ),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        QWEN3_NEXT | {"layer_types": ["full_attention", "full_attention"]},
-        "qwen3_next.*gate",
-    ),
-    "lfm2": (
-        "Lfm2Config",
-        SMALL | {"num_key_value_heads": 2, "intermediate_size": 32, "layer_types": ["conv", "full_attention"]},
-        r"1 of its 2 layers do not have attention heads .* but a short convolution \(Lfm2ShortConv\)",
-    ),
-    "qwen3_next-hybrid": (
-        "Qwen3NextConfig",
-        QWEN3_NEXT | {"layer_types": ["linear_attention", "full_attention"]},
-        r"1 of its 2 layers do not have .* but linear attention \(Qwen3NextGatedDeltaNet\)",
-    ),
-    "jamba": (
-        "JambaConfig",
-        GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
-        r"1 of its 2 layers do not have .* but a state-space model \(JambaMambaMixer\)",
-    ),
-    "bamba": (
-        "BambaConfig",
-        GROUPED | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
-        r"a state-space model \(BambaMixer\)",
-    ),
     "mamba": (
         "MambaConfig",
         {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
         r"none of its 2 layers has attention heads .* but a state-space model \(MambaMixer\)",
-    ),
-    "recurrent_gemma": (
-        "RecurrentGemmaConfig",
-        GROUPED | {"num_hidden_layers": 3, "lru_width": 32},
-        r"2 of its 3 layers do not have .* but a recurrence \(RecurrentGemma",
-    ),
-    "minimax": (
-        "MiniMaxConfig",
-        GROUPED | {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 2},
-        r"1 of its 2 layers do not have .* but linear attention \(MiniMaxLightningAttention\)",
-    ),
-    "gemma3n": (
-        "Gemma3nTextConfig",
-        GROUPED
-        | {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "intermediate_size": [32] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-        },
-        "2 of its 4 layers take their keys and values from other layers",
     ),
 }
 
@@ -264,33 +279,5 @@ def test_attention_without_separable_heads_is_refused_by_name(name):
     class_name, values, message = REFUSED[name]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
-    with pytest.raises(ModelError, match=message):
-        model_layout(model)
-
-
-GEMMA4 = GROUPED | {
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "vocab_size_per_layer_input": 64,
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-}
-
-
-@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"global_head_dim": 16}, r"its layers differ in \(heads, groups, head_dim, hidden size\)"),
-        (
-            {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
-            "1 of its 2 layers do not have .* but keys that serve as values as well",
-        ),
-    ],
-)
-def test_gemma_4_is_refused_for_what_its_layers_are(changes, message):
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**(GEMMA4 | changes)))
     with pytest.raises(ModelError, match=message):
         model_layout(model)
