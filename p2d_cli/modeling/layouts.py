@@ -81,16 +81,8 @@ def model_layout(model: Any) -> ModelLayout:
     if (why := _why_unknown(_decoder(model, config), total, layers)) is not None:
         _refuse(config.model_type, why)
     sources: dict[Any, int] = {}
-    layout = []
-    for layer, name, module in found:
-        kind = getattr(module, "layer_type", None)
-        one = _layer_layout(layer, name, module, config)
-        if one.k is None:
-            one = replace(one, kv_layer=sources.get(kind))
-        else:
-            sources[kind] = layer  # those that share keys and values take those of the last layer of their kind
-        layout.append(one)
-    return ModelLayout(num_layers=total, hidden_size=layout[0].o.width, layers=tuple(layout))
+    layout = tuple(_layer_layout(layer, name, module, config, sources) for layer, name, module in found)
+    return ModelLayout(num_layers=total, hidden_size=layout[0].o.width, layers=layout)
 
 
 def geometry(model: Any) -> HeadGeometry:
@@ -114,10 +106,8 @@ def attention_parts(model: Any) -> dict[ProjectionName, tuple[str, ...]]:
         if _is_mixer(module):
             continue
         parts = [part for part, child in module.named_children() if _is_linear(child)]
-        # A module with an output and something to read: an MLP may call its own parts c_proj or dense.
-        if not any(_PARTS["o"].fullmatch(part) for part in parts) or not any(
-            _PARTS["k"].fullmatch(part) for part in parts
-        ):
+        # What reads queries, keys or values; an MLP may call its own parts c_proj or dense.
+        if not any(_PARTS[name].fullmatch(part) for name in ("q", "k", "v") for part in parts):
             continue
         for projection, pattern in _PARTS.items():
             found[projection] += [f"{name}.{part}" for part in parts if pattern.fullmatch(part)]
@@ -234,7 +224,11 @@ def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
     return found
 
 
-def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayout:
+def _layer_layout(layer: int, name: str, module: Any, config: Any, sources: dict[Any, int]) -> LayerLayout:
+    """Read where the heads of one attention are.
+
+    `sources` has the last layer of each kind with keys and values of its own, which those after it may share.
+    """
     query_dim = _head_dim(module, config)
     value_dim = getattr(module, "v_head_dim", query_dim)
     cut = partial(_projection, name, module)
@@ -257,7 +251,11 @@ def _layer_layout(layer: int, name: str, module: Any, config: Any) -> LayerLayou
             f"{name} has {counts[0]} query, {counts[1]} key, {counts[2]} value and {counts[3]} output heads "
             f"where its config says {_stated_heads(module, config)} query heads",
         )
-    return LayerLayout(layer, name, LayerHeads(heads, groups, value_dim), query_dim, q, k, v, o, kv_layer=layer)
+    kind = getattr(module, "layer_type", None)
+    if k is not None:
+        sources[kind] = layer
+    size = LayerHeads(heads, groups, value_dim)
+    return LayerLayout(layer, name, size, query_dim, q, k, v, o, kv_layer=sources.get(kind))
 
 
 def _query_rows(name: str, module: Any, config: Any, query_dim: int, heads: int) -> int:
