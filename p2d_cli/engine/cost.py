@@ -46,6 +46,14 @@ class ModelSize:
     """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
     fused: bool
     """Whether q, k and v are one module."""
+    packed: int = 0
+    """Parameters that stay packed in memory (see `p2d_cli.modeling.quantised`)."""
+    packed_bytes: int = 0
+    """What these take."""
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Return the bytes of the weights, where those that are not packed take so many each."""
+        return (self.parameters - self.packed) * itemsize + self.packed_bytes
 
     @property
     def queries(self) -> int:

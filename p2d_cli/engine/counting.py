@@ -29,7 +29,8 @@ from p2d_cli.engine.cost import ModelSize, StagePlan, Work, largest_of, model_si
 from p2d_cli.engine.passes import Pass, Steps
 from p2d_cli.engine.reader import Encoded, Item, ModelReader, Reader
 from p2d_cli.engine.stage_run import StageRun
-from p2d_cli.modeling.model_files import ModelFiles, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.quantised import packed_weights, tensor_shapes
 from p2d_cli.registry import ROW_METHODS
 from p2d_cli.runtime.hardware import likely_dtype
 
@@ -48,7 +49,10 @@ class CountingReader(Reader):
 
     def __init__(self, job: StageRun[Any], files: ModelFiles, unfinished: Path | None) -> None:
         super().__init__(job, files, light=True)
-        self.size: ModelSize = model_size(files.config, tensor_shapes(files))
+        packed = packed_weights(files)
+        self.size: ModelSize = replace(
+            model_size(files.config, tensor_shapes(files)), packed=packed.parameters, packed_bytes=packed.num_bytes
+        )
         self.precision = likely_dtype(job.config.dtype, job.config.device)
         self.itemsize = ITEMSIZE[self.precision]
         self.rows: dict[str, int] = {}

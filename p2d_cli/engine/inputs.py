@@ -29,7 +29,8 @@ from p2d_cli.data.sources import locate
 from p2d_cli.engine.cost import assumed_heads, model_size
 from p2d_cli.engine.identity import digest_rows, ensure_same_model, identify_model
 from p2d_cli.errors import DataError
-from p2d_cli.modeling.model_files import ModelFiles, locate_model, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, locate_model
+from p2d_cli.modeling.quantised import tensor_shapes
 from p2d_cli.pipeline import ArtifactKind
 from p2d_cli.runtime import distributed
 from p2d_cli.runtime.progress import Progress

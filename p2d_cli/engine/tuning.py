@@ -360,7 +360,9 @@ class Tuning:
             return size.parameters * FLOAT32
         if scope == "attention":
             return size.parameters * itemsize + size.attention_weights * (FLOAT32 - itemsize)
-        quantised = size.layers * size.layer_weights if self._config.base_quantization == "4bit" else 0
+        if self._config.base_quantization == "none":
+            return size.weight_bytes(itemsize)
+        quantised = size.layers * size.layer_weights
         return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
 
     def _updates(self, reader: CountingReader, rows: TokenizedRows, trained: Trained, times: float) -> Steps:

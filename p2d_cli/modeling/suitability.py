@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from p2d_cli.errors import DataError, ModelError
-from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, require_tokenizer, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, require_tokenizer
+from p2d_cli.modeling.quantised import require_usable_weights, tensor_shapes
 from p2d_cli.modeling.token_ids import count_embeddings
 
 _ORDINARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -18,7 +19,14 @@ _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size
 
 
 def require_suitable(
-    files: ModelFiles, *, heads: bool = False, attention: bool = False, logits: bool = False, weights: bool = True
+    files: ModelFiles,
+    *,
+    heads: bool = False,
+    attention: bool = False,
+    logits: bool = False,
+    weights: bool = True,
+    plain: str = "",
+    quantise: bool = False,
 ) -> int:
     """Refuse a model that could not do its work, with the reason; return the number of its input embeddings.
 
@@ -28,13 +36,16 @@ def require_suitable(
         attention: whether the attention of heads is watched.
         logits: whether it predicts tokens.
         weights: whether its weights are read at all.
+        plain: what needs plain weights, see `require_usable_weights`.
+        quantise: whether they are to be quantised when they are loaded.
 
     Raises:
-        ModelError: it is quantised, not a causal language model, or its attention is of a kind that rules this out.
+        ModelError: it is not a causal language model, or its attention, or how its weights are quantised, rules this
+            out.
         DataError, UnavailableError: see `read_config` and `skeleton`.
     """
     if weights:
-        require_plain_weights(files)
+        require_usable_weights(files, plain=plain, quantise=quantise)
     if (count := _ordinary_embeddings(files)) is not None:
         return count
     from p2d_cli.modeling.attention_capture import require_capturable
@@ -54,10 +65,18 @@ def require_suitable(
     return count
 
 
-def require_reader(files: ModelFiles, *, heads: bool = False, attention: bool = False, logits: bool = False) -> int:
+def require_reader(
+    files: ModelFiles,
+    *,
+    heads: bool = False,
+    attention: bool = False,
+    logits: bool = False,
+    plain: str = "",
+    quantise: bool = False,
+) -> int:
     """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
     require_tokenizer(files)
-    return require_suitable(files, heads=heads, attention=attention, logits=logits)
+    return require_suitable(files, heads=heads, attention=attention, logits=logits, plain=plain, quantise=quantise)
 
 
 def _ordinary_embeddings(files: ModelFiles) -> int | None:

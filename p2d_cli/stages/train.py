@@ -71,7 +71,13 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: require_reader(model, heads=config.resolved_scope != "full", logits=True),
+        check=lambda: require_reader(
+            model,
+            heads=config.resolved_scope != "full",
+            logits=True,
+            plain="" if config.makes_adapter else f"--scope {config.resolved_scope}",
+            quantise=config.base_quantization != "none",
+        ),
     )
 
 

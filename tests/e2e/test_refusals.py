@@ -122,7 +122,7 @@ def test_attention_sinks_rule_nothing_out(p2d, sinks, few, tmp_path):
     [
         ({"model_type": "t5"}, "an encoder-decoder model"),
         ({"model_type": "bert"}, "it is an encoder"),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "are quantised (awq)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "are quantised (AWQ)"),
         ({"num_attention_heads": 5}, "not a valid model config"),
         ({"hidden_act": "wow"}, "cannot build the model"),
         ({"rope_parameters": {"rope_type": "nothing", "rope_theta": 1.0}}, "cannot build the model"),
@@ -152,7 +152,7 @@ def test_quantised_weights_are_not_compared_as_if_they_were_plain(p2d, tiny_fold
     (model / "config.json").write_text(json.dumps(config))
     for dry in (True, False):
         words = ("score-heads", "--method", "pad", "--task-model", model)
-        refused(ask(p2d, tiny_folder, few, tmp_path / "o", *words, dry=dry), "are quantised (fp8)")
+        refused(ask(p2d, tiny_folder, few, tmp_path / "o", *words, dry=dry), "are quantised (FP8)")
 
 
 # --- tokens that the model has no embedding for
