@@ -110,7 +110,7 @@ def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
                     start, end = entry["data_offsets"]
                     shape = tuple(entry["shape"])
                     stored[name] = StoredTensor(path, shape, entry["dtype"], 8 + length + start, end - start)
-        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as problem:
             raise DataError(
                 f"{path} is not a readable safetensors file: {problem!r}", hint="copy or download it again"
             ) from None

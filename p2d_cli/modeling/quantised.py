@@ -185,7 +185,7 @@ def _unpacked_mxfp4(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _packed_shape(quant_state: StoredTensor) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in json.loads(quant_state.read())["shape"])
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, OverflowError) as problem:
         raise DataError(
             f"{quant_state.path} does not say how its weights are packed: {problem!r}", hint="copy or download it again"
         ) from None

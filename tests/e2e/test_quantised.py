@@ -272,6 +272,7 @@ def test_a_plan_counts_packed_weights_as_they_are_packed(run, packed, tiny_folde
     def plan(*words, model):
         return run(*words, model=model, out="x", more=("--dry-run", "--json")).json["plan"]["memory"]
 
+    assert tensor_shapes(locate_model(str(packed))) == tensor_shapes(locate_model(str(tiny_folder)))
     model = load_model(packed, dtype=torch.float32, device="cpu")
     for words in (READOUT, (*TRAIN, "--scope", "lora"), PERPLEXITY):
         found, plain = plan(*words, model=packed), plan(*words, model=tiny_folder)
