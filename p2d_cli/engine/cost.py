@@ -52,6 +52,14 @@ class ModelSize:
     vocabulary: int
     parameters: int
     """All of them, tied ones once."""
+    packed: int = 0
+    """Parameters that stay packed in memory (see `p2d_cli.modeling.quantised`)."""
+    packed_bytes: int = 0
+    """What these take."""
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Return the bytes of the weights, where those that are not packed take so many each."""
+        return (self.parameters - self.packed) * itemsize + self.packed_bytes
 
     @property
     def depth(self) -> int:

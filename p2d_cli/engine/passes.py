@@ -128,7 +128,7 @@ class Pass:
             flops=self.flops,
             seconds=lambda load, step: self.seconds(load(), batches[step]),
             memory=lambda size, itemsize: (
-                {"weights": size.parameters * itemsize} | self.bytes(size, largest_of(shapes), itemsize)
+                {"weights": size.weight_bytes(itemsize)} | self.bytes(size, largest_of(shapes), itemsize)
             ),
             kept_bytes=self.kept_bytes * len(self.lengths),
         )

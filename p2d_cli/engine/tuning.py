@@ -366,7 +366,9 @@ class Tuning:
             return size.parameters * FLOAT32
         if scope == "attention":
             return size.parameters * itemsize + trained * (FLOAT32 - itemsize)
-        quantised = round(size.first()[0]) if self._config.base_quantization == "4bit" else 0
+        if self._config.base_quantization == "none":
+            return size.weight_bytes(itemsize)
+        quantised = round(size.first()[0])
         return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
 
     def _updates(self, reader: CountingReader, rows: TokenizedRows, trained: Trained, times: float) -> Steps:

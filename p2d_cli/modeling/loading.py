@@ -22,7 +22,8 @@ from p2d_cli.errors import (
 )
 from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_token
 from p2d_cli.modeling.light_tokenizer import read_tokenizer
-from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_plain_weights, require_tokenizer
+from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_tokenizer
+from p2d_cli.modeling.quantised import Quantisation, quantisation_of, require_usable_weights
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,9 +62,12 @@ def load_model(
 ) -> Any:
     """Load a causal language model in eval mode.
 
+    Weights in mxfp4 are dequantised to `dtype`; those of bitsandbytes stay as they are, and are multiplied as the
+    checkpoint says.
+
     Args:
         path: model folder, or hub id with an optional `@revision`.
-        dtype: of all weights.
+        dtype: of all weights that are not quantised.
         device: where the model goes.
         four_bit: quantise the linear layers to 4 bits (NF4 with quantised constants, as QLoRA, arXiv:2305.14314, does);
             they are multiplied in `dtype`.
@@ -74,18 +78,20 @@ def load_model(
         The model. Its `name_or_path`, which adapters saved from it repeat, is the hub id, or empty for a folder.
 
     Raises:
-        UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is not installed (`four_bit`).
+        UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is wanted and not installed.
         DataError: the weights are damaged, incomplete, or pickle files, or the model needs code from its checkpoint.
         NonFiniteError: a weight is NaN or infinite.
-        ModelError: the model cannot be used: quantised weights, not a causal language model.
+        ModelError: the model cannot be used: quantised by a method that is not read, not a causal language model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     files = locate_model(str(path))
     config = read_config(files)
-    require_plain_weights(files)
-    device = torch.device(device)
-    whole = None if device.type == "cpu" and not four_bit else {"": device}
+    require_usable_weights(files, quantise=four_bit)
+    device, quantised = torch.device(device), quantisation_of(files)
+    # Without a place, bitsandbytes takes whatever accelerator there is.
+    is_packed = four_bit or (quantised is not None and quantised.becomes == "packed")
+    whole = None if device.type == "cpu" and not is_packed else {"": device}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = _from_pretrained(
         files,
@@ -94,7 +100,7 @@ def load_model(
         # torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)
         attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
         device_map=device_map or whole,
-        quantization_config=_four_bits(dtype) if four_bit else None,
+        quantization_config=_four_bits(dtype) if four_bit else _dequantised(quantised),
     )
     require_finite_weights(
         model.named_parameters(),
@@ -121,6 +127,11 @@ def _from_pretrained(files: ModelFiles, **options: Any) -> Any:
                 output_loading_info=True,
                 **options,
             )
+    except ImportError as problem:
+        # An installed bitsandbytes may be too old for the installed transformers.
+        raise UnavailableError(
+            f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="pip install -U bitsandbytes"
+        ) from problem
     except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -290,20 +301,23 @@ def _why_not_causal(config: Any) -> str | None:
 
 
 def _four_bits(dtype: torch.dtype) -> Any:
-    import importlib.util
-
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UnavailableError(
-            "4-bit weights need bitsandbytes, which is not installed", hint="pip install bitsandbytes"
-        )
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _dequantised(quantised: Quantisation | None) -> Any:
+    """Return the setting that makes plain weights of quantised ones while they are loaded, if these can be."""
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    if quantised is None or quantised.becomes != "plain":
+        return None
+    return Mxfp4Config(dequantize=True)
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.errors import DataError, ModelError, UnavailableError, first_line
+from p2d_cli.errors import DataError, UnavailableError, first_line
 from p2d_cli.hub import why_unreachable
 
 TOKENIZER_FILES = (
@@ -31,6 +32,8 @@ _GGUF_HINT = (
 )
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""By the names that safetensors has for them."""
 _SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -72,23 +75,61 @@ class ModelFiles:
         return str(self.config.get("model_type", "unknown"))
 
 
-def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored tensor, by name, from the headers of the weight files alone.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a weight file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it, such as `BF16`."""
+    start: int
+    num_bytes: int
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.num_bytes)
+
+
+def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
+    """Return each stored tensor, by name, from the headers of the weight files alone.
 
     Raises:
         DataError: a file is damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, StoredTensor] = {}
     for path in files.weights:
         try:
             with path.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as problem:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    shape = tuple(entry["shape"])
+                    stored[name] = StoredTensor(path, shape, entry["dtype"], 8 + length + start, end - start)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as problem:
             raise DataError(
                 f"{path} is not a readable safetensors file: {problem!r}", hint="copy or download it again"
             ) from None
-    return shapes
+    return stored
+
+
+def stored_precision(files: ModelFiles) -> str:
+    """Return the precision of a checkpoint as its config says, else that of most weights that are not quantised.
+
+    Raises:
+        DataError: a weight file is damaged.
+    """
+    if told := files.config.get("dtype") or files.config.get("torch_dtype"):
+        return str(told)
+    counts: Counter[str] = Counter()
+    for tensor in stored_tensors(files).values():
+        counts[_PRECISIONS.get(tensor.dtype, "")] += tensor.num_bytes
+    del counts[""]
+    return counts.most_common(1)[0][0] if counts else "float32"
 
 
 def vocabulary(files: ModelFiles) -> dict[str, int] | None:
@@ -113,19 +154,6 @@ def vocabulary_in(folder: Path) -> dict[str, int] | None:
         return known | {token["content"]: token["id"] for token in described.get("added_tokens", ())}
     except (ValueError, KeyError, TypeError) as problem:
         raise DataError(f"{path} is not a valid tokenizer: {problem!r}", hint="copy or download it again") from None
-
-
-def require_plain_weights(files: ModelFiles) -> None:
-    """Raise ModelError if the config, or that of a multimodal model's text part, says that weights are quantised."""
-    parts = (files.config, *(part for part in files.config.values() if isinstance(part, dict)))
-    settings = next((found for part in parts if (found := part.get("quantization_config")) is not None), None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        raise ModelError(
-            f"the weights of {files.spec} are quantised ({method or 'unknown method'}); p2d reads and trains plain "
-            "weights",
-            hint="use the unquantised checkpoint",
-        )
 
 
 def require_tokenizer(files: ModelFiles) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from p2d_cli.core.geometry import LayerHeads
 from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Projection, ProjectionName
 from p2d_cli.errors import DataError, ModelError
-from p2d_cli.modeling.model_files import ModelFiles, require_plain_weights, require_tokenizer, tensor_shapes
+from p2d_cli.modeling.model_files import ModelFiles, require_tokenizer
+from p2d_cli.modeling.quantised import require_usable_weights, tensor_shapes
 from p2d_cli.modeling.token_ids import count_embeddings
 
 _ORDINARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -28,6 +29,8 @@ def require_suitable(
     attention: bool = False,
     logits: bool = False,
     weights: bool = True,
+    plain: str = "",
+    quantise: bool = False,
 ) -> int:
     """Refuse a model that could not do its work, with the reason; return the number of its input embeddings.
 
@@ -38,13 +41,16 @@ def require_suitable(
         attention: whether the attention of heads is watched.
         logits: whether it predicts tokens.
         weights: whether its weights are read at all.
+        plain: what needs plain weights, see `require_usable_weights`.
+        quantise: whether they are to be quantised when they are loaded.
 
     Raises:
-        ModelError: it is quantised, not a causal language model, or its attention is of a kind that rules this out.
+        ModelError: it is not a causal language model, or its attention, or how its weights are quantised, rules this
+            out.
         DataError, UnavailableError: see `read_config` and `skeleton`.
     """
     if weights:
-        require_plain_weights(files)
+        require_usable_weights(files, plain=plain, quantise=quantise)
     if _ordinary_layout(files) is not None:
         return int(files.config["vocab_size"])
     from p2d_cli.modeling.attention_capture import require_capturable
@@ -67,11 +73,20 @@ def require_suitable(
 
 
 def require_reader(
-    files: ModelFiles, *, heads: bool = False, parts: bool = False, attention: bool = False, logits: bool = False
+    files: ModelFiles,
+    *,
+    heads: bool = False,
+    parts: bool = False,
+    attention: bool = False,
+    logits: bool = False,
+    plain: str = "",
+    quantise: bool = False,
 ) -> int:
     """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
     require_tokenizer(files)
-    return require_suitable(files, heads=heads, parts=parts, attention=attention, logits=logits)
+    return require_suitable(
+        files, heads=heads, parts=parts, attention=attention, logits=logits, plain=plain, quantise=quantise
+    )
 
 
 def read_layout(files: ModelFiles) -> ModelLayout:

@@ -68,7 +68,7 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
 
 def _plan(job: StageRun[EvalConfig], inputs: _Inputs, unfinished: Path | None) -> StagePlan:
     reader = CountingReader(job, inputs.model, unfinished)
-    reader.need({"weights": reader.size.parameters * reader.itemsize})
+    reader.need({"weights": reader.size.weight_bytes(reader.itemsize)})
     if inputs.adapter is not None and (weights := inputs.adapter / "adapter_model.safetensors").is_file():
         reader.need({"adapter": weights.stat().st_size})
     if inputs.data is None:

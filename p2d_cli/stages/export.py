@@ -13,7 +13,7 @@ from p2d_cli.config import ExportConfig, Resolved
 from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, resolve_template
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
-from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.model_files import ModelFiles, stored_precision
 from p2d_cli.modeling.suitability import require_suitable
 from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
 
@@ -37,7 +37,9 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     if "adapter" in job.inputs.manifests and (shown := job.inputs.manifests["adapter"].summary.get("template")):
         job.facts["template"] = shown
     return job.complete(
-        lambda folder: _compute(job, base, adapter, folder), alone=True, check=lambda: require_suitable(base)
+        lambda folder: _compute(job, base, adapter, folder),
+        alone=True,
+        check=lambda: require_suitable(base, plain="p2d export"),
     )
 
 
@@ -85,8 +87,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     with job.timer.phase("load"):
         device = str(resolve_device(config.device))
         job.use_device(device)
-        stored = str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32")
-        dtype = resolve_dtype(stored if config.dtype == "auto" else config.dtype, device)
+        dtype = resolve_dtype(stored_precision(base) if config.dtype == "auto" else config.dtype, device)
         # Merged in float32 and rounded once: in bfloat16 the sum would lose most of a small change.
         model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
     with job.timer.phase("merge"):

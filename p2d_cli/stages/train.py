@@ -74,6 +74,8 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
             heads=config.resolved_scope == "heads",
             parts=config.resolved_scope in {"lora", "attention"},
             logits=True,
+            plain="" if config.makes_adapter else f"--scope {config.resolved_scope}",
+            quantise=config.base_quantization != "none",
         ),
     )
 

@@ -78,9 +78,9 @@ class Pad(HeadMethod):
     def check_model(cls, model: ModelFiles, task_model: ModelFiles | None) -> int:
         """Refuse models whose heads cannot be told apart, or one that a proxy of cannot learn."""
         if task_model is None:
-            return require_reader(model, heads=True, logits=True)
-        require_suitable(task_model, heads=True)
-        return require_suitable(model, heads=True)
+            return require_reader(model, heads=True, logits=True, plain="--method pad")
+        require_suitable(task_model, heads=True, plain="--method pad")
+        return require_suitable(model, heads=True, plain="--method pad")
 
     def passes(self) -> Iterator[Steps]:
         """Tune the proxy, if there is to be one, and compare the weights."""

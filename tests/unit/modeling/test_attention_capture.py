@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from p2d_cli.modeling.attention_capture import (
     CAPTURE_ATTENTION,
     capture_segments,
     register_capture,
+    require_capturable,
     run_captured,
 )
 from p2d_cli.modeling.likelihood import forward_inputs
@@ -24,6 +26,63 @@ LENGTH = 14
 NUM_SEGMENTS = 3
 LENGTHS = {"none": (14, 14, 14), "left": (14, 9, 11), "right": (14, 9, 11)}
 HEADS = {0: (1, 3), 1: (0, 2, 3)}
+
+
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+_WINDOW = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_RELATIVE = {
+    "head_dim": 8,
+    "swa_head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "sliding_window_size": 6,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "rel_extent": 16,
+    "d_rel": 4,
+}
+# What adds more to its scores than a mask: sinks, on all layers or some, a learned bias, a mask for each head.
+SCORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss-mha": ("GptOss", _WINDOW | _EXPERTS | {"num_key_value_heads": 4}),
+    "gpt_oss-gqa": ("GptOss", _WINDOW | _EXPERTS),
+    "gpt_oss-mqa": ("GptOss", _WINDOW | _EXPERTS | {"num_key_value_heads": 1}),
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        _WINDOW | _EXPERTS | {"v_head_dim": 4, "n_routed_experts": 2, "n_group": 1, "topk_group": 1},
+    ),
+    "flint": ("Flint", _WINDOW),
+    "granite_swa": ("GraniteSWA", _WINDOW),
+    "inkling": ("Inkling", _RELATIVE | {"n_shared_experts": 1, "mlp_layer_types": ["dense", "dense"]}),
+    "inkling2": ("Inkling2", _RELATIVE | {"unpadded_vocab_size": 64}),
+    "doge": ("Doge", {"keep_window_size": 6}),
+}
+
+
+def _scored_model(family: str) -> Any:
+    name, values = SCORED[family]
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config_class(**(_SMALL | values))).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # sinks, and what makes the masks of doge differ from head to head
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
 
 
 def _batch(padding: str, *, seed: int = 0) -> dict[str, Tensor]:
@@ -112,6 +171,51 @@ def test_outputs_are_those_of_the_model_without_capture(tiny_model: ModelFactory
     assert torch.equal(captured[real], bare[real])
     assert model.config._attn_implementation == implementation
     assert torch.equal(_forward(model, batch)[real], bare[real])
+
+
+@pytest.mark.parametrize("padding", list(LENGTHS))
+@pytest.mark.parametrize("family", list(SCORED))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_scores_of_more_than_a_mask_are_captured_as_eager_has_them(
+    family: str, padding: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sink takes its share of the attention, which belongs to no segment; the model's outputs stay what they are."""
+    if (family, dtype) == ("inkling2", torch.bfloat16):
+        pytest.skip("transformers 5.24 does not run it in bfloat16")
+    model, batch = _scored_model(family).to(dtype), _batch(padding)
+    rows, segments = _rows_and_segments(batch)
+    bare, real = _forward(model, batch), batch["attention_mask"].bool()
+    with capture_segments(model, HEADS, rows, segments, NUM_SEGMENTS) as attention:
+        assert torch.equal(_forward(model, batch)[real], bare[real])
+    if family == "granite_swa":
+        # It scales its outputs by what the sink leaves, and shows the attention as it is before.
+        of_gpt_oss = sys.modules["transformers.models.gpt_oss.modeling_gpt_oss"].eager_attention_forward
+        monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", of_gpt_oss)
+    expected = _slow_reduction(_eager(model, batch).attentions, HEADS, rows, segments, NUM_SEGMENTS)
+    sizes = torch.stack([(segments == segment).sum(1) for segment in range(NUM_SEGMENTS)], dim=1)[:, None]
+    torch.testing.assert_close(attention.attention_BKS * sizes, expected * sizes, atol=tolerance, rtol=0.0)
+
+
+def test_a_sink_takes_what_is_missing_from_one() -> None:
+    """All tokens in one segment: their attention and the sink's share add up to one, whatever the head."""
+    model, batch = _scored_model("gpt_oss-gqa"), _batch("none")
+    rows, one = torch.ones_like(batch["input_ids"], dtype=torch.bool), torch.zeros_like(batch["input_ids"])
+    captured = run_captured(model, batch, {0: range(4)}, rows, one, 1) * LENGTH
+    assert (captured < 0.99).all()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks[1] = -1e4
+    without = run_captured(model, batch, {0: range(4)}, rows, one, 1) * LENGTH
+    torch.testing.assert_close(without[:, 1], torch.ones(3, 1))
+    torch.testing.assert_close(without[:, [0, 2, 3]], captured[:, [0, 2, 3]])
+
+
+def test_models_with_sinks_generate_under_the_capture_attention() -> None:
+    model, ids = _scored_model("gpt_oss-gqa"), _batch("none")["input_ids"]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    register_capture()
+    model.set_attn_implementation(CAPTURE_ATTENTION)
+    assert torch.equal(model.generate(ids, **settings), expected)
 
 
 def test_soft_capped_model_generates_under_the_capture_attention(tiny_model: ModelFactory) -> None:
@@ -278,20 +382,32 @@ def test_attention_outside_of_the_interface_is_refused() -> None:
         run_captured(model, batch, {0: (0,)}, rows, segments, NUM_SEGMENTS)
 
 
-def test_attention_sinks_are_refused() -> None:
-    config = transformers.GptOssConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    )
-    model, batch = transformers.GptOssForCausalLM(config).eval(), _batch("none")
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("DiffLlama", {}, "attention of diffllama cannot be captured: its heads are differences of two attentions"),
+        ("Dory", {}, "attention of dory cannot be captured: its layers run several times in one forward"),
+        (
+            "GlmMoeDsa",
+            {},
+            r"GlmMoeDsaAttention cannot be captured: it chooses the tokens that a query sees \(indexer\)",
+        ),
+    ],
+)
+def test_attention_that_is_not_one_softmax_a_head_is_refused(name: str, settings: Any, reason: str) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**_SMALL))
+    implementation = model.config._attn_implementation
+    with pytest.raises(ModelError, match=reason):
+        require_capturable(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_scores_that_depend_on_an_unknown_tensor_are_refused(tiny_model: ModelFactory) -> None:
+    model, batch = tiny_model("llama"), _batch("none")
     rows, segments = _rows_and_segments(batch)
-    with pytest.raises(ModelError, match="GptOssAttention cannot be captured: it uses attention sinks"):
-        run_captured(model, batch, {0: (0,)}, rows, segments, NUM_SEGMENTS)
-    assert model.config._attn_implementation == "eager"
+    with (
+        pytest.raises(ModelError, match="LlamaAttention cannot be captured: its scores depend on novelty"),
+        capture_segments(model, HEADS, rows, segments, NUM_SEGMENTS),
+    ):
+        model(**forward_inputs(**_renamed(batch)), novelty=torch.ones(1))
