@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from p2d_cli.errors import DataError, ModelError, UnavailableError, first_line
 from p2d_cli.hub import why_unreachable
@@ -23,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_LENGTH_BYTES = 8
 _PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _GGUF_MAGIC = b"GGUF"
 _GGUF_HINT = (
@@ -73,22 +76,38 @@ class ModelFiles:
 
 
 def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored tensor, by name, from the headers of the weight files alone.
+    """Return the `stored_shapes` of a model's weight files."""
+    return stored_shapes(files.weights)
+
+
+def stored_shapes(paths: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored tensor, by name, from the headers of weight files alone.
 
     Raises:
         DataError: a file is damaged.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files.weights:
+    for path in paths:
         try:
             with path.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                header = json.loads(stream.read(_header_bytes(stream)))
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as problem:
             raise DataError(
                 f"{path} is not a readable safetensors file: {problem!r}", hint="copy or download it again"
             ) from None
     return shapes
+
+
+def tensor_bytes(path: Path) -> int:
+    """Return the bytes of all tensors in a weight file."""
+    with path.open("rb") as stream:
+        return path.stat().st_size - _LENGTH_BYTES - _header_bytes(stream)
+
+
+def _header_bytes(stream: BinaryIO) -> int:
+    """Read the length of a safetensors header, which comes first."""
+    return int.from_bytes(stream.read(_LENGTH_BYTES), "little")
 
 
 def vocabulary(files: ModelFiles) -> dict[str, int] | None:
@@ -244,7 +263,7 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         spec=spec,
         folder=folder,
         revision=revision,
-        weights=_weight_files(folder, spec),
+        weights=weight_files(folder, spec),
         tokenizer=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
     )
@@ -269,11 +288,17 @@ def find_pickled(folder: Path) -> str | None:
     return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
-def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
+def weight_files(folder: Path, spec: str | None = None) -> tuple[Path, ...]:
+    """Return the files of a folder that hold its weights, in the order of their names.
+
+    Raises:
+        DataError: there are none in safetensors, or not all that the index names; `spec` is what messages call it.
+    """
+    spec = spec or str(folder)
     # Where both are there, transformers loads the single file too.
     if (single := folder / "model.safetensors").is_file():
         return (single,)
-    if (index := folder / "model.safetensors.index.json").is_file():
+    if (index := folder / WEIGHTS_INDEX).is_file():
         return _shards(index, spec)
     _refuse_gguf(spec, *sorted(folder.glob("*.gguf")))
     if (pickled := find_pickled(folder)) is not None:

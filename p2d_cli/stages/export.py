@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from p2d_cli.artifacts.adapter import CHAT_TEMPLATE_NAME, save_merged_card
 from p2d_cli.artifacts.cards import CARD_NAME
@@ -76,7 +77,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     import torch
 
     from p2d_cli.modeling.head_adapter import load_adapter
-    from p2d_cli.modeling.loading import load_model, resolve_device, resolve_dtype
+    from p2d_cli.modeling.loading import auto_model_name, load_model, resolve_device, resolve_dtype
     from p2d_cli.modeling.memory import release_memory
     from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers, round_weights
     from p2d_cli.modeling.saving import copy_tokenizer, save_plain_model
@@ -85,7 +86,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     with job.timer.phase("load"):
         device = str(resolve_device(config.device))
         job.use_device(device)
-        stored = str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32")
+        stored = _stored_dtype(base.config)
         dtype = resolve_dtype(stored if config.dtype == "auto" else config.dtype, device)
         # Merged in float32 and rounded once: in bfloat16 the sum would lose most of a small change.
         model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
@@ -98,7 +99,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         expected_nV = answer(model, ids_1n)
         model = model.to(dtype)
     with job.saving():
-        save_plain_model(model, base.folder, folder)
+        save_plain_model(model, base, folder)
         if has_new_tokens(adapter, base.folder) is not None:
             copy_tokenizer(adapter, folder)
         _hand_on_template(job, adapter, folder)
@@ -111,7 +112,9 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         written = load_model(folder, dtype=torch.float32, device=device)
         require_same_answers(answer(written, ids_1n), expected_nV, "writing the merged model")
     figures = {"Parameters": f"{parameters:,}", "Precision": precision}
-    save_merged_card(folder, base.name_elsewhere, base.asked_revision, config.adapter, figures)
+    save_merged_card(
+        folder, base.name_elsewhere, base.asked_revision, config.adapter, figures, auto_model_name(written)
+    )
     return Outcome(
         summary={"base": base.spec, "parameters": parameters, "dtype": precision},
         settings={},
@@ -120,6 +123,12 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         charged=False,
         extras=frozenset({CARD_NAME}),
     )
+
+
+def _stored_dtype(config: dict[str, Any]) -> str:
+    """Return the precision that a config says its weights are stored in."""
+    parts = (config, config.get("text_config", {}))
+    return str(next((found for part in parts if (found := part.get("dtype") or part.get("torch_dtype"))), "float32"))
 
 
 def _hand_on_template(job: StageRun[ExportConfig], adapter: Path, folder: Path) -> None:
