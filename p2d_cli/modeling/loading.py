@@ -91,8 +91,7 @@ def load_model(
         found.auto,
         config=config,
         dtype=dtype,
-        # torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)
-        attn_implementation="sdpa" if found.built._supports_sdpa else "eager",
+        attn_implementation=_attention_kernel(config, found.built),
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else None,
     )
@@ -104,6 +103,15 @@ def load_model(
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.name
     _mend(model)
     return model.eval()
+
+
+def _attention_kernel(config: Any, built: Any) -> str:
+    """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
+    from transformers import MODEL_MAPPING
+
+    text = type(config.get_text_config())
+    parts = [built, *([MODEL_MAPPING[text]] if text in MODEL_MAPPING else [])]
+    return "sdpa" if all(part._supports_sdpa for part in parts) else "eager"
 
 
 def require_model_class(config: Any) -> ModelClass:
