@@ -14,6 +14,7 @@ from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_li
 from p2d_cli.modeling.layouts import LayerLayout, layer_weights
 from p2d_cli.modeling.loading import (
     UNFIT_VALUES,
+    attention_kernel,
     quiet_transformers,
     read_config,
     require_finite_weights,
@@ -98,10 +99,10 @@ def skeleton(model: Path | str | ModelFiles) -> Any:
     """
     files = model if isinstance(model, ModelFiles) else locate_model(str(model))
     config = read_config(files)
-    auto = require_model_class(config).auto
+    found = require_model_class(config)
     try:
         with quiet_transformers(), torch.device("meta"):
-            return auto.from_config(config)
+            return found.auto.from_config(config, attn_implementation=attention_kernel(config, found.built))
     except ImportError as missing:
         raise UnavailableError(f"{files.spec} cannot be built: {first_line(missing)}") from missing
     except UNFIT_VALUES as problem:

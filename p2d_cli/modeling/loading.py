@@ -91,7 +91,7 @@ def load_model(
         found.auto,
         config=config,
         dtype=dtype,
-        attn_implementation=_attention_kernel(config, found.built),
+        attn_implementation=attention_kernel(config, found.built),
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else None,
     )
@@ -105,7 +105,7 @@ def load_model(
     return model.eval()
 
 
-def _attention_kernel(config: Any, built: Any) -> str:
+def attention_kernel(config: Any, built: Any) -> str:
     """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
     from transformers import MODEL_MAPPING
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from p2d_cli.modeling.loading import quiet_transformers, require_finite_weights
 from p2d_cli.modeling.model_files import (
@@ -18,6 +18,9 @@ from p2d_cli.modeling.model_files import (
     weight_files,
 )
 from p2d_cli.modeling.text_part import has_other_parts, is_of_text
+
+if TYPE_CHECKING:
+    import torch
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 PROCESSOR_FILES = (
@@ -53,6 +56,14 @@ def save_plain_model(model: Any, base: ModelFiles, folder: Path, state: dict[str
     for name in (GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """Cast a model to a precision, in place, and return it; `model.to` would make complex numbers real (Llama 4)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _save_weights(model: Any, folder: Path, state: dict[str, Any] | None) -> None:
