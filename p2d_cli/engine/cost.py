@@ -23,6 +23,8 @@ from p2d_cli.core.geometry import share_count
 FLOAT32, FLOAT64 = 4, 8
 _LOGIT_ROWS_IN_FP32 = 512
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_OTHER_PARTS = re.compile(r"(?:^|\.)(?:vision|visual|audio)")
+"""Layers of towers, which read no text."""
 _BUFFERS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|attention\.bias$")
 _FUSED = frozenset({"phi3", "gpt2", "gpt_neox"})
 
@@ -82,7 +84,7 @@ def model_size(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     in_layers = sum(
         size * (used if ".experts." in name else 1)
         for name, size in stored.items()
-        if _LAYER.search(name) and len(tensors[name]) > 1
+        if _LAYER.search(name) and not _OTHER_PARTS.search(name) and len(tensors[name]) > 1
     )
     return ModelSize(
         layers=layers,
