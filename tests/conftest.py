@@ -20,6 +20,7 @@ settings.load_profile("p2d")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side, one process a core; more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # for `composites`, beside this file
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 
@@ -99,3 +100,11 @@ def _hears_signals():
     yield
     for number, handler in previous.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def composite():
+    """Factory `composite(family, folder, dtype, **text_settings)` of a saved model of text and images, see there."""
+    import composites
+
+    return lambda family, folder, dtype, **text: composites.save(family, folder, dtype, FIXTURES / "tiny-model", **text)

@@ -18,6 +18,7 @@ ADAPTER_RANK = "adapter_rank"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 """The chat template that was learnt, where it is not the tokenizer's; transformers looks for it under this name."""
 
+AUTO_MODEL = "AutoModelForCausalLM"
 _PLAIN_SCALAR = re.compile(r"[A-Za-z/][\w./-]*[/][\w./-]*", re.ASCII)
 
 
@@ -35,6 +36,7 @@ def save_model_card(
     scope: str,
     figures: Mapping[str, Any],
     rank: int | None = None,
+    auto_model: str = AUTO_MODEL,
 ) -> None:
     """Write the card that model hubs show of what was trained.
 
@@ -45,9 +47,10 @@ def save_model_card(
         scope: heads, attention, lora or full.
         figures: rows of the card's table.
         rank: that of the adapter's modules, for scopes heads and lora.
+        auto_model: the class of transformers that loads the base model.
     """
     is_adapter = scope in {"heads", "lora"}
-    loading = _load_adapter(base, revision) if is_adapter else _LOAD_MODEL
+    loading = _load_adapter(base, revision, auto_model) if is_adapter else _load_model(auto_model)
     more = _serving(base, rank) if rank is not None else ""
     more += _GOING_ON if scope == "heads" else ""
     text = (
@@ -57,7 +60,14 @@ def save_model_card(
     _write_card(folder, base, "peft" if is_adapter else "transformers", ["p2d", *["lora"] * is_adapter], text)
 
 
-def save_merged_card(folder: Path, base: str, revision: str | None, adapter: str, figures: Mapping[str, Any]) -> None:
+def save_merged_card(
+    folder: Path,
+    base: str,
+    revision: str | None,
+    adapter: str,
+    figures: Mapping[str, Any],
+    auto_model: str = AUTO_MODEL,
+) -> None:
     """Write the card of a model that an adapter was merged into.
 
     Args:
@@ -66,19 +76,16 @@ def save_merged_card(folder: Path, base: str, revision: str | None, adapter: str
         revision: that of the base model on its hub, if it is known.
         adapter: the adapter as the user named it.
         figures: rows of the card's table.
+        auto_model: the class of transformers that loads the model.
     """
     text = (
         f"# {Path(adapter).name}, merged with p2d\n\n"
         f"`p2d export` added the adapter `{adapter}` to the weights of its base model `{_pinned(base, revision)}`, in "
-        f"float32, and rounded once.\n\n{_table(figures)}\n\n```python\n{_LOAD_MODEL}```"
+        f"float32, and rounded once.\n\n{_table(figures)}\n\n```python\n{_load_model(auto_model)}```"
     )
     _write_card(folder, base, "transformers", ["p2d"], text)
 
 
-_LOAD_MODEL = (
-    "from transformers import AutoModelForCausalLM\n\n"
-    'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-)
 _GOING_ON = """
 
 To train on with PEFT, freeze the 0/1 factors that place the heads' rows again, which PEFT unfreezes:
@@ -90,12 +97,16 @@ for factor in (p for name, p in model.named_parameters() if "lora_" in name and 
 ```"""
 
 
-def _load_adapter(base: str, revision: str | None) -> str:
+def _load_model(auto_model: str) -> str:
+    return f'from transformers import {auto_model}\n\nmodel = {auto_model}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+
+
+def _load_adapter(base: str, revision: str | None, auto_model: str) -> str:
     pinned = "" if revision is None else f", revision={json.dumps(revision)}"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)}{pinned})\n"
+        f"from transformers import {auto_model}\n\n"
+        f"base = {auto_model}.from_pretrained({json.dumps(base, ensure_ascii=False)}{pinned})\n"
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")\n'
     )
 

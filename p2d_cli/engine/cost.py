@@ -25,6 +25,8 @@ from p2d_cli.core.head_layout import ModelLayout, ProjectionName
 FLOAT32, FLOAT64 = 4, 8
 _LOGIT_ROWS_IN_FP32 = 512
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_OTHER_PARTS = re.compile(r"(?:^|\.)(?:vision|visual|audio)")
+"""Layers of towers, which read no text."""
 _BUFFERS = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|attention\.bias$")
 
 WorkKind = Literal["read", "learn", "answer", "compare"]
@@ -119,7 +121,9 @@ def model_size(
     experts = number("num_experts", "num_local_experts", "n_routed_experts", default=1) or 1
     used = number("num_experts_per_tok", default=experts) / experts
     multiplied = {
-        name: size * (used if ".experts." in name else 1) for name, size in stored.items() if len(tensors[name]) > 1
+        name: size * (used if ".experts." in name else 1)
+        for name, size in stored.items()
+        if len(tensors[name]) > 1 and not _OTHER_PARTS.search(name)
     }
     if geometry is None:
         head_dim = number("head_dim", default=hidden // max(heads, 1))

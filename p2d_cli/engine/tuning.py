@@ -178,6 +178,7 @@ class Tuning:
         """Load the model and prepare it for training; each time from the same random numbers."""
         from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full, unfreeze_attention
         from p2d_cli.modeling.loading import load_model
+        from p2d_cli.modeling.training import require_packing
 
         config, scope = self._config, self._config.resolved_scope
         with self._job.timer.phase("load"):
@@ -186,6 +187,8 @@ class Tuning:
             # A model that is to be sharded may not fit where it goes as a whole.
             place = "cpu" if is_sharded() else self.device
             model = load_model(self._files.folder, dtype=self.dtype, device=place, four_bit=four_bit)
+        if config.packing:
+            require_packing(model)
         with self._job.timer.phase("prepare"):
             if scope == "heads" and self._heads is not None:
                 return attach_heads(model, self._heads.selected_LH, config.projections)

@@ -13,15 +13,25 @@ from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.core.head_layout import ModelLayout
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
 from p2d_cli.modeling.layouts import layer_weights
-from p2d_cli.modeling.loading import UNFIT_VALUES, quiet_transformers, read_config, require_finite_weights
+from p2d_cli.modeling.loading import (
+    UNFIT_VALUES,
+    attention_kernel,
+    quiet_transformers,
+    read_config,
+    require_finite_weights,
+    require_model_class,
+)
 from p2d_cli.modeling.model_files import ModelFiles, locate_model
+
+_TEXT_MODELS = frozenset({"model", "language_model", "text_model"})
 
 
 class CheckpointReader:
     """Reads single tensors of a safetensors checkpoint, whole or in shards, by parameter name.
 
     Some checkpoints were saved from the bare decoder (`h.0.attn...`), others with a head (`transformer.h.0.attn...`);
-    a name is found in spite of a prefix that is missing or too much.
+    a name is found in spite of a prefix that is missing or too much. In models of text and images the text model has
+    several (`model.language_model.layers...`, stored as `language_model.model.layers...` or `model.layers...`).
 
     Raises:
         UnavailableError, DataError: see `locate_model`.
@@ -57,12 +67,18 @@ class CheckpointReader:
             if candidate in self._file_of:
                 return candidate
         longer = [stored for stored in self._file_of if stored.endswith(f".{name}")]
+        longer = longer or [stored for stored in self._file_of if _inside(stored) == _inside(name)]
         if len(longer) == 1:
             return longer[0]
         raise ArtifactError(
             f"{self.spec} has no tensor {name}" if not longer else f"{self.spec} has several {name}: {longer}",
             hint="the checkpoint must be of the same architecture as the base model",
         )
+
+
+def _inside(name: str) -> str:
+    """Return a tensor's name without the modules that hold a text model; other parts are called otherwise."""
+    return ".".join(part for part in name.split(".") if part not in _TEXT_MODELS)
 
 
 def _open(file: Path) -> Any:
@@ -82,14 +98,12 @@ def skeleton(model: Path | str | ModelFiles) -> Any:
         UnavailableError, DataError, ModelError: see `locate_model` and `read_config`.
         ModelError: transformers cannot build what the config describes.
     """
-    from transformers import AutoModelForCausalLM
-
     files = model if isinstance(model, ModelFiles) else locate_model(str(model))
     config = read_config(files)
-    auto_model: Any = AutoModelForCausalLM
+    found = require_model_class(config)
     try:
         with quiet_transformers(), torch.device("meta"):
-            return auto_model.from_config(config)
+            return found.auto.from_config(config, attn_implementation=attention_kernel(config, found.built))
     except ImportError as missing:
         raise UnavailableError(f"{files.spec} cannot be built: {first_line(missing)}") from missing
     except UNFIT_VALUES as problem:

@@ -33,6 +33,7 @@ from p2d_cli.core.head_layout import PROJECTIONS, ProjectionName
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
 from p2d_cli.modeling.layouts import attention_parts, is_transposed, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
+from p2d_cli.modeling.text_part import text_parameters
 
 ADAPTER_NAME = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -204,10 +205,11 @@ def unfreeze_attention(model: Any) -> None:
 
 
 def prepare_full(model: Any) -> None:
-    """Make every parameter trainable, in fp32; a 16-bit forward is autocast's business."""
-    for parameter in model.parameters():
+    """Make every parameter of the text part trainable, in fp32; a 16-bit forward is autocast's business."""
+    model.requires_grad_(False)
+    for parameter in text_parameters(model):
         parameter.data = _at_least_float32(parameter.data)
-    model.requires_grad_(True)
+        parameter.requires_grad_(True)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -22,6 +22,7 @@ from p2d_cli.errors import (
 )
 from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_token
 from p2d_cli.modeling.light_tokenizer import read_tokenizer
+from p2d_cli.modeling.model_class import ModelClass, model_class, why_not_causal
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, require_tokenizer
 from p2d_cli.modeling.quantised import Quantisation, quantisation_of, require_usable_weights
 
@@ -60,7 +61,7 @@ def load_model(
     four_bit: bool = False,
     device_map: str | Mapping[str, str] | None = None,
 ) -> Any:
-    """Load a causal language model in eval mode.
+    """Load a causal language model in eval mode, with all of its parts: those of images and sound stay unused.
 
     Weights in mxfp4 are dequantised to `dtype`; those of bitsandbytes stay as they are, and are multiplied as the
     checkpoint says.
@@ -83,8 +84,6 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite.
         ModelError: the model cannot be used: quantised by a method that is not read, not a causal language model.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     files = locate_model(str(path))
     config = read_config(files)
     require_usable_weights(files, quantise=four_bit)
@@ -92,13 +91,13 @@ def load_model(
     # Without a place, bitsandbytes takes whatever accelerator there is.
     is_packed = four_bit or (quantised is not None and quantised.becomes == "packed")
     whole = None if device.type == "cpu" and not is_packed else {"": device}
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found = require_model_class(config)
     model = _from_pretrained(
         files,
+        found.auto,
         config=config,
         dtype=dtype,
-        # torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)
-        attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+        attn_implementation=attention_kernel(config, found.built),
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else _dequantised(quantised),
     )
@@ -108,15 +107,48 @@ def load_model(
         hint="copy or download it again; if it is whole, float16 cannot hold it: try --dtype float32",
     )
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.name
+    _mend(model)
     return model.eval()
 
 
-def _from_pretrained(files: ModelFiles, **options: Any) -> Any:
+def attention_kernel(config: Any, built: Any) -> str:
+    """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
+    from transformers import MODEL_MAPPING
+
+    text = type(config.get_text_config())
+    parts = [built, *([MODEL_MAPPING[text]] if text in MODEL_MAPPING else [])]
+    return "sdpa" if all(part._supports_sdpa for part in parts) else "eager"
+
+
+def require_model_class(config: Any) -> ModelClass:
+    """Return the class of a config that `read_config` let through."""
+    found = model_class(config)
+    if found is None:
+        raise AssertionError(f"{type(config).__name__} has no language model, and was let through")
+    return found
+
+
+def auto_model_name(model: Any) -> str:
+    """Return the name of the auto class of transformers that loads a model, or that of the model inside a PeftModel."""
+    return str(require_model_class(model.config).auto.__name__)
+
+
+def _mend(model: Any) -> None:
+    """Make up for what transformers 5.24 does wrong, where it does."""
+    # Llama 4 looks for images in the output of its text model, which has no such field, and fails on every row.
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model.language_model.register_forward_hook(_add_no_images)
+
+
+def _add_no_images(_module: Any, _inputs: Any, output: Any) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
+def _from_pretrained(files: ModelFiles, auto_model: Any, **options: Any) -> Any:
     """Return the model from local safetensors alone, with all of its tensors."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    auto_model: Any = AutoModelForCausalLM
     try:
         with quiet_transformers():
             model, report = auto_model.from_pretrained(
@@ -275,29 +307,12 @@ def read_config(files: ModelFiles) -> Any:
     except (OSError, StrictDataclassError, *UNFIT_VALUES) as problem:
         found = first_line(problem.__cause__ or problem)
         raise DataError(f"{files.config_path} is not a valid model config: {found}") from problem
-    if (reason := _why_not_causal(config)) is not None:
+    if (reason := why_not_causal(config)) is not None:
         raise ModelError(
             f"{files.spec} is of type {files.model_type!r}, which is not a causal language model: {reason}",
             hint="p2d adapts decoder-only language models",
         )
     return config
-
-
-def _why_not_causal(config: Any) -> str | None:
-    """Say why a model does not predict each token from those before it alone; None if it does."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING as MASKED
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return "transformers has it only as a model of images and text"
-        return "transformers has no language-modelling class for it"
-    # BERT and its like have a class for it, but look both ways unless their config says otherwise.
-    if type(config) in MASKED and getattr(config, "is_decoder", None) is False:
-        return "it is an encoder, whose tokens see those behind them (is_decoder is false)"
-    return None
 
 
 def _four_bits(dtype: torch.dtype) -> Any:

@@ -6,9 +6,10 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from p2d_cli.errors import DataError, UnavailableError, first_line
 from p2d_cli.hub import why_unreachable
@@ -24,6 +25,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_LENGTH_BYTES = 8
 _PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 _GGUF_MAGIC = b"GGUF"
 _GGUF_HINT = (
@@ -93,23 +96,24 @@ class StoredTensor:
             return stream.read(self.num_bytes)
 
 
-def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
-    """Return each stored tensor, by name, from the headers of the weight files alone.
+def stored_tensors(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return each stored tensor, by name, from the headers of weight files alone.
 
     Raises:
         DataError: a file is damaged.
     """
     stored: dict[str, StoredTensor] = {}
-    for path in files.weights:
+    for path in paths:
         try:
             with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
+                length = _header_bytes(stream)
                 header = json.loads(stream.read(length))
             for name, entry in header.items():
                 if name != "__metadata__":
                     start, end = entry["data_offsets"]
                     shape = tuple(entry["shape"])
-                    stored[name] = StoredTensor(path, shape, entry["dtype"], 8 + length + start, end - start)
+                    at = _LENGTH_BYTES + length + start
+                    stored[name] = StoredTensor(path, shape, entry["dtype"], at, end - start)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as problem:
             raise DataError(
                 f"{path} is not a readable safetensors file: {problem!r}", hint="copy or download it again"
@@ -123,13 +127,25 @@ def stored_precision(files: ModelFiles) -> str:
     Raises:
         DataError: a weight file is damaged.
     """
-    if told := files.config.get("dtype") or files.config.get("torch_dtype"):
+    parts = (files.config, files.config.get("text_config", {}))
+    if told := next((found for part in parts if (found := part.get("dtype") or part.get("torch_dtype"))), None):
         return str(told)
     counts: Counter[str] = Counter()
-    for tensor in stored_tensors(files).values():
+    for tensor in stored_tensors(files.weights).values():
         counts[_PRECISIONS.get(tensor.dtype, "")] += tensor.num_bytes
     del counts[""]
     return counts.most_common(1)[0][0] if counts else "float32"
+
+
+def tensor_bytes(path: Path) -> int:
+    """Return the bytes of all tensors in a weight file."""
+    with path.open("rb") as stream:
+        return path.stat().st_size - _LENGTH_BYTES - _header_bytes(stream)
+
+
+def _header_bytes(stream: BinaryIO) -> int:
+    """Read the length of a safetensors header, which comes first."""
+    return int.from_bytes(stream.read(_LENGTH_BYTES), "little")
 
 
 def vocabulary(files: ModelFiles) -> dict[str, int] | None:
@@ -272,7 +288,7 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         spec=spec,
         folder=folder,
         revision=revision,
-        weights=_weight_files(folder, spec),
+        weights=weight_files(folder, spec),
         tokenizer=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
     )
@@ -297,11 +313,17 @@ def find_pickled(folder: Path) -> str | None:
     return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
-def _weight_files(folder: Path, spec: str) -> tuple[Path, ...]:
+def weight_files(folder: Path, spec: str | None = None) -> tuple[Path, ...]:
+    """Return the files of a folder that hold its weights, in the order of their names.
+
+    Raises:
+        DataError: there are none in safetensors, or not all that the index names; `spec` is what messages call it.
+    """
+    spec = spec or str(folder)
     # Where both are there, transformers loads the single file too.
     if (single := folder / "model.safetensors").is_file():
         return (single,)
-    if (index := folder / "model.safetensors.index.json").is_file():
+    if (index := folder / WEIGHTS_INDEX).is_file():
         return _shards(index, spec)
     _refuse_gguf(spec, *sorted(folder.glob("*.gguf")))
     if (pickled := find_pickled(folder)) is not None:

@@ -141,7 +141,7 @@ def tensor_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
     Raises:
         DataError: a file is damaged.
     """
-    stored, found = stored_tensors(files), quantisation_of(files)
+    stored, found = stored_tensors(files.weights), quantisation_of(files)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if found is None:
         return shapes
@@ -164,7 +164,7 @@ def packed_weights(files: ModelFiles) -> PackedWeights:
     found = quantisation_of(files)
     if found is None or found.becomes != "packed":
         return PackedWeights(0, 0)
-    stored, shapes = stored_tensors(files), tensor_shapes(files)
+    stored, shapes = stored_tensors(files.weights), tensor_shapes(files)
     beside = [name for name in stored if _BESIDE_WEIGHT.search(name)]
     weights = {name.partition(".weight.")[0].removesuffix(".SCB").removesuffix(".weight_format") for name in beside}
     names = [f"{name}.weight" for name in sorted(weights)]

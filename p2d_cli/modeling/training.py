@@ -20,14 +20,17 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from p2d_cli.core.batches import MEGABATCHES
-from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, first_line
+from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, UsageError, first_line
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
 from p2d_cli.modeling.likelihood import answer_logits_only, padded
-from p2d_cli.modeling.loading import quiet_transformers
+from p2d_cli.modeling.loading import input_device, quiet_transformers
 
 Batch = dict[str, Any]
 _CHECKPOINTS_KEPT = 2
+_PROBED_TOKENS = 8
+_ALIKE = {True: 1e-3, False: 0.03}
+"""By how much logits of the same tokens may differ, as a share of their norm, in float32 and in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -530,6 +533,33 @@ def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
         "position_ids": [position for row in batch for position in range(len(row.input_ids))],
     }
     return {name: torch.tensor([values]) for name, values in columns.items()} | {"names": [row.name for row in batch]}
+
+
+@torch.no_grad()
+def require_packing(model: Any) -> None:
+    """Refuse a model that does not keep packed rows apart, by having it read two short ones packed and alone.
+
+    Recurrent layers and short convolutions carry a row on into the next one, and some models of images (Qwen2-VL,
+    GLM-4V) take the positions of packed rows for those of one row.
+
+    Args:
+        model: in eval mode, as it was loaded.
+
+    Raises:
+        UsageError: it does not.
+    """
+    embeddings, length = model.get_input_embeddings(), _PROBED_TOKENS
+    ids_2T = torch.arange(2 * length, device=input_device(model)).reshape(2, length) % embeddings.num_embeddings
+    rows = [TrainingRow("", tuple(ids), tuple(ids)) for ids in ids_2T.tolist()]
+    packed = {name: pack(rows)[name].to(ids_2T.device) for name in ("input_ids", "position_ids")}
+    alone_TV = model(input_ids=ids_2T[1:], use_cache=False).logits[0].float()
+    behind_TV = model(**packed, use_cache=False).logits[0, length:].float()
+    allowed = _ALIKE[model.dtype == torch.float32]
+    if not (behind_TV - alone_TV).norm() <= allowed * alone_TV.norm():
+        raise UsageError(
+            f"--packing: {model.config.model_type} does not keep the rows of a packed sequence apart",
+            hint="leave out --packing",
+        )
 
 
 def _arguments(

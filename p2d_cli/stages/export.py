@@ -78,10 +78,10 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     import torch
 
     from p2d_cli.modeling.head_adapter import load_adapter
-    from p2d_cli.modeling.loading import load_model, resolve_device, resolve_dtype
+    from p2d_cli.modeling.loading import auto_model_name, load_model, resolve_device, resolve_dtype
     from p2d_cli.modeling.memory import release_memory
     from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers, round_weights
-    from p2d_cli.modeling.saving import copy_tokenizer, save_plain_model
+    from p2d_cli.modeling.saving import cast_weights, copy_tokenizer, save_plain_model
 
     config = job.config
     with job.timer.phase("load"):
@@ -97,9 +97,9 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         require_same_answers(answer(model, ids_1n), expected_nV, "merging the adapter")
         round_weights(model, dtype)
         expected_nV = answer(model, ids_1n)
-        model = model.to(dtype)
+        model = cast_weights(model, dtype)
     with job.saving():
-        save_plain_model(model, base.folder, folder)
+        save_plain_model(model, base, folder)
         if has_new_tokens(adapter, base.folder) is not None:
             copy_tokenizer(adapter, folder)
         _hand_on_template(job, adapter, folder)
@@ -112,7 +112,9 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         written = load_model(folder, dtype=torch.float32, device=device)
         require_same_answers(answer(written, ids_1n), expected_nV, "writing the merged model")
     figures = {"Parameters": f"{parameters:,}", "Precision": precision}
-    save_merged_card(folder, base.name_elsewhere, base.asked_revision, config.adapter, figures)
+    save_merged_card(
+        folder, base.name_elsewhere, base.asked_revision, config.adapter, figures, auto_model_name(written)
+    )
     return Outcome(
         summary={"base": base.spec, "parameters": parameters, "dtype": precision},
         settings={},

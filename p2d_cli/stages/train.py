@@ -112,6 +112,7 @@ def _plan(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path | None) 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
+    from p2d_cli.modeling.loading import auto_model_name
 
     config, scope = job.config, job.config.resolved_scope
     tuning, reader = Tuning(job, inputs.model, inputs.heads), ModelReader(job, inputs.model)
@@ -144,6 +145,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
                 scope=scope,
                 figures=_card_figures(summary),
                 rank=summary.get(ADAPTER_RANK),
+                auto_model=auto_model_name(model),
             )
             _draw(job, record.log, folder)
     return Outcome(
@@ -234,7 +236,7 @@ def _save(
 
     The weights are those of `state` if the model itself holds only a part of them.
     """
-    from p2d_cli.modeling.saving import add_ends_of_turns, copy_tokenizer, save_plain_model
+    from p2d_cli.modeling.saving import add_ends_of_turns, cast_weights, copy_tokenizer, save_plain_model
 
     base = reader.files
     if config.makes_adapter:
@@ -243,7 +245,7 @@ def _save(
         save_adapter(model, folder, base.name_elsewhere, state, revision=base.asked_revision)
         copy_tokenizer(base.folder, folder)
     else:
-        save_plain_model(model.to(dtype) if state is None else model, base.folder, folder, state)
+        save_plain_model(cast_weights(model, dtype) if state is None else model, base, folder, state)
         add_ends_of_turns(folder, reader.tokenizer.convert_tokens_to_ids(list(ends)))
     if config.chat_template is not None or config.chat_template_kwargs:  # it is not the model's own
         (folder / CHAT_TEMPLATE_NAME).write_text(reader.template.chat_template or "", encoding="utf-8")

@@ -81,6 +81,13 @@ def test_buffers_are_no_parameters_and_a_token_visits_few_experts(size):
     assert sparse.parameters == size.parameters + 8 * 32
 
 
+def test_a_text_is_not_read_by_towers(size):
+    towers = {"vision_tower.encoder.layers.0.mlp.fc1.weight": (4, 8), "model.audio_tower.layers.1.fc1.weight": (4, 8)}
+    found = model_size(CONFIG, TENSORS | towers)
+    assert found.layer_weights == IN_LAYER
+    assert found.parameters == size.parameters + 64
+
+
 def test_operations_are_two_a_weight_and_token(size):
     shape = BatchShape(rows=3, length=5, logits=4)
     attention = 2 * 8 * 15 * 5

@@ -154,7 +154,7 @@ def test_remote_code_beside_a_native_class_is_not_run(saved):
         ({"model_type": "t5"}, "not a causal language model: it is an encoder-decoder model"),
         ({"model_type": "bart"}, "not a causal language model: it is an encoder-decoder model"),
         ({"model_type": "bert"}, "not a causal language model: it is an encoder, whose tokens see those behind them"),
-        ({"model_type": "qwen2_vl"}, "transformers has it only as a model of images and text"),
+        ({"model_type": "chameleon"}, "transformers has it only as a model of several inputs"),
         ({"model_type": "vit"}, "transformers has no language-modelling class for it"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised.*GPTQ"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantised.*AWQ"),
