@@ -61,11 +61,11 @@ def attentions(config: Any) -> list[Attention]:
     """The layers that have an attention of queries, keys and values, from the first to the last."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    own = ("linear_attention", "cross_attention")
+    images = getattr(text, "cross_attention_layers", None) or ()  # these look at images alone
     return [
         _attention(config, text, layer, kind)
         for layer, kind in enumerate(kinds)
-        if kind == "hybrid" or (kind.endswith("attention") and kind not in own)
+        if layer not in images and (kind == "hybrid" or kind.endswith("attention")) and kind != "linear_attention"
     ]
 
 
@@ -79,7 +79,7 @@ def _attention(config: Any, text: Any, layer: int, kind: str) -> Attention:
     has_values = has_keys
     if text.model_type == "laguna":
         heads = values["num_attention_heads_per_layer"][layer]
-    if text.model_type == "gemma4_text":
+    if text.model_type in {"gemma4_text", "gemma4_unified_text"}:
         own = text.per_layer_config[layer]
         head_dim, groups = own.head_dim, own.num_key_value_heads
         has_values = has_values and not (text.attention_k_eq_v and kind == "full_attention")

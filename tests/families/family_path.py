@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import torch
@@ -285,12 +286,22 @@ def _padded(examples: list[Tensor], padding: str) -> tuple[Tensor, Tensor]:
 
 
 def _eager_attention(case: Case, ids_T: Tensor) -> Tensor:
-    """The attention matrices `[K, T, T]` of one row, all heads of all layers one after the other."""
+    """What the family's eager attention makes of each token, `[K, T, T]`, all heads of all layers one after the other.
+
+    It is asked for that with one-hot values: the weights that it returns may lack what it does behind them (Granite's
+    sinks).
+    """
     model, seen = case.plain(case.model, "eager"), []
-    for attention in attentions(case.config):
-        module = model.get_submodule(attention.module.removeprefix(case.family.reader_lacks))
-        module.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1][0]))
-    with torch.no_grad():
+    first = model.get_submodule(attentions(case.config)[0].module.removeprefix(case.family.reader_lacks))
+    modeling = sys.modules[type(first).__module__]
+    eager = modeling.eager_attention_forward
+
+    def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
+        one_hot_BGTT = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+        seen.append(eager(module, query, key, one_hot_BGTT, *rest, **named)[0][0].transpose(0, 1))
+        return eager(module, query, key, value, *rest, **named)
+
+    with torch.no_grad(), patch.object(modeling, "eager_attention_forward", watched):
         model(input_ids=ids_T[None], attention_mask=torch.ones_like(ids_T)[None])
     return torch.cat(seen)
 
