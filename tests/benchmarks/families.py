@@ -63,7 +63,7 @@ def measure(family: Family) -> dict[str, Any]:
     return {
         "model_type": family.model_type,
         "steps": {step: end.replace(folder, "FOLDER") for step, end in steps.items()},
-        "unexpected": disagreements(family, steps),
+        "unexpected": list(disagreements(family, steps)),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -79,7 +79,9 @@ def summarise(rows: dict[str, Any]) -> None:
         print(f"{step:22}", "  ".join(f"{counts[name]:4} {name}" for name in SIGNS))
     met = sum(not row["unexpected"] for row in rows.values())
     print(f"\n{met} of {len(rows)} families do what the table says.")
-    print(*(f"  {words}" for row in rows.values() for words in row["unexpected"]), sep="\n")
+    for name, row in rows.items():
+        for step in row["unexpected"]:
+            print(f"  {name}: {step}: {row['steps'][step]}")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Family:
 
 
 def _enliven(name: str, weight: torch.Tensor) -> None:
-    if not weight.is_floating_point() or any(part in name for part in ("A_log", "dt", ".D", "conv")):
+    if any(part in name for part in ("A_log", "dt_bias", "conv")) or name.endswith(".D"):
         return  # state-space models go astray with other time constants
     if weight.dim() == 1:
         weight.add_(0.2 * torch.randn_like(weight))
@@ -202,7 +202,7 @@ _ALL = (
     _family("qwen3", head_dim=24, often=True),
     _family("qwen3_moe", _EXPERTS, head_dim=24),
     _family("gemma", head_dim=24),
-    _family("gemma2", _GEMMA, often=True),
+    _family("gemma2", _GEMMA),
     _family("gemma3_text", _GEMMA),
     _family("vaultgemma", _SLIDING),
     _family("phi"),
@@ -311,7 +311,7 @@ _ALL = (
     _family("qwen3_5", text=_DELTA, vision_config=_QWEN_VISION),
     _family("qwen3_5_moe", text=_DELTA | _EXPERTS | {"shared_expert_intermediate_size": 32},
             vision_config=_QWEN_VISION),
-    _family("gemma3", text=_GEMMA, vision_config=_SIGLIP, mm_tokens_per_image=4, often=True),
+    _family("gemma3", text=_GEMMA, vision_config=_SIGLIP, mm_tokens_per_image=4),
     _family("gemma4", text=_GEMMA_4, audio_config=None, vision_config=_VISION | {"num_key_value_heads": 2,
             "head_dim": 16, "position_embedding_size": 64}),
     _family("mistral3", text={"model_type": "mistral", "head_dim": 24}, vision_config=_PIXTRAL),
@@ -356,7 +356,7 @@ _ALL = (
     _family("axk1", _LATENT, _ROUTED, refused=LATENT),
     _family("deepseek_v32", _LATENT, _ROUTED, index_head_dim=16, index_n_heads=2, index_topk=64, refused=LATENT),
     _family("glm_moe_dsa", _LATENT, _ROUTED, index_head_dim=16, index_n_heads=2, index_topk=64, refused=LATENT),
-    _family("falcon", new_decoder_architecture=True, num_kv_heads=2, refused=OWN_ATTENTION, often=True),
+    _family("falcon", new_decoder_architecture=True, num_kv_heads=2, refused=OWN_ATTENTION),
     _family("bloom", n_layer=3, n_head=4, refused=OWN_ATTENTION),
     _family("mpt", bare=True, d_model=64, n_heads=4, n_layers=3, vocab_size=VOCABULARY, max_seq_len=1024,
             refused=OWN_ATTENTION),

@@ -25,7 +25,7 @@ def _no_extras():
 def test_a_family_does_what_the_table_says(family, p2d, tmp_path):
     outcomes = examine(Case(family, tmp_path, p2d), STEPS if ALL else usual_steps(family))
     unexpected = disagreements(family, outcomes)
-    assert not unexpected, "\n".join(unexpected)
+    assert not unexpected, "\n".join(unexpected.values())
 
 
 @pytest.mark.parametrize(
