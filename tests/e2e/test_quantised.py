@@ -309,6 +309,8 @@ def test_packed_weights_are_not_merged_with_an_adapter(p2d, lora, no_weights, tm
 def test_eight_bits_are_not_sharded(run, packed, no_weights, monkeypatch):
     """FSDP2 makes parameters anew, which those of 8 bits do not allow; it leaves those of 4 bits as they are."""
     monkeypatch.setattr(tuning, "is_sharded", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     is_refused = packed.name == "8bit"
     code = 2 if is_refused else 0
     done = run(*TRAIN, "--scope", "lora", model=packed, out="x", code=code, more=("--dry-run",))
