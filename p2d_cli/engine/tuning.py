@@ -42,8 +42,9 @@ from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Steps, repeated
 from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import StageRun
-from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, first_line, is_out_of_memory
+from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, UsageError, first_line, is_out_of_memory
 from p2d_cli.modeling.model_files import ModelFiles
+from p2d_cli.modeling.quantised import quantisation_of
 from p2d_cli.modeling.suitability import attention_sizes
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
@@ -132,13 +133,23 @@ def default_learning_rate(scope: Scope, head_share: float | None) -> float:
 
 
 class Tuning:
-    """One training of a model: with scope heads, of the heads `heads`."""
+    """One training of a model: with scope heads, of the heads `heads`.
+
+    Raises:
+        UsageError: it is to be sharded, and its weights cannot be.
+    """
 
     def __init__(self, job: StageRun[TrainConfig], files: ModelFiles, heads: SelectedHeads | None) -> None:
         self._job = job
         self._config = job.config
         self._files = files
         self._heads = heads
+        quantised = quantisation_of(files)
+        if quantised is not None and not quantised.shards and is_sharded():
+            raise UsageError(
+                f"the weights of {files.spec} are quantised ({quantised.name}), which FSDP2 cannot shard",
+                hint="start it with torchrun or a config without FSDP, so that every process holds the whole model",
+            )
 
     @cached_property
     def device(self) -> str:

@@ -62,6 +62,8 @@ class Quantisation:
     becomes: Literal["plain", "packed", "unusable"]
     """What the weights are once they are loaded."""
     instead: str = _UNQUANTISED
+    shards: bool = True
+    """Whether FSDP2 takes a model with such weights; what stays packed in 4 bits is whole on every rank."""
 
 
 def quantisation_of(files: ModelFiles) -> Quantisation | None:
@@ -74,7 +76,7 @@ def quantisation_of(files: ModelFiles) -> Quantisation | None:
     method = str(told.get("quant_method") or "unknown method")
     if told.get("load_in_4bit") or told.get("load_in_8bit"):
         bits = 4 if told.get("load_in_4bit") else 8
-        return Quantisation("bitsandbytes", f"bitsandbytes, {bits} bits", "packed")
+        return Quantisation("bitsandbytes", f"bitsandbytes, {bits} bits", "packed", shards=bits == 4)
     if method == "mxfp4":
         return Quantisation(method, "MXFP4", "plain")
     name, instead = _REFUSED.get(method, (method, _UNQUANTISED))

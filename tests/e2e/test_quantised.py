@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from p2d_cli.engine import tuning
 from p2d_cli.modeling.head_adapter import attach_heads, load_adapter
 from p2d_cli.modeling.loading import load_model
 from p2d_cli.modeling.model_files import locate_model
@@ -303,6 +304,17 @@ def test_what_moves_or_compares_weights_does_not_take_packed_ones(run, packed, n
 def test_packed_weights_are_not_merged_with_an_adapter(p2d, lora, no_weights, tmp_path):
     done = p2d("export", lora, "--out", tmp_path / "merged")
     assert (done.code, "p2d export takes plain weights" in done.said) == (65, True), done.said
+
+
+def test_eight_bits_are_not_sharded(run, packed, no_weights, monkeypatch):
+    """FSDP2 makes parameters anew, which those of 8 bits do not allow; it leaves those of 4 bits as they are."""
+    monkeypatch.setattr(tuning, "is_sharded", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    is_refused = packed.name == "8bit"
+    code = 2 if is_refused else 0
+    done = run(*TRAIN, "--scope", "lora", model=packed, out="x", code=code, more=("--dry-run",))
+    assert ("(bitsandbytes, 8 bits), which FSDP2 cannot shard" in done.said) == is_refused
 
 
 def test_quantised_weights_are_not_quantised_again(run, packed, mxfp4, no_weights):
