@@ -112,7 +112,9 @@ def test_an_adapter_changes_the_text_alone(work):
     assert not any(is_other(name) for name in names)
 
 
-def test_an_adapter_of_others_that_reaches_into_the_tower_is_exported_whole(p2d, work, tmp_path):
+def test_an_adapter_of_others_that_reaches_into_the_tower_is_exported_whole(p2d, work, family, tmp_path):
+    if family not in {"gemma3", "llama4"}:
+        pytest.skip("its tower calls its projections otherwise")
     model = get_peft_model(load(work / "base"), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     model.save_pretrained(tmp_path / "foreign")
     done = p2d("export", tmp_path / "foreign", "--model", work / "base", "--dtype", "float32", "--out", tmp_path / "x")
@@ -125,7 +127,7 @@ def test_an_adapter_of_others_that_reaches_into_the_tower_is_exported_whole(p2d,
 
 
 def test_cards_name_the_class_that_loads_all_parts(work, family):
-    auto = "AutoModelForImageTextToText" if family == "llama4" else "AutoModelForCausalLM"
+    auto = "AutoModelForCausalLM" if family.startswith("gemma") else "AutoModelForImageTextToText"
     for name in ("adapter", "full", "exported"):
         assert f"{auto}.from_pretrained(" in (work / name / "README.md").read_text()
 
