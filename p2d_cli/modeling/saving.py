@@ -32,7 +32,14 @@ PROCESSOR_FILES = (
 """How images and sound become inputs."""
 
 
-def save_plain_model(model: Any, base: ModelFiles, folder: Path, state: dict[str, Any] | None = None) -> None:
+def save_plain_model(
+    model: Any,
+    base: ModelFiles,
+    folder: Path,
+    state: dict[str, Any] | None = None,
+    *,
+    changed: Collection[str] = (),
+) -> None:
     """Write weights and config of a model without adapter, and the other files of the base model that it came from.
 
     What is stored beside the text part, such as a vision tower, is copied from the base model's files, bit for bit.
@@ -42,6 +49,7 @@ def save_plain_model(model: Any, base: ModelFiles, folder: Path, state: dict[str
         base: its tokenizer, chat template, processors and generation config are copied as they are.
         folder: where to; loads with transformers alone.
         state: the weights, if the model itself holds only a part of them.
+        changed: names of weights beside the text part that are others than the base model's.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; nothing was written.
@@ -49,7 +57,9 @@ def save_plain_model(model: Any, base: ModelFiles, folder: Path, state: dict[str
     weights = model.named_parameters() if state is None else state.items()
     require_finite_weights(weights, "saving the model", hint="lower --lr, or try --dtype float32")
     if has_other_parts(model):
-        _save_with_other_parts(model, base, folder, model.state_dict() if state is None else state)
+        whole = model.state_dict() if state is None else state
+        own = {name for name, belongs in is_of_text(model, whole).items() if belongs or name in changed}
+        _save_with_other_parts(model, base, folder, whole, own)
     else:
         _save_weights(model, folder, state)
     copy_tokenizer(base.folder, folder)
@@ -71,14 +81,15 @@ def _save_weights(model: Any, folder: Path, state: dict[str, Any] | None) -> Non
         model.save_pretrained(folder, state_dict=state)
 
 
-def _save_with_other_parts(model: Any, base: ModelFiles, folder: Path, state: dict[str, Any]) -> None:
-    """Write the text part of a model, and beside it all that the base model's files hold more, as it is stored.
+def _save_with_other_parts(
+    model: Any, base: ModelFiles, folder: Path, state: dict[str, Any], own: Collection[str]
+) -> None:
+    """Write the weights of a model that are its own, and beside them all that the base model's files hold more.
 
     transformers writes tensors under the names that the base model's files have, so that those which are not written
     are those of the other parts, or of heads that it does not know (Qwen3.5's `mtp`).
     """
-    belongs = is_of_text(model, state)
-    _save_weights(model, folder, {name: tensor for name, tensor in state.items() if belongs[name]})
+    _save_weights(model, folder, {name: tensor for name, tensor in state.items() if name in own})
     stored, written = set(stored_tensors(base.weights)), set(stored_tensors(weight_files(folder)))
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     if all(_is_one_of(name, {*ties, *ties.values()}) for name in written - stored):

@@ -5,7 +5,8 @@ The other parts (towers, projectors) stay as they are stored, bit for bit. A mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def has_other_parts(model: Any) -> bool:
     return model.config.get_text_config() is not model.config
 
 
-def is_of_text(model: Any, names: Any) -> dict[str, bool]:
+def is_of_text(model: Any, names: Iterable[str]) -> dict[str, bool]:
     """Say of each name of a plain model's weights whether it belongs to the text part.
 
     That is the decoder with its embeddings, and the head on top of it.
@@ -34,3 +35,14 @@ def text_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
     for name, belongs in is_of_text(model, named).items():
         if belongs:
             yield named[name]
+
+
+def digest_other_parts(model: Any) -> dict[str, str]:
+    """Return a digest of each tensor of a plain model that is not of its text part, by name, to see what changes.
+
+    Adapters that others made may reach into a vision tower, whose projections are called as those of the decoder are.
+    """
+    state: dict[str, torch.Tensor] = model.state_dict()
+    others = [name for name, belongs in is_of_text(model, state).items() if not belongs]
+    flat = {name: state[name].detach().cpu().contiguous().flatten() for name in others}
+    return {name: hashlib.blake2b(tensor.view(torch.uint8).numpy().data).hexdigest() for name, tensor in flat.items()}

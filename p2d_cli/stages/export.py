@@ -82,6 +82,7 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
     from p2d_cli.modeling.memory import release_memory
     from p2d_cli.modeling.merging import answer, merge, probe_tokens, require_same_answers, round_weights
     from p2d_cli.modeling.saving import cast_weights, copy_tokenizer, save_plain_model
+    from p2d_cli.modeling.text_part import digest_other_parts
 
     config = job.config
     with job.timer.phase("load"):
@@ -89,17 +90,20 @@ def _compute(job: StageRun[ExportConfig], base: ModelFiles, adapter: Path, folde
         job.use_device(device)
         dtype = resolve_dtype(stored_precision(base) if config.dtype == "auto" else config.dtype, device)
         # Merged in float32 and rounded once: in bfloat16 the sum would lose most of a small change.
-        model = load_adapter(load_model(base.folder, dtype=torch.float32, device=device), adapter)
+        model = load_model(base.folder, dtype=torch.float32, device=device)
+        others = digest_other_parts(model)
+        model = load_adapter(model, adapter)
     with job.timer.phase("merge"):
         ids_1n = probe_tokens(model)
         expected_nV = answer(model, ids_1n)
         model = merge(model)
         require_same_answers(answer(model, ids_1n), expected_nV, "merging the adapter")
+        changed = {name for name, digest in digest_other_parts(model).items() if others.get(name) != digest}
         round_weights(model, dtype)
         expected_nV = answer(model, ids_1n)
         model = cast_weights(model, dtype)
     with job.saving():
-        save_plain_model(model, base, folder)
+        save_plain_model(model, base, folder, changed=changed)
         if has_new_tokens(adapter, base.folder) is not None:
             copy_tokenizer(adapter, folder)
         _hand_on_template(job, adapter, folder)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 
 import composites
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 IDS = torch.arange(5, 30)[None]
 OTHER_PARTS = ("vision", "visual", "multi_modal")
 DTYPES = {"gemma3": ("float32", "bfloat16"), "llama4": ("bfloat16", "float32")}
+if "P2D_SLOW" in os.environ:
+    DTYPES |= dict.fromkeys(["mistral3", "qwen2_5_vl", "qwen3_vl", "gemma4", "internvl"], ("bfloat16", "float32"))
 """In which precision each family is stored here, and in which it is trained."""
 
 
@@ -109,8 +112,22 @@ def test_an_adapter_changes_the_text_alone(work):
     assert not any(is_other(name) for name in names)
 
 
+def test_an_adapter_of_others_that_reaches_into_the_tower_is_exported_whole(p2d, work, family, tmp_path):
+    if family not in {"gemma3", "llama4"}:
+        pytest.skip("its tower calls its projections otherwise")
+    model = get_peft_model(load(work / "base"), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "foreign")
+    done = p2d("export", tmp_path / "foreign", "--model", work / "base", "--dtype", "float32", "--out", tmp_path / "x")
+    assert done.code == 0, done.said
+    before, after = stored(work / "base"), stored(tmp_path / "x")
+    touched = {name for name in before if is_other(name) and not torch.equal(before[name].float(), after[name].float())}
+    assert touched == {name for name in before if is_other(name) and name.endswith("q_proj.weight")} != set()
+    merged, written = model.merge_and_unload().state_dict(), load(tmp_path / "x").state_dict()
+    assert all(torch.allclose(merged[name], written[name], atol=1e-6) for name in merged)
+
+
 def test_cards_name_the_class_that_loads_all_parts(work, family):
-    auto = "AutoModelForImageTextToText" if family == "llama4" else "AutoModelForCausalLM"
+    auto = "AutoModelForCausalLM" if family.startswith("gemma") else "AutoModelForImageTextToText"
     for name in ("adapter", "full", "exported"):
         assert f"{auto}.from_pretrained(" in (work / name / "README.md").read_text()
 
