@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "families"), str(TESTS)]
+sys.path[:0] = [str(TESTS), str(TESTS / "families")]
 
 from conftest import run_p2d  # noqa: E402  # the tests' folder is on the path from here on
 from family_path import STEPS, Case, disagreements, examine, no_extras  # noqa: E402
