@@ -329,7 +329,7 @@ NEEDS_HEADS = ("score readout", "score contrast", "score taylor", "score pad", "
                "train heads", "only chosen rows", "capture equals eager")  # fmt: skip
 NEEDS_CAPTURE = ("score contrast", "mine attention", "capture equals eager")
 NEEDS_ATTENTION = ("train lora", "train attention", "export", "PEFT equals export")
-SELDOM = ("score taylor", "score pad", "mine without heads", "train lora", "train attention", "train full")
+SELDOM = ("score taylor", "score pad", "mine without heads", "train attention", "train full")
 """Left out of an ordinary run of the tests, but where heads are refused or a vision part is to be kept."""
 
 
