@@ -204,11 +204,14 @@ def only_chosen_rows(case: Case) -> None:
     assert changed, "no weight has changed"
     strange = sorted(changed.keys() - owned.keys())
     assert not strange, f"changed, but is none of the chosen heads': {strange[0]}"
-    for name, differs in changed.items():
-        allowed = torch.zeros_like(differs)
-        for dim, indices in owned[name].items():
+    for name, dims in owned.items():
+        assert name in changed, f"{name} has not changed, but is the chosen heads'"
+        differs, allowed = changed[name], torch.zeros_like(changed[name])
+        for dim, indices in dims.items():
             allowed.index_fill_(dim, torch.tensor(sorted(indices)), True)
         assert not (differs & ~allowed).any(), f"{name} has changed outside of the chosen heads"
+        assert (differs.any(1) == allowed.any(1)).all(), f"{name} has rows of the chosen heads that have not changed"
+        assert (differs.any(0) == allowed.any(0)).all(), f"{name} has columns of the chosen heads that have not changed"
 
 
 def capture_equals_eager(case: Case) -> None:
