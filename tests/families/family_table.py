@@ -110,6 +110,8 @@ class Family:
     """A part of the reason why attention cannot be captured; None: it can."""
     adaptable: bool
     """Whether there is any attention for LoRA and scope attention to adapt."""
+    reads_padding: bool
+    """Whether transformers lets padding on the left change what the model makes of a row."""
     often: bool
     reader: str | None
     """The class that reads text, where that of the checkpoint cannot do so alone."""
@@ -168,6 +170,7 @@ def _family(
     refused: str | None = None,
     captured: str | None = None,
     adaptable: bool = True,
+    reads_padding: bool = False,
     often: bool = False,
     reader: str | None = None,
     reader_lacks: str = "",
@@ -179,7 +182,9 @@ def _family(
         merged |= part
     own = (_IDS if bare else _TEXT) | (merged if text is None else text)
     whole = None if text is None else merged
-    return Family(name, kind or name, own, whole, refused, captured, adaptable, often, reader, reader_lacks)
+    return Family(
+        name, kind or name, own, whole, refused, captured, adaptable, reads_padding, often, reader, reader_lacks
+    )
 
 
 _GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "vocab_size": VOCABULARY}
@@ -302,7 +307,7 @@ _ALL = (
     _family("olmo_hybrid", num_hidden_layers=4),
     _family("minimax", _EXPERTS, head_dim=24, num_hidden_layers=4),
     _family("lara_mini", _DELTA, _EXPERTS, shared_expert_intermediate_size=32, sliding_window=8),
-    _family("recurrent_gemma", head_dim=16, lru_width=64, attention_window_size=8),
+    _family("recurrent_gemma", head_dim=16, lru_width=64, attention_window_size=8, reads_padding=True),
     # Text parts of models of text and images
     _family("qwen2_vl", text=_TEXT | _MROPE, vision_config=_QWEN_VISION | {"hidden_size": 64}),
     _family("qwen2_5_vl", text=_TEXT | _MROPE, vision_config=_QWEN_VISION, often=True),
@@ -334,7 +339,6 @@ _ALL = (
     _family("glm4v_moe", text=_ROUTED | {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]}},
             vision_config=_QWEN_VISION | {"image_size": 28}),
     _family("llava_next", text={"model_type": "mistral", "head_dim": 24}, vision_config=_SIGLIP),
-    _family("paligemma", text={"model_type": "gemma", "head_dim": 24}, vision_config=_SIGLIP, projection_dim=64),
     _family("cohere2_vision", text={"model_type": "cohere2", "sliding_window": 8}, vision_config=_SIGLIP,
             alignment_intermediate_size=64),
     _family("mllama", text={"num_hidden_layers": 4, "cross_attention_layers": [1], "head_dim": None,
