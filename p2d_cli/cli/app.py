@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from p2d_cli import __version__
-from p2d_cli.cli.commands import RunSettings, compare_command, guarded, inspect_command, run_body, stage_body
+from p2d_cli.cli.commands import (
+    RunSettings,
+    compare_command,
+    doctor_command,
+    guarded,
+    inspect_command,
+    run_body,
+    stage_body,
+)
 from p2d_cli.cli.options import command_for
 from p2d_cli.cli.streams import prepare_streams
 from p2d_cli.config import STAGE_CONFIGS
@@ -69,5 +77,6 @@ app.command("run", rich_help_panel="Tools")(
         )
     )
 )
+app.command("doctor", rich_help_panel="Tools")(guarded(doctor_command))
 app.command("inspect", rich_help_panel="Tools")(guarded(inspect_command))
 app.command("compare", rich_help_panel="Tools")(guarded(compare_command))

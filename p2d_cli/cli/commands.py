@@ -262,6 +262,24 @@ def inspect_command(
         err.print(f"[yellow]warning:[/] {warning}")
 
 
+def doctor_command(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Model: folder or hub id. Its weights are not read.", metavar="MODEL")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Say what p2d can do with a model, and why not: its heads, and each method, scope and stage; reads no weights."""
+    from p2d_cli.cli.render import print_examination
+    from p2d_cli.cli.terminal import print_json
+    from p2d_cli.stages.examination import examine
+
+    found = examine(model)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print_examination(found)
+
+
 def compare_command(
     first: Annotated[Path, typer.Argument(help="Folder of an evaluation.", metavar="A")],
     second: Annotated[Path, typer.Argument(help="Folder of another one, of the same rows.", metavar="B")],

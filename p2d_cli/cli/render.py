@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from p2d_cli.engine.prompts import describe_prompt
 from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.stages.comparison import Comparison
+from p2d_cli.stages.examination import Examination
 
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
@@ -338,6 +340,45 @@ def print_extremes(rows: list[tuple[str, float, str]], title: str) -> None:
     for identifier, score, text in rows:
         shown = " ".join(text.split())[: max(20, out.width - 32)]
         out.print(f"  {score:>10.4g}  {escape(identifier)}  [dim]{escape(shown)}[/]", overflow="ellipsis", no_wrap=True)
+
+
+# --- doctor
+
+
+def print_examination(found: Examination) -> None:
+    """Write what p2d can do with a model, a line a stage, and why it cannot do the rest."""
+    where = "weights are here" if found.has_weights else "its weights are not here"
+    stored = f", quantised ({found.quantised})" if found.quantised else ""
+    out.print(f"[bold]{escape(found.model)}[/]: {escape(found.model_type)}{escape(stored)}; {where}", soft_wrap=True)
+    for line in _head_lines(found):
+        out.print(f"  {line}", soft_wrap=True)
+    for stage in found.stages:
+        names = found.can(stage)
+        out.print(f"  {stage:<12} {'yes' if names == (stage,) else ', '.join(names) or '[red]no[/]'}", soft_wrap=True)
+    for reason, lacking in found.reasons().items():
+        what = "; ".join(
+            stage if not found.can(stage) else f"{stage} {', '.join(names)}" for stage, names in lacking.items()
+        )
+        out.print(f"[yellow]not[/] {escape(what)}:\n  {escape(reason)}", soft_wrap=True)
+
+
+def _head_lines(found: Examination) -> list[str]:
+    """Say how many heads there are, and how layers differ in them."""
+    shape = found.geometry
+    if shape is None:
+        return []
+    kinds = Counter(layer for layer in shape.layers if layer.num_heads)
+    lines = [f"{shape.total_heads:,} heads in {kinds.total()} of {shape.num_layers} layers"]
+    lines += [
+        f"  {count} {'layer' if count == 1 else 'layers'} of {kind.num_heads} heads of size {kind.head_dim} in"
+        f" {kind.num_groups} key/value groups"
+        for kind, count in kinds.items()
+    ]
+    if found.gated:
+        lines.append(f"  layers where a head owns a gate beside its query: {len(found.gated)}")
+    if found.sharing:
+        lines.append(f"  layers that take keys and values from others, so that heads own q and o: {len(found.sharing)}")
+    return lines
 
 
 # --- compare

@@ -22,7 +22,7 @@ from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import UsageError
 from p2d_cli.methods.method import Method, Read
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import require_reader, require_suitable
+from p2d_cli.modeling.suitability import Needs, require
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,21 @@ class HeadMethod(Method[HeadTask]):
         return config.repeats
 
     @classmethod
+    def needs(cls) -> Needs:
+        """Return what it asks of a model."""
+        if cls.is_control:  # its weights are not read
+            return Needs(heads=True, weights=False)
+        return Needs(tokenizer=True, heads=True, attention="attention" in cls.reads, logits="logits" in cls.reads)
+
+    @classmethod
     def check_model(cls, model: ModelFiles, task_model: ModelFiles | None) -> int:
         """Refuse a model that cannot be scored by this method; return how many tokens it has embeddings for.
 
         Raises:
-            P2DError: see `p2d_cli.modeling.suitability.require_suitable`.
+            P2DError: see `p2d_cli.modeling.suitability.require`.
         """
         del task_model
-        if cls.is_control:  # its weights are not read
-            return require_suitable(model, heads=True, weights=False)
-        return require_reader(model, heads=True, attention="attention" in cls.reads, logits="logits" in cls.reads)
+        return require(model, cls.needs())
 
     @abstractmethod
     def score(self) -> RepeatScores:

@@ -21,7 +21,7 @@ from p2d_cli.engine.reader import Reader
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.methods.method import Method, Read
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import require_reader
+from p2d_cli.modeling.suitability import Needs, require
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,20 @@ class RowMethod(Method[PoolTask]):
         return frozenset({"logits"})
 
     @classmethod
+    def needs(cls, config: MineDataConfig) -> Needs:
+        """Return what it asks of a model."""
+        reads = cls.reads(config)
+        is_of_heads = cls.takes_heads or "attention" in reads
+        return Needs(tokenizer=True, heads=is_of_heads, attention="attention" in reads, logits="logits" in reads)
+
+    @classmethod
     def check_model(cls, config: MineDataConfig, model: ModelFiles) -> int:
         """Refuse a model that cannot read as the method wants it; return how many tokens it has embeddings for.
 
         Raises:
-            P2DError: see `p2d_cli.modeling.suitability.require_suitable`.
+            P2DError: see `p2d_cli.modeling.suitability.require`.
         """
-        reads = cls.reads(config)
-        is_of_heads = cls.takes_heads or "attention" in reads
-        return require_reader(model, heads=is_of_heads, attention="attention" in reads, logits="logits" in reads)
+        return require(model, cls.needs(config))
 
     @cached_property
     def scores_M(self) -> NDArray[np.float64]:

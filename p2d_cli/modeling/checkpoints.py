@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import json
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,23 @@ def skeleton(model: Path | str | ModelFiles) -> Any:
         ModelError: transformers cannot build what the config describes.
     """
     files = model if isinstance(model, ModelFiles) else locate_model(str(model))
-    config = read_config(files)
+    return _built(files.spec, files.folder, files.config_path.read_bytes())
+
+
+@lru_cache(maxsize=2)
+def _built(spec: str, folder: Path, config_json: bytes) -> Any:
+    """Build a skeleton once for all that look at it, which leave it as it is."""
+    described = ModelFiles(spec, folder, revision=None, weights=(), tokenizer=(), config=json.loads(config_json))
+    config = read_config(described)
     found = require_model_class(config)
     try:
         with quiet_transformers(), torch.device("meta"):
             return found.auto.from_config(config, attn_implementation=attention_kernel(config, found.built))
     except ImportError as missing:
-        raise UnavailableError(f"{files.spec} cannot be built: {first_line(missing)}") from missing
+        raise UnavailableError(f"{described.spec} cannot be built: {first_line(missing)}") from missing
     except UNFIT_VALUES as problem:
         raise ModelError(
-            f"transformers cannot build the model that {files.config_path} describes: {problem!r:.200}",
+            f"transformers cannot build the model that {described.config_path} describes: {problem!r:.200}",
             hint="check config.json, or update transformers",
         ) from problem
 

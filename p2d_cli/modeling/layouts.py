@@ -113,7 +113,8 @@ def attention_parts(model: Any) -> dict[ProjectionName, tuple[str, ...]]:
             found[projection] += [f"{name}.{part}" for part in parts if pattern.fullmatch(part)]
     if not any(found.values()):
         raise ModelError(
-            f"{config.model_type} has no attention with projections that could be trained",
+            f"{config.model_type} has no attention: none of its {config.num_hidden_layers} layers has queries, keys or"
+            " values that LoRA or scope attention could train",
             hint="train it with --scope full",
         )
     return {name: tuple(modules) for name, modules in found.items()}

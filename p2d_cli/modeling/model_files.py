@@ -37,7 +37,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.j
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """By the names that safetensors has for them."""
-_SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_SNAPSHOT_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,10 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def locate_model(spec: str) -> ModelFiles:
+def locate_model(spec: str, *, with_weights: bool = True) -> ModelFiles:
     """Find a model by its folder or hub id, `owner/name[@revision]`, which is taken from the cache or downloaded.
+
+    Without weights, they may be missing, and are not downloaded.
 
     Raises:
         UnavailableError: neither a folder nor a snapshot that can be had.
@@ -218,7 +220,7 @@ def locate_model(spec: str) -> ModelFiles:
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _describe(spec, path, revision=None)
+        return _describe(spec, path, revision=None, with_weights=with_weights)
     if path.exists():
         _refuse_gguf(spec, path)
         raise DataError(
@@ -229,11 +231,11 @@ def locate_model(spec: str) -> ModelFiles:
             f"no model at {spec}: there is no such folder, and it is not a hub id",
             hint="give a folder, or owner/name[@revision]",
         )
-    folder = _snapshot(spec)
-    return _describe(spec, folder, revision=folder.name)
+    folder = _snapshot(spec, with_weights=with_weights)
+    return _describe(spec, folder, revision=folder.name, with_weights=with_weights)
 
 
-def _snapshot(spec: str) -> Path:
+def _snapshot(spec: str, *, with_weights: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     name, _, revision = spec.partition("@")
@@ -245,7 +247,7 @@ def _snapshot(spec: str) -> Path:
             snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=_SNAPSHOT_PATTERNS,
+                allow_patterns=[*_SNAPSHOT_PATTERNS, *(["*.safetensors"] if with_weights else [])],
                 # Offline, older clients look for a commit on the hub all the same, unless they are told not to.
                 local_files_only=unreachable is not None or constants.HF_HUB_OFFLINE,
             )
@@ -262,7 +264,7 @@ def _snapshot(spec: str) -> Path:
         ) from None
 
 
-def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
+def _describe(spec: str, folder: Path, *, revision: str | None, with_weights: bool) -> ModelFiles:
     config_path = folder / "config.json"
     if not config_path.is_file():
         _refuse_gguf(spec, *sorted(folder.glob("*.gguf")))
@@ -284,11 +286,17 @@ def _describe(spec: str, folder: Path, *, revision: str | None) -> ModelFiles:
         raise DataError(f"{config_path} is not a model config: it holds no JSON object")
     if not isinstance(config.get("text_config", {}), dict):
         raise DataError(f"{config_path} is not a model config: its text_config is not a JSON object")
+    try:
+        weights = weight_files(folder, spec)
+    except DataError:
+        if with_weights:
+            raise
+        weights = ()
     return ModelFiles(
         spec=spec,
         folder=folder,
         revision=revision,
-        weights=weight_files(folder, spec),
+        weights=weights,
         tokenizer=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
     )

@@ -7,6 +7,7 @@ the headers of the weight files prove the same, so that a plan of them needs no 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from p2d_cli.core.geometry import LayerHeads
@@ -21,36 +22,40 @@ _ORDINARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 
 
-def require_suitable(
-    files: ModelFiles,
-    *,
-    heads: bool = False,
-    parts: bool = False,
-    attention: bool = False,
-    logits: bool = False,
-    weights: bool = True,
-    plain: str = "",
-    quantise: bool = False,
-) -> int:
-    """Refuse a model that could not do its work, with the reason; return the number of its input embeddings.
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What is asked of a model."""
 
-    Args:
-        files: the model.
-        heads: whether it matters which weights belong to which attention head.
-        parts: whether the projections of its attention are trained as a whole.
-        attention: whether the attention of heads is watched.
-        logits: whether it predicts tokens.
-        weights: whether its weights are read at all.
-        plain: what needs plain weights, see `require_usable_weights`.
-        quantise: whether they are to be quantised when they are loaded.
+    tokenizer: bool = False
+    """Whether rows are shown to it."""
+    weights: bool = True
+    """Whether its weights are read at all."""
+    plain: str = ""
+    """What needs plain weights, see `require_usable_weights`."""
+    quantise: bool = False
+    """Whether they are to be quantised when they are loaded."""
+    heads: bool = False
+    """Whether it matters which weights belong to which attention head."""
+    parts: bool = False
+    """Whether the projections of its attention are trained as a whole."""
+    attention: bool = False
+    """Whether the attention of heads is watched."""
+    logits: bool = False
+    """Whether it predicts tokens."""
+
+
+def require(files: ModelFiles, needs: Needs) -> int:
+    """Refuse a model that has not what is needed, with the reason; return the number of its input embeddings.
 
     Raises:
         ModelError: it is not a causal language model, or its attention, or how its weights are quantised, rules this
             out.
-        DataError, UnavailableError: see `read_config` and `skeleton`.
+        DataError, UnavailableError: see `require_tokenizer`, `read_config` and `skeleton`.
     """
-    if weights:
-        require_usable_weights(files, plain=plain, quantise=quantise)
+    if needs.tokenizer:
+        require_tokenizer(files)
+    if needs.weights:
+        require_usable_weights(files, plain=needs.plain, quantise=needs.quantise)
     if _ordinary_layout(files) is not None:
         return int(files.config["vocab_size"])
     from p2d_cli.modeling.attention_capture import require_capturable
@@ -59,34 +64,13 @@ def require_suitable(
     from p2d_cli.modeling.likelihood import output_embedding
 
     model = skeleton(files)
-    if heads:
-        model_layout(model)
-    if parts:
-        attention_parts(model)
-    if attention:
-        require_capturable(model)
-    if logits:
-        output_embedding(model)
+    checks = (model_layout, needs.heads), (attention_parts, needs.parts), (require_capturable, needs.attention)
+    for check, is_needed in (*checks, (output_embedding, needs.logits)):
+        if is_needed:
+            check(model)
     if (count := count_embeddings(model)) is None:
         raise ModelError(f"{files.spec} has no embedding of tokens", hint="p2d adapts language models of text")
     return count
-
-
-def require_reader(
-    files: ModelFiles,
-    *,
-    heads: bool = False,
-    parts: bool = False,
-    attention: bool = False,
-    logits: bool = False,
-    plain: str = "",
-    quantise: bool = False,
-) -> int:
-    """Refuse a model that rows cannot be shown to, for want of a tokenizer or of what `require_suitable` asks for."""
-    require_tokenizer(files)
-    return require_suitable(
-        files, heads=heads, parts=parts, attention=attention, logits=logits, plain=plain, quantise=quantise
-    )
 
 
 def read_layout(files: ModelFiles) -> ModelLayout:

@@ -22,12 +22,13 @@ from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import require_reader
+from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.modeling.token_ids import checked_ids
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.measuring import Measured, Measuring, require_references
 
 PHASE = "evaluate"
+NEEDS = Needs(tokenizer=True, logits=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(resolved: Resolved[EvalConfig], options: RunOptions | None = None) -> St
         lambda unfinished: _plan(job, inputs, unfinished),
         # lm-eval shares its work in ways of its own, or not at all.
         alone=inputs.data is None,
-        check=lambda: require_reader(model, logits=True),
+        check=lambda: require(model, NEEDS),
     )
 
 

@@ -14,8 +14,10 @@ from p2d_cli.data.chat_templates import find_chat_template, read_chat_template, 
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles, stored_precision
-from p2d_cli.modeling.suitability import require_suitable
+from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
+
+NEEDS = Needs(plain="p2d export")
 
 
 def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> StageResult:
@@ -39,7 +41,7 @@ def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> 
     return job.complete(
         lambda folder: _compute(job, base, adapter, folder),
         alone=True,
-        check=lambda: require_suitable(base, plain="p2d export"),
+        check=lambda: require(base, NEEDS),
     )
 
 

@@ -16,7 +16,7 @@ from p2d_cli.artifacts.adapter import (
     save_training_log,
 )
 from p2d_cli.artifacts.cards import CARD_NAME
-from p2d_cli.config import Resolved, TrainConfig
+from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.cost import StagePlan
@@ -26,7 +26,7 @@ from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.errors import UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import require_reader
+from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.runtime import distributed
 
 if TYPE_CHECKING:
@@ -69,14 +69,19 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: require_reader(
-            model,
-            heads=config.resolved_scope == "heads",
-            parts=config.resolved_scope in {"lora", "attention"},
-            logits=True,
-            plain="" if config.makes_adapter else f"--scope {config.resolved_scope}",
-            quantise=config.base_quantization != "none",
-        ),
+        check=lambda: require(model, needs_of(config.resolved_scope, quantise=config.base_quantization != "none")),
+    )
+
+
+def needs_of(scope: Scope, *, quantise: bool = False) -> Needs:
+    """Return what a scope asks of a model; `quantise` as for `--base-quantization`."""
+    return Needs(
+        tokenizer=True,
+        logits=True,
+        heads=scope == "heads",
+        parts=scope in {"lora", "attention"},
+        plain="" if scope in {"heads", "lora"} else f"--scope {scope}",
+        quantise=quantise,
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from p2d_cli.engine.passes import scatter
 from p2d_cli.engine.readings import completion_pass, head_outputs_pass
-from p2d_cli.methods.head_method import HeadMethod, RepeatScores, all_heads
+from p2d_cli.methods.head_method import HeadMethod, RepeatScores
 from p2d_cli.methods.row_method import RowMethod
 
 
@@ -16,8 +16,8 @@ class Loud(HeadMethod):
     def passes(self):
         """Read the target rows."""
         rows, reader = self.task.sample(), self.task.reader
-        examples, everyone = reader.examples(rows), all_heads(reader.shape)
-        self.lengths = np.zeros((len(rows), *everyone.shape))
+        examples, everyone = reader.examples(rows), reader.shape.exists_LH
+        self.lengths = np.zeros((len(rows), everyone.sum()))
         yield head_outputs_pass(
             reader,
             examples,
@@ -25,12 +25,14 @@ class Loud(HeadMethod):
             work="listen to rows",
             part=self.task.part,
             keep=lambda arrays: {"length": np.linalg.norm(arrays["outputs"].astype(float), axis=-1)},
-            take=lambda batch, arrays: self.lengths.__setitem__(batch, arrays["length"].reshape(-1, *everyone.shape)),
+            take=lambda batch, arrays: self.lengths.__setitem__(batch, arrays["length"]),
         )
 
     def score(self):
         """Return the mean length over rows."""
-        return RepeatScores(self.lengths.mean(axis=0), {"loudest": float(self.lengths.max())})
+        return RepeatScores(
+            self.task.reader.shape.table(self.lengths.mean(axis=0)), {"loudest": float(self.lengths.max())}
+        )
 
     @classmethod
     def describe(cls, summary):
@@ -53,7 +55,7 @@ class Quiet(HeadMethod):
         """Read some rows of the pool."""
         rows = self.task.others.take(range(6))
         reader = self.task.reader
-        examples, everyone = reader.examples(rows), all_heads(reader.shape)
+        examples, everyone = reader.examples(rows), reader.shape.exists_LH
         self.outputs = np.zeros((len(rows), everyone.sum(), reader.shape.head_dim), dtype=np.float32)
         yield head_outputs_pass(
             reader, examples, everyone, work="listen to rows", take=scatter(self.outputs, "outputs")
@@ -62,7 +64,7 @@ class Quiet(HeadMethod):
     def score(self):
         """Return minus the mean length."""
         length = np.linalg.norm(self.outputs, axis=-1).mean(axis=0)
-        return RepeatScores(-length.reshape(all_heads(self.task.reader.shape).shape))
+        return RepeatScores(self.task.reader.shape.table(-length))
 
 
 class Twice(RowMethod):

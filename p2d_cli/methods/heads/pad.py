@@ -31,7 +31,7 @@ from p2d_cli.engine.reader import ModelReader
 from p2d_cli.errors import DataError
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import require_reader, require_suitable
+from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.runtime import distributed, signals
 
 if TYPE_CHECKING:
@@ -75,12 +75,18 @@ class Pad(HeadMethod):
         return config.repeats if cls.takes_target(config) else 1
 
     @classmethod
+    def needs(cls) -> Needs:
+        """Return what a proxy takes."""
+        return Needs(tokenizer=True, heads=True, logits=True, plain="--method pad")
+
+    @classmethod
     def check_model(cls, model: ModelFiles, task_model: ModelFiles | None) -> int:
         """Refuse models whose heads cannot be told apart, or one that a proxy of cannot learn."""
         if task_model is None:
-            return require_reader(model, heads=True, logits=True, plain="--method pad")
-        require_suitable(task_model, heads=True, plain="--method pad")
-        return require_suitable(model, heads=True, plain="--method pad")
+            return require(model, cls.needs())
+        compared = Needs(heads=True, plain="--method pad")
+        require(task_model, compared)
+        return require(model, compared)
 
     def passes(self) -> Iterator[Steps]:
         """Tune the proxy, if there is to be one, and compare the weights."""

@@ -7,7 +7,7 @@ import pytest
 from p2d_cli.config import STAGE_CONFIGS, flag_name
 from p2d_cli.errors import EXIT_CODES
 
-COMMANDS = (*STAGE_CONFIGS, "run", "inspect", "compare")
+COMMANDS = (*STAGE_CONFIGS, "run", "doctor", "inspect", "compare")
 COMMON = (
     "--seed",
     "--device",
