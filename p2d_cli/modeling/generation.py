@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from p2d_cli.modeling.loading import input_device
 # A character has at most 4 bytes, hence tokens; the rest allows for tokens that decode to nothing.
 _TOKENS_PER_CHARACTER = 4
 _SPARE_TOKENS = 8
+_PROBED_TOKENS = 8
+_READS_PADDING: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def generate_greedy(
@@ -63,6 +66,9 @@ def generate_greedy(
     plain = plain_model(model)
     stop = tuple(string for string in stop if string)
     frames = frames or [TurnFrame()] * len(prompt_ids)
+    names = names or [f"row {number} of {len(prompt_ids)}" for number in range(1, len(prompt_ids) + 1)]
+    if len(set(map(len, prompt_ids))) > 1 and reads_padding(plain):
+        return _by_length(model, tokenizer, prompt_ids, names, frames, max_new_tokens=max_new_tokens, stop=stop)
     eos_ids = end_ids(plain, tokenizer, frames)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
     make_config: Any = GenerationConfig  # which transformers leaves untyped
@@ -89,6 +95,53 @@ def generate_greedy(
     turns = decode_turns(tokenizer, new_ids, frames)
     cut = [_cut(turn, stop, frame) for turn, frame in zip(turns, frames, strict=True)]
     return cut, sum(map(len, new_ids))
+
+
+def _by_length(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    names: Sequence[str],
+    frames: Sequence[TurnFrame],
+    **options: Any,
+) -> tuple[list[str], int]:
+    """Continue prompts of one length after those of another, so that none is padded."""
+    texts, new_tokens = [""] * len(prompt_ids), 0
+    for length in sorted(set(map(len, prompt_ids))):
+        rows = [row for row, ids in enumerate(prompt_ids) if len(ids) == length]
+        found, tokens = generate_greedy(
+            model,
+            tokenizer,
+            [prompt_ids[row] for row in rows],
+            names=[names[row] for row in rows],
+            frames=[frames[row] for row in rows],
+            **options,
+        )
+        new_tokens += tokens
+        for row, text in zip(rows, found, strict=True):
+            texts[row] = text
+    return texts, new_tokens
+
+
+@torch.no_grad()
+def reads_padding(model: Any) -> bool:
+    """Say whether what stands before a row changes how the model reads it, although the mask hides it.
+
+    Attention is masked, but a recurrence has to leave padding out by itself, and not every family's does
+    (RecurrentGemma's, in transformers 5.24). Such a model reads a short row alone and behind padding, once.
+    """
+    if not getattr(model, "_is_stateful", False):
+        return False
+    if model not in _READS_PADDING:
+        count = model.get_input_embeddings().num_embeddings
+        ids = [number % count for number in range(1, _PROBED_TOKENS + 1)]
+        last = []
+        for padding in (0, _PROBED_TOKENS):
+            ids_1T, mask_1T = _batch([ids, [0] * (len(ids) + padding)], 0, input_device(model), "left")
+            last.append(model(**forward_inputs(ids_1T[:1], mask_1T[:1])).logits[0, -1].float())
+        allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
+        _READS_PADDING[model] = bool((last[1] - last[0]).norm() > allowed * last[0].norm())
+    return _READS_PADDING[model]
 
 
 def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frames: Sequence[TurnFrame]) -> list[str]:

@@ -96,7 +96,7 @@ _UNEVEN: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": (
         "JambaConfig",
         _GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
-                    "use_mamba_kernels": False, "mamba_d_state": 8},
+                    "mamba_d_state": 8},
     ),
     "falcon_h1": (
         "FalconH1Config",
@@ -110,6 +110,10 @@ _UNEVEN: dict[str, tuple[str, dict[str, Any]]] = {
                     "layer_types": ["full_attention", "sliding_attention"]},
     ),
 }  # fmt: skip
+_UNEVEN["recurrent_gemma"] = (
+    "RecurrentGemmaConfig",
+    _GROUPED | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 6},
+)
 UNEVEN = tuple(name for name, (config, _) in _UNEVEN.items() if hasattr(transformers, config))
 _CONFIGS |= _UNEVEN
 

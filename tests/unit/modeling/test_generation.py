@@ -78,11 +78,17 @@ def _length_until(stop: tuple[str, ...], ids: list[int], tokenizer: Any) -> int:
 
 @pytest.mark.parametrize("batches", BATCHINGS[1:], ids=["all", "two"])
 def test_batches_give_what_each_row_gives_alone(
-    tiny_model: ModelFactory, family: str, tokenizer: Any, prompts: list[list[int]], batches: Any, complaints: list[str]
+    tiny_model: ModelFactory,
+    any_family: str,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batches: Any,
+    complaints: list[str],
 ) -> None:
-    model = tiny_model(family)
+    model = tiny_model(any_family)
     texts, total = _generated(model, tokenizer, prompts, batches)
-    assert complaints == []
+    # Which kernels of a state-space model are not installed is worth knowing.
+    assert [complaint for complaint in complaints if "falling back" not in complaint] == []
     expected = [_oracle_ids(model, prompt) for prompt in prompts]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert total == sum(map(len, expected))
