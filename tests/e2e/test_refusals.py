@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from p2d_cli.modeling.model_files import locate_model
-from p2d_cli.modeling.suitability import _ordinary_embeddings
+from p2d_cli.modeling.suitability import _ordinary_layout
 
 SMALL = {
     "vocab_size": 370,
@@ -25,7 +25,15 @@ SMALL = {
     "pad_token_id": 0,
 }
 HYBRID = SMALL | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-HAS_NO_HEADS = "1 of its 2 layers do not have attention heads"
+LATENT = SMALL | {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 
 def save(config, folder, tokenizer):
@@ -39,6 +47,12 @@ def save(config, folder, tokenizer):
 def hybrid(tmp_path_factory, tiny_folder):
     """A model with attention in one of its two layers."""
     return save(transformers.Lfm2Config(**HYBRID), tmp_path_factory.mktemp("hybrid"), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory, tiny_folder):
+    """A model whose attention has no heads that own rows."""
+    return save(transformers.DeepseekV2Config(**LATENT), tmp_path_factory.mktemp("latent"), tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +93,14 @@ BY_HEADS = {
     "readout": ("score-heads", "--method", "readout", "--target", "--pool"),
     "contrast": ("score-heads", "--method", "contrast", "--target", "--pool"),
     "data-whisperer": ("mine-data", "--method", "data-whisperer", "--pool", "--target"),
-    "lora": ("train", "--scope", "lora", "--data"),
-    "attention": ("train", "--scope", "attention", "--data"),
 }
 
 
 @pytest.mark.parametrize("words", BY_HEADS.values(), ids=BY_HEADS)
 @pytest.mark.parametrize("dry", [False, True], ids=["run", "dry"])
-def test_heads_that_are_not_there(p2d, hybrid, few, tmp_path, no_weights, words, dry):
-    done = ask(p2d, hybrid, few, tmp_path / "o", *words, dry=dry)
-    refused(done, "does not support the attention of lfm2", HAS_NO_HEADS, "a short convolution (Lfm2ShortConv)")
+def test_heads_that_are_not_there(p2d, latent, few, tmp_path, no_weights, words, dry):
+    done = ask(p2d, latent, few, tmp_path / "o", *words, dry=dry)
+    refused(done, "cannot tell the attention heads of deepseek_v2 apart", "into a latent (MLA)", "--scope lora")
     assert not list(tmp_path.iterdir())
 
 
@@ -96,6 +108,8 @@ WITHOUT_HEADS = {
     "loss": ("mine-data", "--method", "loss", "--pool", "--count", 4),
     "embedding": ("mine-data", "--method", "embedding", "--pool", "--target", "--count", 4),
     "lexical": ("mine-data", "--method", "lexical", "--pool", "--target", "--count", 4),
+    "lora": ("train", "--scope", "lora", "--max-steps", 1, "--data"),
+    "attention": ("train", "--scope", "attention", "--max-steps", 1, "--data"),
     "full": ("train", "--scope", "full", "--max-steps", 1, "--data"),
     "eval": ("eval", "--limit", 2, "--max-new-tokens", 2, "--data"),
     "perplexity": ("eval", "--limit", 2, "--metric", "perplexity", "--data"),
@@ -103,10 +117,17 @@ WITHOUT_HEADS = {
 
 
 @pytest.mark.parametrize("words", WITHOUT_HEADS.values(), ids=WITHOUT_HEADS)
-def test_what_reads_no_heads_works_on_a_model_without_them(p2d, hybrid, few, tmp_path, words):
+def test_what_reads_no_heads_works_on_a_model_without_them(p2d, latent, few, tmp_path, words):
     for dry in (True, False):
-        done = ask(p2d, hybrid, few, tmp_path / "o", *words, dry=dry)
+        done = ask(p2d, latent, few, tmp_path / "o", *words, dry=dry)
         assert done.code == 0, done.said
+
+
+def test_layers_without_attention_have_no_heads_to_ask_for(p2d, hybrid, few, tmp_path):
+    scored = ask(p2d, hybrid, few, tmp_path / "o", *BY_HEADS["random"], "--layers", "0-0", dry=False)
+    refused(scored, "asks for 1 heads; layers 0-0 have 0", code=2)
+    mined = ask(p2d, hybrid, few, tmp_path / "o", *BY_HEADS["data-whisperer"], "--layer", 0, dry=False)
+    refused(mined, "--layer 0: that layer of the model has no attention", "choose one of 1", code=2)
 
 
 def test_attention_sinks_rule_nothing_out(p2d, sinks, few, tmp_path):
@@ -134,7 +155,7 @@ def test_configs_that_are_of_no_use(p2d, tiny_folder, few, tmp_path, no_weights,
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | changes
     (model / "config.json").write_text(json.dumps(config))
-    for words in (WITHOUT_HEADS["eval"], BY_HEADS["lora"], BY_HEADS["taylor"]):
+    for words in (WITHOUT_HEADS["eval"], WITHOUT_HEADS["lora"], BY_HEADS["taylor"]):
         refused(ask(p2d, model, few, tmp_path / "o", *words, dry=dry), message)
 
 
@@ -143,7 +164,10 @@ def test_a_layer_count_of_zero_has_no_heads(p2d, tiny_folder, few, tmp_path):
     config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 0}
     (model / "config.json").write_text(json.dumps(config))
     for dry in (True, False):
-        refused(ask(p2d, model, few, tmp_path / "o", *BY_HEADS["random"], dry=dry), "expected layers with heads")
+        refused(
+            ask(p2d, model, few, tmp_path / "o", *BY_HEADS["random"], dry=dry),
+            "expected an attention in each of its 0 layers",
+        )
 
 
 def test_quantised_weights_are_not_compared_as_if_they_were_plain(p2d, tiny_folder, few, tmp_path):
@@ -266,9 +290,12 @@ def test_a_recipe_refuses_a_device_that_is_not_there(p2d, monkeypatch, tmp_path,
 
 def test_the_short_way_agrees_with_the_modules(tiny_folder, tmp_path):
     from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import model_layout
     from p2d_cli.modeling.token_ids import count_embeddings
 
-    assert _ordinary_embeddings(locate_model(str(tiny_folder))) == count_embeddings(skeleton(tiny_folder)) == 370
+    files, empty = locate_model(str(tiny_folder)), skeleton(tiny_folder)
+    assert _ordinary_layout(files) == model_layout(empty)
+    assert files.config["vocab_size"] == count_embeddings(empty) == 370
 
 
 @pytest.mark.parametrize(
@@ -289,7 +316,7 @@ def test_the_short_way_is_taken_only_where_nothing_is_in_doubt(tiny_folder, tmp_
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | changes
     (model / "config.json").write_text(json.dumps(config))
-    assert _ordinary_embeddings(locate_model(str(model))) is None
+    assert _ordinary_layout(locate_model(str(model))) is None
 
 
 def test_a_projection_of_another_shape_is_in_doubt(tiny_folder, tmp_path):
@@ -298,4 +325,4 @@ def test_a_projection_of_another_shape_is_in_doubt(tiny_folder, tmp_path):
     name = "model.layers.3.self_attn.o_proj.weight"
     tensors[name] = tensors[name][:, 1:].contiguous()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert _ordinary_embeddings(locate_model(str(model))) is None
+    assert _ordinary_layout(locate_model(str(model))) is None
