@@ -260,7 +260,8 @@ def test_a_missing_package_for_the_tokenizer(p2d, tiny_folder, few, tmp_path, mo
 # --- devices
 
 
-EVERYWHERE = {**READERS, **{name: BY_HEADS[name] for name in ("random", "uniform", "lora")}} | {
+EVERYWHERE = {**READERS, **{name: BY_HEADS[name] for name in ("random", "uniform")}} | {
+    "lora": WITHOUT_HEADS["lora"],
     "random rows": ("mine-data", "--method", "random", "--pool", "--count", 4),
     "lexical": WITHOUT_HEADS["lexical"],
     "coverage": ("mine-data", "--method", "coverage", "--pool", "--count", 4),
