@@ -101,6 +101,26 @@ def attention_sizes(files: ModelFiles, projections: Collection[ProjectionName]) 
     return {module: (int(shape[0]), int(shape[1])) for module, shape in weights.items()}
 
 
+def full_config(files: ModelFiles) -> dict[str, Any]:
+    """Return a model's config with the values that `config.json` leaves at their defaults, such as Gemma 3's heads."""
+    if _ordinary_layout(files) is not None:
+        return files.config
+    from p2d_cli.modeling.checkpoints import skeleton
+
+    config: dict[str, Any] = skeleton(files).config.to_dict()
+    return config
+
+
+def text_parameters(files: ModelFiles, stored: int) -> int:
+    """Return how many parameters the text part of a model has: all that are `stored`, if it has no other parts."""
+    if "text_config" not in files.config:
+        return stored
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.text_part import text_parameters as parameters_of
+
+    return sum(parameter.numel() for parameter in parameters_of(skeleton(files)))
+
+
 def _ordinary_layout(files: ModelFiles) -> ModelLayout | None:
     """Return the layout of a model that is surely of an ordinary family; None if there is any doubt."""
     config = files.config

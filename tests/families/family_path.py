@@ -350,6 +350,8 @@ def expected(family: Family) -> dict[str, str]:
     if family.refused is not None:
         scores = [step for step in NEEDS_HEADS if step.startswith("score")]
         found |= dict.fromkeys(NEEDS_HEADS, "-") | dict.fromkeys(scores, family.refused)
+    if not family.merges:
+        found |= {"export": "answers otherwise", "PEFT equals export": "-"}
     if not family.adaptable:
         found |= {step: (family.refused or "") if step.startswith("train") else "-" for step in NEEDS_ATTENTION}
     return found

@@ -110,6 +110,8 @@ class Family:
     """A part of the reason why attention cannot be captured; None: it can."""
     adaptable: bool
     """Whether there is any attention for LoRA and scope attention to adapt."""
+    merges: bool
+    """Whether a LoRA on it can be merged: not into weights that layers share."""
     reads_padding: bool
     """Whether transformers lets padding on the left change what the model makes of a row."""
     often: bool
@@ -170,6 +172,7 @@ def _family(
     refused: str | None = None,
     captured: str | None = None,
     adaptable: bool = True,
+    merges: bool = True,
     reads_padding: bool = False,
     often: bool = False,
     reader: str | None = None,
@@ -183,7 +186,7 @@ def _family(
     own = (_IDS if bare else _TEXT) | (merged if text is None else text)
     whole = None if text is None else merged
     return Family(
-        name, kind or name, own, whole, refused, captured, adaptable, reads_padding, often, reader, reader_lacks
+        name, kind or name, own, whole, refused, captured, adaptable, merges, reads_padding, often, reader, reader_lacks
     )
 
 
@@ -380,7 +383,7 @@ _ALL = (
     _family("modernbert-decoder", refused="output projection"),
     _family("zaya", _EXPERTS, head_dim=16, num_experts_per_tok=1, refused=""),
     _family("zamba2", num_hidden_layers=4, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1, hybrid_layer_ids=[1,
-            3], layers_block_type=["mamba", "hybrid"] * 2, refused=""),
+            3], layers_block_type=["mamba", "hybrid"] * 2, refused="shared by several layers", merges=False),
     # No attention at all
     _family("mamba", bare=True, vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8,
             refused=NO_ATTENTION, adaptable=False, often=True),

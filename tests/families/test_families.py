@@ -1,6 +1,7 @@
-"""Every model family from scoring to export; `P2D_FAMILIES=all` runs all of the table, and every step of it.
+"""Every model family from scoring to export; `P2D_FAMILIES=all` runs all of the table.
 
-A new family is a line in family_table.py. tests/benchmarks/families.py prints how each of its steps ends.
+A new family is a line in family_table.py. tests/benchmarks/families.py takes the seldom steps
+too, and prints how each ends.
 """
 
 import os
@@ -8,7 +9,7 @@ import os
 import pytest
 import torch
 from family_maps import all_heads, attentions, owned_by, rows_of
-from family_path import STEPS, Case, disagreements, examine, no_extras, usual_steps
+from family_path import Case, disagreements, examine, no_extras, usual_steps
 from family_table import families
 
 ALL = os.environ.get("P2D_FAMILIES") == "all"
@@ -23,7 +24,7 @@ def _no_extras():
 
 @pytest.mark.parametrize("family", CHOSEN, ids=[family.name for family in CHOSEN])
 def test_a_family_does_what_the_table_says(family, p2d, tmp_path):
-    outcomes = examine(Case(family, tmp_path, p2d), STEPS if ALL else usual_steps(family))
+    outcomes = examine(Case(family, tmp_path, p2d), usual_steps(family))
     unexpected = disagreements(family, outcomes)
     assert not unexpected, "\n".join(unexpected.values())
 
