@@ -204,7 +204,13 @@ def _decoder_modules(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_mixer(module: Any) -> bool:
     """Say whether a module is what a layer has in place of attention; its projections may be called the same."""
-    return any(pattern.search(type(module).__name__) for pattern in _MIXERS.values())
+    # KimiLinearAttention is the latent attention of Kimi Linear.
+    return not _is_latent(module) and any(pattern.search(type(module).__name__) for pattern in _MIXERS.values())
+
+
+def _is_latent(module: Any) -> bool:
+    """Say whether keys and values come out of a latent (MLA)."""
+    return any(_LATENT.match(part) for part, _ in module.named_children())
 
 
 def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
@@ -214,7 +220,7 @@ def _attention_modules(model: Any, config: Any) -> list[tuple[int, str, Any]]:
         if not isinstance(getattr(module, "layer_idx", None), int) or _is_mixer(module):
             continue
         children = [part for part, _ in module.named_children()]
-        if any(_LATENT.match(part) for part in children):
+        if _is_latent(module):
             _refuse(
                 config.model_type,
                 "its keys and values are compressed into a latent (MLA), so heads own no plain k and v",

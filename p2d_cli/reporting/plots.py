@@ -78,12 +78,13 @@ def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str,
         there = np.where(np.isnan(scores), 0.0, 1.0)
         axes.imshow(shown, cmap=colours, norm=norm, alpha=there, aspect="auto", interpolation="nearest")
         _outline(axes, np.asarray(selected_LH, dtype=bool))
-        axes.set(xlabel="head", ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
+        label = "head" if there.all() else "head (blank: there is none)"
+        axes.set(xlabel=label, ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=f"score{scale}", fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        _title(axes, title, "outlined: selected" + ("" if there.all() else "; blank: no such head"))
+        _title(axes, title, "outlined: selected")
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:

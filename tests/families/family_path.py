@@ -91,20 +91,29 @@ class Case:
         return self.folder / name
 
     def plain(self, folder: Path, attention: str = "sdpa") -> Any:
-        """The model in a folder as transformers alone reads it."""
+        """The model in a folder as transformers alone reads it, or what of it reads text."""
+        return self._reader(self._whole(folder, attention))
+
+    def _reader(self, model: Any) -> Any:
+        return model if self.family.reader is None else model.get_submodule(self.family.reader)
+
+    def _whole(self, folder: Path, attention: str = "sdpa") -> Any:
         import transformers
 
         name = json.loads((folder / "config.json").read_bytes())["architectures"][0]
         if attention == "sdpa" and not getattr(transformers, name)._supports_sdpa:
             attention = "eager"
-        model_class = getattr(transformers, self.family.reader or name)
-        return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+        return (
+            getattr(transformers, name)
+            .from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+            .eval()
+        )
 
     def adapted(self, adapter: Path) -> Any:
         """The model with an adapter as PEFT alone reads it."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.plain(self.model), adapter).eval()
+        return self._reader(PeftModel.from_pretrained(self._whole(self.model), adapter).eval().get_base_model())
 
     def state(self, folder: Path) -> dict[str, Tensor]:
         """The weights of a folder, by the names that the class of its makers gives them."""
@@ -295,7 +304,7 @@ def _eager_attention(case: Case, ids_T: Tensor) -> Tensor:
     sinks).
     """
     model, seen = case.plain(case.model, "eager"), []
-    first = model.get_submodule(attentions(case.config)[0].module.removeprefix(case.family.reader_lacks))
+    first = model.get_submodule(attentions(case.config)[0].module.removeprefix(f"{case.family.reader}."))
     modeling = sys.modules[type(first).__module__]
     eager = modeling.eager_attention_forward
 

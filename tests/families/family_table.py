@@ -116,9 +116,7 @@ class Family:
     """Whether transformers lets padding on the left change what the model makes of a row."""
     often: bool
     reader: str | None
-    """The class that reads text, where that of the checkpoint cannot do so alone."""
-    reader_lacks: str
-    """What the names of its modules lack at their beginning."""
+    """The module that reads text, where the whole model cannot do so without an image."""
 
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
@@ -176,7 +174,6 @@ def _family(
     reads_padding: bool = False,
     often: bool = False,
     reader: str | None = None,
-    reader_lacks: str = "",
     **values: Any,
 ) -> Family:
     """A line: `kind` is its model type if not its name; `bare` takes nothing of `_TEXT` but the ids."""
@@ -185,9 +182,7 @@ def _family(
         merged |= part
     own = (_IDS if bare else _TEXT) | (merged if text is None else text)
     whole = None if text is None else merged
-    return Family(
-        name, kind or name, own, whole, refused, captured, adaptable, merges, reads_padding, often, reader, reader_lacks
-    )
+    return Family(name, kind or name, own, whole, refused, captured, adaptable, merges, reads_padding, often, reader)
 
 
 _GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "vocab_size": VOCABULARY}
@@ -323,8 +318,8 @@ _ALL = (
     _family("gemma4", text=_GEMMA_4, audio_config=None, vision_config=_VISION | {"num_key_value_heads": 2,
             "head_dim": 16, "position_embedding_size": 64}),
     _family("mistral3", text={"model_type": "mistral", "head_dim": 24}, vision_config=_PIXTRAL),
-    # transformers 5.24 fails where it is not shown an image; its text part alone reads the same checkpoint.
-    _family("llama4", reader="Llama4ForCausalLM", reader_lacks="language_model.", text={"head_dim": 16,
+    # transformers 5.24 fails where it is not shown an image; its text part reads alone.
+    _family("llama4", reader="language_model", text={"head_dim": 16,
             "intermediate_size_mlp": 96, "num_local_experts": 2}, vision_config=_VISION | {"image_size": 28,
             "patch_size": 14, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}),
     _family("llava", text={"model_type": "llama"}, vision_config=_SIGLIP),
@@ -380,7 +375,7 @@ _ALL = (
             attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, ffn_config={"ffn_hidden_size": 96,
             "moe_num_experts": 4, "moe_top_k": 2}, refused=""),
     _family("jetmoe", _EXPERTS, kv_channels=16, intermediate_size=32, refused=""),
-    _family("modernbert-decoder", refused="output projection"),
+    _family("modernbert-decoder", refused="which p2d does not know"),
     _family("zaya", _EXPERTS, head_dim=16, num_experts_per_tok=1, refused=""),
     _family("zamba2", num_hidden_layers=4, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1, hybrid_layer_ids=[1,
             3], layers_block_type=["mamba", "hybrid"] * 2, refused="shared by several layers", merges=False),
