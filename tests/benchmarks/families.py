@@ -1,11 +1,14 @@
 """What works with which model family: the table of tests/families, every step of it, line by line.
 
     python tests/benchmarks/families.py --out OUT.json [--only NAME ...]
+    python tests/benchmarks/families.py --out OUT.json --before BEFORE.json
+
 
 For each family a tiny random model is made, scored, mined with, trained, exported and evaluated, and what must hold is
 checked: see tests/families/family_path.py. A step ends as `ok`, `refused: WHY`, `wrong: WHAT`, `crash: WHAT`, or `-`
 where there is nothing to do or an earlier step left nothing to go on with. OUT.json is written after every family, and
-families that it has are kept. To see what an older p2d does, run this with that one's folder as PYTHONPATH.
+families that it has are kept. To see what an older p2d does, run this with that one's folder as PYTHONPATH. With
+`--before` nothing is run: two such files are shown side by side, a sign a step.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ SIGNS = {"ok": "+", "-": ".", "refused": "r", "wrong": "W", "crash": "C"}
 def main() -> None:
     options = parse()
     found = json.loads(options.out.read_text()) if options.out.is_file() else {"families": {}}
+    if options.before is not None:
+        side_by_side(json.loads(options.before.read_text())["families"], found["families"])
+        return
     found |= {"versions": {name: version(name) for name in ("transformers", "peft", "torch")}}
     for place, step in enumerate(STEPS):
         print("|" * place + f"+ {step}")
@@ -51,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--before", type=Path)
     return parser.parse_args()
 
 
@@ -70,6 +77,16 @@ def measure(family: Family) -> dict[str, Any]:
 
 def sign(end: str) -> str:
     return end.split(":", 1)[0]
+
+
+def side_by_side(before: dict[str, Any], after: dict[str, Any]) -> None:
+    print("A sign a step: " + ", ".join(STEPS))
+    print("+ ok, r refused with the reason, W wrong without a word, C crash, . nothing to do\n")
+    for name, row in after.items():
+        signs = ("".join(SIGNS[sign(found[name]["steps"][step])] for step in STEPS) for found in (before, after))
+        print(f"{name:22} {'  '.join(signs)}  {'' if not row['unexpected'] else 'NOT as the table says'}".rstrip())
+    for what, found in (("before", before), ("after", after)):
+        print(f"{what}: {sum(not row['unexpected'] for row in found.values())} of {len(found)} as the table says")
 
 
 def summarise(rows: dict[str, Any]) -> None:
