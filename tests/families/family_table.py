@@ -202,7 +202,7 @@ _ALL = (
     _family("qwen2"),
     _family("qwen2_sliding", kind="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
     _family("qwen2_moe", _EXPERTS, shared_expert_intermediate_size=32),
-    _family("qwen3", head_dim=24, often=True),
+    _family("qwen3", head_dim=24),
     _family("qwen3_moe", _EXPERTS, head_dim=24),
     _family("gemma", head_dim=24),
     _family("gemma2", _GEMMA),
@@ -270,9 +270,9 @@ _ALL = (
     _family("granitemoe_swa", _EXPERTS, sliding_window=8),
     _family("flint", _EXPERTS, _SLIDING, shared_expert_intermediate_size=32),
     # Fused projections
-    _family("phi3", sliding_window=None, often=True),
-    _family("gpt2", _GPT, bare=True, often=True),
-    _family("gpt_neox", rotary_pct=0.5, often=True),
+    _family("phi3", sliding_window=None),
+    _family("gpt2", _GPT, bare=True),
+    _family("gpt_neox", rotary_pct=0.5),
     # Layers that differ in heads, groups or head size; values of another size than keys; a gate inside of q
     _family("gemma4_text", _GEMMA_4),
     _family("gemma4_shared", _GEMMA_4, kind="gemma4_text", num_kv_shared_layers=2, often=True),
@@ -289,7 +289,7 @@ _ALL = (
     _family("qwen3_5_moe_text", _DELTA, _EXPERTS, shared_expert_intermediate_size=32),
     # Layers without attention
     _family("granitemoehybrid", _MAMBA, _EXPERTS, attention_multiplier=0.11, shared_intermediate_size=32,
-            layer_types=["mamba", "attention", "mamba", "attention"], mamba_expand=2, often=True),
+            layer_types=["mamba", "attention", "mamba", "attention"], mamba_expand=2),
     _family("granitemoehybrid_dense", _MAMBA, kind="granitemoehybrid", attention_multiplier=0.11,
             num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=96, layer_types=["attention"] * 4),
     _family("lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False),
