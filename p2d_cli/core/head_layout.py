@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.core.geometry import HeadGeometry, LayerHeads
+from p2d_cli.errors import UsageError
 
 ProjectionName = Literal["q", "k", "v", "o"]
 PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
@@ -142,8 +143,13 @@ class ModelLayout:
 
         Raises:
             ArtifactError: the heads are of a model of another shape.
+            UsageError: no head is selected, or none of them has rows of its own in these projections.
         """
         self.geometry.require_fits(selected_LH)
+        if not selected_LH.any():
+            raise UsageError(
+                "no head is selected, so there is nothing to train", hint="select heads with a larger --ratio"
+            )
         placed: dict[str, Placement] = {}
         for layer in self.layers:
             heads = np.flatnonzero(selected_LH[layer.layer]).tolist()
@@ -152,4 +158,10 @@ class ModelLayout:
                 earlier = placed[part.module].rows if part.module in placed else ()
                 rows = sorted({*earlier, *part.indices(layer.units(name, heads))})
                 placed[part.module] = Placement(tuple(rows), name == "o", part.width, part.size)
+        if not placed:
+            raise UsageError(
+                f"the selected heads have no {', '.join(projections)} of their own: their layers take keys and values"
+                " from other layers",
+                hint="train q and o as well: --projections q,k,v,o",
+            )
         return placed

@@ -54,6 +54,8 @@ class ModelSize:
     vocabulary: int
     parameters: int
     """All of them, tied ones once."""
+    text_parameters: int
+    """Those of the text part, which full fine-tuning trains."""
     packed: int = 0
     """Parameters that stay packed in memory (see `p2d_cli.modeling.quantised`)."""
     packed_bytes: int = 0
@@ -141,6 +143,7 @@ def model_size(
         mlp=number("intermediate_size", "n_inner", default=4 * hidden),
         vocabulary=number("vocab_size"),
         parameters=sum(stored.values()),
+        text_parameters=sum(stored.values()),
     )
 
 
@@ -334,8 +337,6 @@ class Trained:
 def heads_trained(layout: ModelLayout, heads_LH: NDArray[np.bool_], projections: Collection[ProjectionName]) -> Trained:
     """Return what training these heads trains: their own rows of q and o, and the k and v rows of their groups."""
     placed = layout.placements(heads_LH, projections).values()
-    if not placed:
-        return Trained(0, 0, 0)
     # On disk the factors of all modules have one rank.
     rank = common_rank([len(place.rows) for place in placed])
     return Trained(

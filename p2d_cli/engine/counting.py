@@ -33,7 +33,7 @@ from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import ModelError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import packed_weights, tensor_shapes
-from p2d_cli.modeling.suitability import full_config, read_layout
+from p2d_cli.modeling.suitability import count_parameters, full_config, read_layout
 from p2d_cli.registry import ROW_METHODS
 from p2d_cli.runtime.hardware import likely_dtype
 
@@ -81,7 +81,10 @@ class CountingReader(Reader):
             shape = self.shape
         except ModelError:  # its heads cannot be told apart
             shape = None
+        counted = count_parameters(self.files)
         size, packed = model_size(full_config(self.files), tensor_shapes(self.files), shape), packed_weights(self.files)
+        if counted is not None:
+            size = replace(size, parameters=counted[0], text_parameters=counted[1])
         return replace(size, packed=packed.parameters, packed_bytes=packed.num_bytes)
 
     @cached_property

@@ -45,7 +45,7 @@ from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, UsageError, first_line, is_out_of_memory
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
-from p2d_cli.modeling.suitability import attention_sizes, text_parameters
+from p2d_cli.modeling.suitability import attention_sizes
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 
@@ -366,9 +366,10 @@ class Tuning:
         if self._heads is not None:
             return heads_trained(reader.layout, self._heads.selected_LH, config.projections)
         if config.resolved_scope == "full":
-            return Trained(text_parameters(self._files, size.parameters), 0, size.depth)
+            return Trained(size.text_parameters, 0, size.depth)
         is_lora = config.resolved_scope == "lora"
-        modules = attention_sizes(self._files, config.projections if is_lora else PROJECTIONS).values()
+        named = config.projections if is_lora else PROJECTIONS
+        modules = attention_sizes(self._files, named, once=not is_lora).values()
         if is_lora:
             return lora_trained(modules, config.lora_rank, size.depth)
         return Trained(sum(map(math.prod, modules)), 0, size.depth)

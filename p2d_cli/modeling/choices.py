@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p2d_cli.core.batches import Pack, read_tokens
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.layouts import model_layout, plain_model
+from p2d_cli.modeling.layouts import is_recurrent, model_layout, plain_model
 from p2d_cli.modeling.likelihood import answer_logits_only, log_normalizer, padded
 from p2d_cli.modeling.loading import input_device
 
@@ -36,10 +36,9 @@ def can_pack(model: Any, longest: int) -> bool:
         model_layout(model)
     except ModelError:
         return False
-    plain = plain_model(model)
-    if getattr(plain, "_is_stateful", False):  # transformers' mark of recurrent states, beside attention or without it
+    if is_recurrent(model):  # beside attention, or in its place
         return False
-    config = plain.config.get_text_config()
+    config = plain_model(model).config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return config._attn_implementation in _MASKED_KERNELS and all(not window or longest <= window for window in windows)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from p2d_cli.core.turns import TurnFrame
-from p2d_cli.modeling.layouts import plain_model
+from p2d_cli.modeling.layouts import is_recurrent, plain_model
 from p2d_cli.modeling.likelihood import (
     completion_log_likelihood,
     finite_logits,
@@ -130,7 +130,7 @@ def reads_padding(model: Any) -> bool:
     Attention is masked, but a recurrence has to leave padding out by itself, and not every family's does
     (RecurrentGemma's, in transformers 5.24). Such a model reads a short row alone and behind padding, once.
     """
-    if not getattr(model, "_is_stateful", False):
+    if not is_recurrent(model):
         return False
     if model not in _READS_PADDING:
         count = model.get_input_embeddings().num_embeddings

@@ -77,14 +77,6 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
     layout = model_layout(model)
     _check_projections(projections)
     placed = layout.placements(selected_LH, projections)
-    if not selected_LH.any():
-        raise UsageError("no head is selected, so there is nothing to train", hint="select heads with a larger --ratio")
-    if not placed:
-        raise UsageError(
-            f"the selected heads have no {', '.join(projections)} of their own: their layers take keys and values from"
-            " other layers",
-            hint="train q and o as well: --projections q,k,v,o",
-        )
     counts = {name: len(place.rows) for name, place in placed.items()}
     first = next(iter(counts.values()))
     # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.
@@ -192,16 +184,20 @@ def trainable_share(model: Any) -> TrainableShare:
 def unfreeze_attention(model: Any) -> None:
     """Make the q, k, v, o weights of all layers trainable, in fp32, and freeze everything else.
 
-    A 16-bit model must then run under autocast, as its activations keep their dtype.
+    A weight that several layers share stays shared. A 16-bit model must then run under autocast, as its activations
+    keep their dtype.
 
     Raises:
         ModelError: the model has no attention.
     """
     parts = attention_parts(model)
     model.requires_grad_(False)
+    trained: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for name in dict.fromkeys(module for modules in parts.values() for module in modules):
         module = model.get_submodule(name)
-        module.weight = torch.nn.Parameter(_at_least_float32(module.weight.data))
+        if module.weight not in trained:
+            trained[module.weight] = torch.nn.Parameter(_at_least_float32(module.weight.data))
+        module.weight = trained[module.weight]
 
 
 def prepare_full(model: Any) -> None:

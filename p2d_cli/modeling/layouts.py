@@ -120,6 +120,16 @@ def attention_parts(model: Any) -> dict[ProjectionName, tuple[str, ...]]:
     return {name: tuple(modules) for name, modules in found.items()}
 
 
+def is_recurrent(model: Any) -> bool:
+    """Say whether a token knows more of its past than attention shows it: by a state, or a convolution.
+
+    transformers marks only some of these models.
+    """
+    model = plain_model(model)
+    modules = (module for _, module in _decoder_modules(model, model.config.get_text_config()))
+    return bool(getattr(model, "_is_stateful", False)) or any(map(_is_mixer, modules))
+
+
 def is_transposed(module: Any) -> bool:
     """Say whether a linear layer stores its weight `[in, out]`."""
     return _features(module)[2]

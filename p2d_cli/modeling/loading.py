@@ -28,6 +28,8 @@ from p2d_cli.modeling.quantised import Quantisation, quantisation_of, require_us
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_MOST_LAYERS = 10_000
+
 # What configs and models of transformers raise where a config's values are of no use, or do not fit together.
 UNFIT_VALUES = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ArithmeticError)
 
@@ -301,6 +303,10 @@ def read_config(files: ModelFiles) -> Any:
             f"{files.spec} is of type {files.model_type!r}, which the installed transformers does not know",
             hint="check model_type in config.json, or update transformers",
         )
+    layers = files.config.get("text_config", files.config).get("num_hidden_layers", 0)
+    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:
+        # transformers would describe each of them.
+        raise DataError(f"{files.config_path} is not a valid model config: num_hidden_layers is {layers}")
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=False, local_files_only=True)

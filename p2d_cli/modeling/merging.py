@@ -34,6 +34,7 @@ def merge(model: Any) -> Any:
         ArtifactError: PEFT cannot merge an adapter of this kind.
     """
     base = model.get_base_model()
+    _refuse_shared(base)
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     parted = False
     # Tied embeddings of which the adapter changes one part before it is merged.
@@ -64,6 +65,21 @@ def merge(model: Any) -> Any:
         for config in (merged.config, merged.config.get_text_config()):
             config.tie_word_embeddings = is_tied
     return merged
+
+
+def _refuse_shared(base: Any) -> None:
+    """Refuse an adapter that changes one weight in several layers, each in its own way (Zamba2)."""
+    owners: dict[int, str] = {}
+    for name, module in base.named_modules():
+        if not getattr(module, "lora_A", None):
+            continue
+        owner = owners.setdefault(id(getattr(_original(module), "weight", module)), name)
+        if owner != name:
+            raise ArtifactError(
+                f"merging the adapter: {owner} and {name} share a weight, and the adapter changes it in each of them in"
+                " another way",
+                hint="serve it as an adapter, without p2d export",
+            )
 
 
 def _original(module: Any) -> Any:

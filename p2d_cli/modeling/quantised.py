@@ -47,6 +47,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
 # What stands beside a packed weight: scales of its blocks, tables, and how it is packed.
 _BESIDE_WEIGHT = re.compile(r"\.weight\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\..+)$|\.(?:SCB|weight_format)$")
 _QUANT_STATE = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__\w+")
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _MXFP4_BLOCKS, _MXFP4_SCALES = "_blocks", "_scales"
 _MXFP4_PER_BYTE = 2
 
@@ -79,6 +80,8 @@ def quantisation_of(files: ModelFiles) -> Quantisation | None:
         return Quantisation("bitsandbytes", f"bitsandbytes, {bits} bits", "packed", shards=bits == 4)
     if method == "mxfp4":
         return Quantisation(method, "MXFP4", "plain")
+    if method == "bitsandbytes":
+        return Quantisation(method, "bitsandbytes, without load_in_4bit or load_in_8bit", "unusable")
     name, instead = _REFUSED.get(method, (method, _UNQUANTISED))
     if method == "compressed-tensors" and "float" in str(told.get("format")):
         name, instead = "FP8 of compressed-tensors", _RELEASED_BF16
@@ -105,6 +108,8 @@ def require_usable_weights(files: ModelFiles, *, plain: str = "", quantise: bool
                 f"{what}; p2d reads plain weights, MXFP4, and 4 or 8 bits of bitsandbytes",
                 hint=f"{found.instead}{_PACKED_HINT}",
             )
+        if found.becomes == "packed" and (problem := _why_not_packed(files)):
+            raise ModelError(f"{files.spec}: {problem}", hint="copy or download it again, or remove the setting")
         if quantise:
             raise ModelError(
                 f"{what}, and --base-quantization is for plain weights",
@@ -121,6 +126,18 @@ def require_usable_weights(files: ModelFiles, *, plain: str = "", quantise: bool
     if is_packed and importlib.util.find_spec("bitsandbytes") is None:
         whose = "4-bit weights need" if quantise else f"the weights of {files.spec} are quantised by"
         raise UnavailableError(f"{whose} bitsandbytes, which is not installed", hint="pip install bitsandbytes")
+
+
+def _why_not_packed(files: ModelFiles) -> str:
+    """Say why weights are not what a config of bitsandbytes says of them; empty if they may be."""
+    parts = (files.config, *(part for part in files.config.values() if isinstance(part, dict)))
+    settings = next(found for part in parts if (found := part.get("quantization_config")) is not None)
+    dtype = settings.get("bnb_4bit_compute_dtype")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in _COMPUTE_DTYPES:
+        return f"its bnb_4bit_compute_dtype is {dtype!r}, expected one of {', '.join(_COMPUTE_DTYPES)}"
+    if files.weights and not any(_BESIDE_WEIGHT.search(name) for name in stored_tensors(files.weights)):
+        return "its config says that bitsandbytes quantised the weights, and they are plain"
+    return ""
 
 
 # --- sizes

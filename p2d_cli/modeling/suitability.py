@@ -83,8 +83,12 @@ def read_layout(files: ModelFiles) -> ModelLayout:
     return model_layout(skeleton(files))
 
 
-def attention_sizes(files: ModelFiles, projections: Collection[ProjectionName]) -> dict[str, tuple[int, int]]:
+def attention_sizes(
+    files: ModelFiles, projections: Collection[ProjectionName], *, once: bool = False
+) -> dict[str, tuple[int, int]]:
     """Return the two sizes of each module that makes up these projections of a model's attention, by name.
+
+    With `once`, modules that share a weight count once.
 
     Raises:
         ModelError: the model has no attention.
@@ -97,8 +101,10 @@ def attention_sizes(files: ModelFiles, projections: Collection[ProjectionName]) 
 
     model = skeleton(files)
     modules = [module for name, found in attention_parts(model).items() if name in projections for module in found]
-    weights = {module: model.get_submodule(module).weight.shape for module in modules}
-    return {module: (int(shape[0]), int(shape[1])) for module, shape in weights.items()}
+    weights = {module: model.get_submodule(module).weight for module in modules}
+    if once:
+        weights = {module: weight for weight, module in {weight: module for module, weight in weights.items()}.items()}
+    return {module: (int(weight.shape[0]), int(weight.shape[1])) for module, weight in weights.items()}
 
 
 def full_config(files: ModelFiles) -> dict[str, Any]:
@@ -111,14 +117,16 @@ def full_config(files: ModelFiles) -> dict[str, Any]:
     return config
 
 
-def text_parameters(files: ModelFiles, stored: int) -> int:
-    """Return how many parameters the text part of a model has: all that are `stored`, if it has no other parts."""
-    if "text_config" not in files.config:
-        return stored
+def count_parameters(files: ModelFiles) -> tuple[int, int] | None:
+    """Return how many parameters a model has and how many its text part, tied ones once; None if all that is stored."""
+    if _ordinary_layout(files) is not None:
+        return None
     from p2d_cli.modeling.checkpoints import skeleton
-    from p2d_cli.modeling.text_part import text_parameters as parameters_of
+    from p2d_cli.modeling.text_part import text_parameters
 
-    return sum(parameter.numel() for parameter in parameters_of(skeleton(files)))
+    model = skeleton(files)
+    of_text = sum(parameter.numel() for parameter in text_parameters(model))
+    return sum(parameter.numel() for parameter in model.parameters()), of_text
 
 
 def _ordinary_layout(files: ModelFiles) -> ModelLayout | None:

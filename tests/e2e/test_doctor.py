@@ -68,6 +68,16 @@ def test_a_quantised_model_is_told_as_such(p2d, described):
     assert "use the unquantised" not in done.out.split("\n")[0]
 
 
+@pytest.mark.parametrize("layers", [-1, 10**6])
+def test_no_model_has_so_many_layers(p2d, described, layers):
+    folder = described(transformers.Lfm2Config(**HYBRID))
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = json.loads(p2d("doctor", "--model", folder, "--json").out)
+    possible = {one["stage"] for one in found["abilities"] if not one["reason"]}
+    assert possible == {"mine-data"}, "what reads no model"
+
+
 def test_what_is_no_model_is_an_error(p2d, tmp_path):
     assert p2d("doctor", "--model", tmp_path / "nothing").code == 69
     (tmp_path / "config.json").write_text("{")

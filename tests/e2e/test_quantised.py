@@ -362,3 +362,23 @@ def test_other_methods_are_refused_by_name_with_what_to_take_instead(run, tiny_f
                 f"are quantised ({name}); p2d reads plain weights, MXFP4, and 4 or 8 bits of bitsandbytes" in done.said
             )
             assert ("its BF16 release" if "FP8" in name else "the unquantised checkpoint") in done.said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"load_in_4bit": True}, "its config says that bitsandbytes quantised the weights, and they are plain"),
+        ({"load_in_8bit": True}, "its config says that bitsandbytes quantised the weights, and they are plain"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "floatx"}, "its bnb_4bit_compute_dtype is 'floatx'"),
+        ({}, "without load_in_4bit or load_in_8bit"),
+    ],
+)
+def test_settings_of_bitsandbytes_that_are_of_no_use(p2d, tiny_folder, few, tmp_path, settings, message):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"} | settings
+    (model / "config.json").write_text(json.dumps(config))
+    for more in (["--dry-run"], []):
+        done = p2d("eval", "--model", model, "--data", few["test"], "--out", tmp_path / "o", *more)
+        assert done.code == 65
+        assert message in done.said

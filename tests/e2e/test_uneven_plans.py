@@ -18,7 +18,13 @@ SHARED = SIZES | {
     "head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 384, "hidden_size_per_layer_input": 8, "sliding_window": 8,
 }  # fmt: skip
-KINDS = {"gated": ("Qwen3_5TextConfig", GATED), "shared": ("Gemma4TextConfig", SHARED)}
+# It stores what is no parameter beside its weights.
+STORED = SIZES | {"head_dim": 8, "num_local_experts": 2, "layer_types": ["full_attention", "linear_attention"] * 2}
+KINDS = {
+    "gated": ("Qwen3_5TextConfig", GATED),
+    "shared": ("Gemma4TextConfig", SHARED),
+    "stored": ("MiniMaxConfig", STORED),
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -34,11 +40,11 @@ def model(request, tmp_path, tiny_folder):
     return folder
 
 
-@pytest.mark.parametrize("scope", ["heads", "lora", "attention"])
+@pytest.mark.parametrize("scope", ["heads", "lora", "full"])
 def test_a_plan_counts_what_is_trained(p2d, model, few, tmp_path, scope):
     heads, out = tmp_path / "heads", tmp_path / "out"
     words = ["train", "-m", model, "--data", few["test"], "--scope", scope, "--max-steps", 1, "--out", out]
-    words += ["--projections", "q,k,v,o"] if scope != "attention" else []
+    words += ["--projections", "q,k,v,o"] if scope != "full" else []
     if scope == "heads":
         assert p2d("score-heads", "-m", model, "--method", "random", "--ratio", 0.3, "--out", heads).code == 0
         words += ["--heads", heads]
@@ -47,6 +53,18 @@ def test_a_plan_counts_what_is_trained(p2d, model, few, tmp_path, scope):
     assert done.code == 0, done.said
     trained = json.loads((out / "manifest.json").read_text())["summary"]["trained_parameters"]
     assert f"of {trained:,} parameters" in plan["notes"][0]
-    if scope != "attention":
+    if scope != "full":
         adapter = out / "adapter_model.safetensors"
         assert plan["disk"]["artifact"] == pytest.approx(adapter.stat().st_size, rel=0.3)
+
+
+@pytest.mark.parametrize("model", ["shared"], indirect=True)
+def test_heads_without_keys_of_their_own_are_refused_by_plan_and_run_alike(p2d, model, few, tmp_path):
+    heads, out = tmp_path / "heads", tmp_path / "out"
+    scored = p2d("score-heads", "-m", model, "--method", "random", "--ratio", 0.3, "--layers", "2-3", "--out", heads)
+    assert scored.code == 0, scored.said
+    words = ("train", "-m", model, "--heads", heads, "--data", few["test"], "--projections", "k,v", "--out", out)
+    for more in (["--dry-run"], []):
+        done = p2d(*words, *more)
+        assert done.code == 2
+        assert "take keys and values from other layers" in done.said

@@ -360,7 +360,7 @@ def expected(family: Family) -> dict[str, str]:
         scores = [step for step in NEEDS_HEADS if step.startswith("score")]
         found |= dict.fromkeys(NEEDS_HEADS, "-") | dict.fromkeys(scores, family.refused)
     if not family.merges:
-        found |= {"export": "answers otherwise", "PEFT equals export": "-"}
+        found |= {"export": "share a weight", "PEFT equals export": "-"}
     if not family.adaptable:
         found |= {step: (family.refused or "") if step.startswith("train") else "-" for step in NEEDS_ATTENTION}
     return found

@@ -110,6 +110,16 @@ _UNEVEN: dict[str, tuple[str, dict[str, Any]]] = {
                     "layer_types": ["full_attention", "sliding_attention"]},
     ),
 }  # fmt: skip
+_UNEVEN["minimax"] = (
+    "MiniMaxConfig",
+    _GROUPED
+    | {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention", "linear_attention"],
+    },
+)
 _UNEVEN["recurrent_gemma"] = (
     "RecurrentGemmaConfig",
     _GROUPED | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 6},

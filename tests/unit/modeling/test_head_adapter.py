@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -378,3 +379,33 @@ def test_full_scope_trains_everything_in_fp32(tiny_model, token_ids):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     train(model, token_ids(2, 6), steps=1)
+
+
+ZAMBA2 = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "hybrid_layer_ids": [1, 3],
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+}  # fmt: skip
+
+
+def shared_weights():
+    """A model whose layers 1 and 3 have one attention between them."""
+    return transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**ZAMBA2)).eval()
+
+
+def test_a_weight_that_layers_share_is_trained_once_and_stays_shared():
+    model = shared_weights()
+    first, second = (
+        model.get_submodule(f"model.layers.{layer}.shared_transformer.self_attn.q_proj") for layer in (1, 3)
+    )
+    assert first.weight is second.weight
+    unfreeze_attention(model.to(torch.bfloat16))
+    assert first.weight is second.weight
+    # q, k and v read the hidden state beside the embedding, twice as wide.
+    assert trainable_share(model).trained == 3 * 64 * 64 + 64 * 32
+
+
+def test_a_lora_on_weights_that_layers_share_is_not_merged():
+    model = attach_lora(shared_weights(), 2, 4, ("q",), 0.0)
+    with pytest.raises(ArtifactError, match="share a weight, and the adapter changes it in each of them"):
+        merge(model)

@@ -90,6 +90,7 @@ SIZES = {  # heads, groups and size of each layer
     "jamba": [(0, 0, 0), (4, 2, 8)],
     "falcon_h1": [(4, 2, 8)] * 2,
     "mimo_v2_flash": [(4, 2, 8), (4, 4, 8)],
+    "minimax": [(4, 2, 8), (0, 0, 0)],
     "recurrent_gemma": [(0, 0, 0), (0, 0, 0), (4, 2, 8)],
 }
 
