@@ -103,7 +103,8 @@ def attention_sizes(
     modules = [module for name, found in attention_parts(model).items() if name in projections for module in found]
     weights = {module: model.get_submodule(module).weight for module in modules}
     if once:
-        weights = {module: weight for weight, module in {weight: module for module, weight in weights.items()}.items()}
+        last_of = {weight: module for module, weight in weights.items()}
+        weights = {module: weight for weight, module in last_of.items()}
     return {module: (int(weight.shape[0]), int(weight.shape[1])) for module, weight in weights.items()}
 
 

@@ -198,7 +198,7 @@ def test_heads_of_another_revision_show_both(p2d, golden, few, no_model, tmp_pat
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("b" * 40)
     shutil.copytree(tiny_folder, snapshot)
     flip(snapshot / "model.safetensors", -1)
-    monkeypatch.setattr("p2d_cli.modeling.model_files._snapshot", lambda _: snapshot)
+    monkeypatch.setattr("p2d_cli.modeling.model_files._snapshot", lambda *_, **__: snapshot)
     mine = ("mine-data", "--model", "some/model", "--heads", golden / "heads", "--pool", few["pool"])
     refused(p2d(*mine, "--out", tmp_path / "out"), 65, "another model", "some/model", "b" * 12)
 
