@@ -395,6 +395,8 @@ def test_attention_outside_of_the_interface_is_refused() -> None:
     ],
 )
 def test_attention_that_is_not_one_softmax_a_head_is_refused(name: str, settings: Any, reason: str) -> None:
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
     with torch.device("meta"):
         model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**_SMALL))
     implementation = model.config._attn_implementation
