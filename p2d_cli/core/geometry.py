@@ -10,7 +10,7 @@ head) order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -152,7 +152,7 @@ class HeadGeometry:
         dims_L = np.array([layer.head_dim for layer in self.layers], dtype=np.int64)
         return dims_L[np.nonzero(heads_LH)[0]]
 
-    def table(self, values_K: ArrayLike | Sequence[float]) -> NDArray[np.float64]:
+    def table(self, values_K: ArrayLike) -> NDArray[np.float64]:
         """Return a value of each existing head as float64 `[L, H]`, nan where there is none."""
         table_LH = np.full(self.exists_LH.shape, np.nan)
         table_LH[self.exists_LH] = np.asarray(values_K, dtype=np.float64)

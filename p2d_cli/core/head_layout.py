@@ -67,8 +67,8 @@ class LayerLayout:
     v: Projection | None
     """None there too, and where keys serve as values (Gemma 4)."""
     o: Projection
-    kv_layer: int | None
-    """The layer whose keys and values are read: this one, or an earlier one; None where it is not known which."""
+    kv_layer: int
+    """The layer whose keys and values are read: this one, or an earlier one."""
 
     def projection(self, name: ProjectionName) -> Projection | None:
         """Return the projection of this name, None where the layer has none."""

@@ -123,25 +123,27 @@ def _by_length(
     return texts, new_tokens
 
 
-@torch.no_grad()
 def reads_padding(model: Any) -> bool:
     """Say whether what stands before a row changes how the model reads it, although the mask hides it.
 
     Attention is masked, but a recurrence has to leave padding out by itself, and not every family's does
     (RecurrentGemma's, in transformers 5.24). Such a model reads a short row alone and behind padding, once.
     """
-    if not is_recurrent(model):
-        return False
     if model not in _READS_PADDING:
-        count = model.get_input_embeddings().num_embeddings
-        ids = [number % count for number in range(1, _PROBED_TOKENS + 1)]
-        last = []
-        for padding in (0, _PROBED_TOKENS):
-            ids_1T, mask_1T = _batch([ids, [0] * (len(ids) + padding)], 0, input_device(model), "left")
-            last.append(model(**forward_inputs(ids_1T[:1], mask_1T[:1])).logits[0, -1].float())
-        allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
-        _READS_PADDING[model] = bool((last[1] - last[0]).norm() > allowed * last[0].norm())
+        _READS_PADDING[model] = is_recurrent(model) and _differs_behind_padding(model)
     return _READS_PADDING[model]
+
+
+@torch.no_grad()
+def _differs_behind_padding(model: Any) -> bool:
+    count = model.get_input_embeddings().num_embeddings
+    ids = [number % count for number in range(1, _PROBED_TOKENS + 1)]
+    last = []
+    for padding in (0, _PROBED_TOKENS):
+        ids_1T, mask_1T = _batch([ids, [0] * (len(ids) + padding)], 0, input_device(model), "left")
+        last.append(model(**forward_inputs(ids_1T[:1], mask_1T[:1])).logits[0, -1].float())
+    allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return bool((last[1] - last[0]).norm() > allowed * last[0].norm())
 
 
 def decode_turns(tokenizer: Any, new_ids: Sequence[Sequence[int]], frames: Sequence[TurnFrame]) -> list[str]:

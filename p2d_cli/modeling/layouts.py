@@ -140,17 +140,9 @@ def layer_weights(layout: ModelLayout, layer: int, tensors: Callable[[str], torc
 
     `tensors` gives the parameter of a name, as `model.get_parameter` or `CheckpointReader.tensor`. Returns q
     `[H, d, D]`, k and v `[G, d, D]`, copies in the dtype and on the device of the parameters.
-
-    Raises:
-        ModelError: the layer takes keys and values from another one, and it is not known from which.
     """
-    own = layout[layer]
-    source = None if own.kv_layer is None else layout[own.kv_layer]
-    if source is None or source.k is None:
-        raise ModelError(
-            f"layer {layer} takes its keys and values from another layer: its heads have no weights to compare",
-            hint="use --method readout, contrast or taylor, which read what heads do",
-        )
+    own, source = layout[layer], layout[layout[layer].kv_layer]
+    assert source.k is not None, "a layer's keys come from one that has some"
 
     def cut(projection: Projection, most: int | None = None) -> torch.Tensor:
         weight = tensors(projection.weight_name).detach()
@@ -164,8 +156,7 @@ def layer_weights(layout: ModelLayout, layer: int, tensors: Callable[[str], torc
 
 def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
     """Say what keeps heads from being told apart in the layers of a model, whose attentions are those of `layers`."""
-    if outside := [layer for layer in layers if not 0 <= layer < total]:
-        del outside
+    if any(not 0 <= layer < total for layer in layers):
         return "its attention is shared by several layers, so that a head belongs to no layer"
     if several := sorted(layer for layer, count in Counter(layers).items() if count > 1):
         return f"expected one attention a layer, found several in layer {several[0]}"
@@ -271,8 +262,11 @@ def _layer_layout(layer: int, name: str, module: Any, config: Any, sources: dict
     kind = getattr(module, "layer_type", None)
     if k is not None:
         sources[kind] = layer
+    # What is missing must be known to come from elsewhere: it may as well be called by another name.
+    if kind not in sources or (k is not None and v is None and not getattr(config, "attention_k_eq_v", False)):
+        _refuse(config.model_type, f"p2d does not know where {name} takes its keys and values from")
     size = LayerHeads(heads, groups, value_dim)
-    return LayerLayout(layer, name, size, query_dim, q, k, v, o, kv_layer=sources.get(kind))
+    return LayerLayout(layer, name, size, query_dim, q, k, v, o, kv_layer=sources[kind])
 
 
 def _query_rows(name: str, module: Any, config: Any, query_dim: int, heads: int) -> int:

@@ -88,7 +88,7 @@ def examine(spec: str) -> Examination:
         abilities=abilities,
         geometry=None if layout is None else layout.geometry,
         gated=tuple(one.layer for one in layout or () if one.q.rows[0][1] - one.q.rows[0][0] > one.query_dim),
-        sharing={one.layer: one.kv_layer for one in layout or () if one.kv_layer not in (None, one.layer)},
+        sharing={one.layer: one.kv_layer for one in layout or () if one.kv_layer != one.layer},
     )
 
 

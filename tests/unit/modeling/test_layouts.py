@@ -283,3 +283,13 @@ def test_attention_without_separable_heads_is_refused_by_name(name):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
     with pytest.raises(ModelError, match=message):
         model_layout(model)
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_keys_and_values_that_are_called_otherwise_are_not_taken_for_those_of_another_layer(tiny_model, part):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.kv_proj = getattr(layer.self_attn, part)
+        delattr(layer.self_attn, part)
+    with pytest.raises(ModelError, match=r"where model\.layers\.0\.self_attn takes its keys and values from"):
+        model_layout(model)
