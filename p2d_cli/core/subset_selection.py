@@ -1,4 +1,4 @@
-"""From pool scores to a subset of rows. Axes: N pool rows."""
+"""From pool scores to a subset of rows. Axes: N pool rows, Q target rows."""
 
 from __future__ import annotations
 
@@ -53,3 +53,28 @@ def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
     ranks = np.empty(order.size, dtype=np.int64)
     ranks[order] = np.arange(order.size)
     return ranks
+
+
+def round_robin(likeness_NQ: ArrayLike) -> NDArray[np.int64]:
+    """Return the rows in the order in which the target rows, in turns, take the row most like them that is left.
+
+    Args:
+        likeness_NQ: how like each target row each row is, finite, [N, Q] with Q at least 1; ties in row order.
+
+    Returns:
+        The rows' positions, int64 [N].
+    """
+    likeness = np.asarray(likeness_NQ)
+    wishes_QN = np.argsort(-likeness, axis=0, kind="stable").T.astype(np.int32)
+    next_Q = [0] * len(wishes_QN)
+    is_taken_N = np.zeros(len(likeness), dtype=np.bool_)
+    order_N = np.empty(len(likeness), dtype=np.int64)
+    for turn in range(len(likeness)):
+        asking = turn % len(wishes_QN)
+        place = next_Q[asking]
+        while is_taken_N[row := wishes_QN[asking, place]]:
+            place += 1
+        next_Q[asking] = place + 1
+        is_taken_N[row] = True
+        order_N[turn] = row
+    return order_N

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d_cli.core.subset_selection import rank_rows, resolve_count
+from p2d_cli.core.subset_selection import rank_rows, resolve_count, round_robin
 from p2d_cli.errors import DataError, UsageError
 
 _scores = st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 2.5, math.inf, math.nan]), min_size=1, max_size=12)
@@ -61,3 +61,15 @@ def test_no_rows_cannot_be_ranked():
         rank_rows([])
     with pytest.raises(DataError, match="none of the 2 rows"):
         rank_rows([math.nan, math.nan])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (9, 4), (3, 8), (60, 5)])
+def test_target_rows_take_turns_as_in_a_slow_plain_version(shape: tuple[int, int]):
+    likeness = np.random.default_rng(0).integers(0, 6, shape) / 4  # with ties
+    left = list(range(shape[0]))
+    expected = []
+    while left:
+        asking = len(expected) % shape[1]
+        expected.append(max(left, key=lambda row: (likeness[row, asking], -row)))
+        left.remove(expected[-1])
+    assert round_robin(likeness).tolist() == expected

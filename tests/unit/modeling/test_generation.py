@@ -238,20 +238,22 @@ def test_scores_are_those_of_each_row_alone(tiny_model: ModelFactory, prompts: l
     assert seen == set(range(len(prompts)))
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("batches", BATCHINGS[:2])
 def test_mean_hidden_state_is_that_of_each_row_alone(
-    tiny_model: ModelFactory, family: str, prompts: list[list[int]], batches: Any
+    tiny_model: ModelFactory, family: str, prompts: list[list[int]], batches: Any, late: bool
 ) -> None:
     model = tiny_model(family)
     seen = set()
     for indices in batches:
-        means = mean_hidden_states(model, [prompts[index] for index in indices], pad_id=0)
+        means = mean_hidden_states(model, [prompts[index] for index in indices], pad_id=0, late=late)
         assert means.dtype == torch.float32
         assert not means.requires_grad
         for index, mean in zip(indices, means, strict=True):
             with torch.no_grad():
                 hidden = model.base_model(torch.tensor([prompts[index]])).last_hidden_state[0]
-            torch.testing.assert_close(mean, hidden.mean(0), atol=1e-5, rtol=1e-4)
+            counts = torch.arange(1.0, len(hidden) + 1) if late else torch.ones(len(hidden))
+            torch.testing.assert_close(mean, counts @ hidden / counts.sum(), atol=1e-5, rtol=1e-4)
             seen.add(index)
     assert seen == set(range(len(prompts)))
     # The model's logits are whole again.
