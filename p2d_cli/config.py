@@ -93,6 +93,7 @@ class Choice:
 
 HeadMethodName = Annotated[str, Choice(HEAD_METHODS, ("auto",))]
 RowMethodName = Annotated[str, Choice(ROW_METHODS)]
+FLOOR_QUANTILE = 0.05
 FORMER_NAMES = {"perf": "answer_weight", "perf_metric": "answer_metric"}
 """Names that settings once had; flags, variables, recipes and manifests may still call them so."""
 CommaList = BeforeValidator(_split_commas)
@@ -262,9 +263,19 @@ class RowOptions(StageConfig):
 
 
 def _layer_span(text: str) -> str:
-    if not re.fullmatch(r"\d{1,6}-\d{1,6}", text, re.ASCII):
-        raise ValueError("expected the first and the last layer, from 0, such as 15-29")
+    if text not in {"auto", "all"} and not re.fullmatch(r"\d{1,6}-\d{1,6}", text, re.ASCII):
+        raise ValueError("expected auto, all, or the first and the last layer, from 0, such as 15-29")
     return text
+
+
+def _depths(text: str) -> str:
+    """Take two numbers of layers, of which the second is not the smaller one."""
+    if text in {"auto", "trained"}:
+        return text
+    found = re.fullmatch(r"(\d{1,6}),(\d{1,6})", text.replace(" ", ""), re.ASCII)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError("expected auto, trained, or two numbers of layers, such as 3,15")
+    return found[0]
 
 
 class ScoreHeadsConfig(RowOptions):
@@ -288,9 +299,16 @@ class ScoreHeadsConfig(RowOptions):
         neutral="top",
     )
     layers: Annotated[str, AfterValidator(_layer_span)] | None = setting(
-        None,
-        "Select among these layers only, from 0, such as 15-29: the upper ones are cheaper to train.",
+        "auto",
+        "Layers among which heads are selected for training, from 0, such as 15-29, or all; auto: the upper half where "
+        "other heads read rows (--depth), else all.",
         neutral=None,
+    )
+    depth: Annotated[str, AfterValidator(_depths)] = setting(
+        "auto",
+        "Layers that mine-data reads of all rows, and of the best of them, such as 3,15, by heads of their own; auto: "
+        "a tenth and two thirds of all (for pad: trained); trained: the heads that are trained read all rows.",
+        neutral="trained",
     )
     repeats: Positive = setting(1, "Re-draw the samples this often and record how the ranking repeats.")
     task_model: PathSpec | None = input_setting(
@@ -312,7 +330,7 @@ class ScoreHeadsConfig(RowOptions):
         5, "contrast: demos an episode, one from the target.", panel="contrast"
     )
     background: Annotated[int, Field(ge=4)] = setting(
-        1000, "readout: pool rows that the target's rows are told from.", panel="readout", neutral=1000
+        250, "readout: pool rows that the target's rows are told from.", panel="readout", neutral=1000
     )
 
     @property
@@ -329,9 +347,26 @@ class ScoreHeadsConfig(RowOptions):
             return self.selection
         return "spread" if HEAD_METHODS[self.resolved_method].spreads else "top"
 
+    @property
+    def reads_apart(self) -> bool:
+        """Whether other heads read rows than those that are trained."""
+        return self.depth != "trained" and bool(HEAD_METHODS[self.resolved_method].reads_apart)
+
+    @property
+    def resolved_layers(self) -> str | None:
+        """The layers given, `upper`, or None for all."""
+        if self.layers == "auto":
+            return "upper" if self.reads_apart else None
+        return None if self.layers in {"all", None} else self.layers
+
     def resolved(self) -> dict[str, Any]:
-        """Return the method and the selection."""
-        return {"method": self.resolved_method, "selection": self.resolved_selection}
+        """Return the method, the selection and its layers, and how deep rows are read."""
+        return {
+            "method": self.resolved_method,
+            "selection": self.resolved_selection,
+            "layers": self.resolved_layers,
+            "depth": self.depth if self.reads_apart else "trained",
+        }
 
 
 class MineDataConfig(RowOptions):
@@ -388,8 +423,26 @@ class MineDataConfig(RowOptions):
         "target queries look at it among demos. auto is readout where target rows are given.",
         neutral="attention",
     )
-    background: Annotated[int, Field(ge=2)] = setting(
-        1000, "Pool rows that the readout tells the target's rows from.", panel="readout", neutral=1000
+    background: Annotated[int, Field(ge=2)] | None = setting(
+        None,
+        "Random pool rows that the readout tells the target's rows from; by default 250, and 1,000 where all rows are "
+        "read by the same heads.",
+        panel="readout",
+        neutral=1000,
+    )
+    refine: Ratio | None = setting(
+        None,
+        "Share of the pool that is read on by deeper heads: the best by the first ones (score-heads --depth); "
+        "by default 0.02, or three times what may be kept.",
+        panel="readout",
+        neutral=None,
+    )
+    index: Path | None = setting(
+        None,
+        "Folder that keeps what the first layers' heads make of the pool, so that a further target does not read it "
+        "again; made if it is not there, and rows that it lacks are added.",
+        identity=False,
+        panel="readout",
     )
     shortlist: Ratio = setting(
         1.0,
@@ -397,18 +450,27 @@ class MineDataConfig(RowOptions):
         "(for p2d, data-whisperer and embedding).",
         neutral=1.0,
     )
-    floor_quantile: Annotated[float, Field(ge=0, lt=1)] = setting(
-        0.0,
+    floor_quantile: Annotated[float, Field(ge=0, lt=1)] | None = setting(
+        None,
         "Keep no row that scores below this quantile of the target rows' own scores, each by a readout fitted without "
-        "it; --ratio or --count is then the most that is kept. 0 keeps all of it.",
+        "it; --ratio or --count is then the most that is kept. 0 keeps all of it; by default 0.05.",
         panel="readout",
         neutral=0.0,
     )
 
     @property
+    def resolved_floor(self) -> float:
+        """The quantile given, or the one that goes with the method; 0 where none sets a floor."""
+        sets_floor = bool(ROW_METHODS[self.method].sets_floor) and (
+            self.scores is not None or self.resolved_affinity == "readout"
+        )
+        default = FLOOR_QUANTILE if self.scores is None else 0.0
+        return (default if self.floor_quantile is None else self.floor_quantile) if sets_floor else 0.0
+
+    @property
     def has_floor(self) -> bool:
         """Whether rows that are less like the target than its own are left out."""
-        return self.floor_quantile > 0 and bool(ROW_METHODS[self.method].sets_floor)
+        return self.resolved_floor > 0
 
     @property
     def has_shortlist(self) -> bool:
@@ -425,7 +487,10 @@ class MineDataConfig(RowOptions):
     def resolved(self) -> dict[str, Any]:
         """Return the affinity; the neutral one where none is used."""
         is_used = ROW_METHODS[self.method].takes_heads and self.scores is None
-        return {"affinity": self.resolved_affinity if is_used else "attention"}
+        return {
+            "affinity": self.resolved_affinity if is_used else "attention",
+            "floor_quantile": self.resolved_floor,
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> MineDataConfig:

@@ -52,6 +52,7 @@ class _Heads(_Summary):
     best_target_share: float | None = None
     chance_target_share: float | None = None
     best_separation: float | None = None
+    area: float | None = None
     proxy_steps: int | None = None
     proxy_rows: int | None = None
     proxy_first_loss: float = 0.0

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.geometry import HeadGeometry, ReadingHeads
 from p2d_cli.errors import ArtifactError
 
 HEAD_SCORES_NAME = "head_scores.safetensors"
 METADATA_KEY = "p2d"
+_READERS = ("reads_all", "reads_best")
+"""Tensors of the heads that read all rows, and the best of them."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,34 @@ class HeadScores:
     scores_LH: NDArray[np.float32]
     """Higher is more important; the mean over the repeats. Nan where a layer has no such head."""
     selected_LH: NDArray[np.bool_]
+    """The heads that are trained; they read rows too where there are no others for that."""
     repeats_RLH: NDArray[np.float32]
     method: str
     geometry: HeadGeometry
+    reading: ReadingHeads | None = None
 
 
 def save_head_scores(folder: Path, heads: HeadScores) -> None:
     """Write `head_scores.safetensors`; equal heads give equal bytes."""
     described = {"method": heads.method, "geometry": heads.geometry.to_dict()}
+    reading = {} if heads.reading is None else _reading_tensors(heads.reading)
     save_file(
         {
             "scores": np.ascontiguousarray(heads.scores_LH, dtype=np.float32),
             "selected": np.ascontiguousarray(heads.selected_LH, dtype=np.bool_),
             "repeats": np.ascontiguousarray(heads.repeats_RLH, dtype=np.float32),
             "exists": np.ascontiguousarray(heads.geometry.exists_LH),
+            **reading,
         },
         folder / HEAD_SCORES_NAME,
         # One key only: safetensors orders several by a hash that varies from run to run.
         metadata={METADATA_KEY: json.dumps(described, sort_keys=True)},
     )
+
+
+def _reading_tensors(reading: ReadingHeads) -> dict[str, NDArray[np.bool_]]:
+    stages = zip(_READERS, (reading.shallow_LH, reading.deep_LH), strict=True)
+    return {name: np.ascontiguousarray(heads_LH, dtype=np.bool_) for name, heads_LH in stages}
 
 
 def load_head_scores(folder: Path) -> HeadScores:
@@ -61,18 +72,30 @@ def load_head_scores(folder: Path) -> HeadScores:
         with safe_open(path, framework="numpy") as file:
             described = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in ("scores", "selected", "repeats")}
+            readers = {name: file.get_tensor(name) for name in _READERS if name in file.keys()}  # noqa: SIM118
         geometry = HeadGeometry.from_dict(described["geometry"])
         method = str(described["method"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
     _check_tensors(path, tensors, geometry.exists_LH)
+    _check_readers(path, readers, geometry.exists_LH)
     return HeadScores(
         scores_LH=tensors["scores"],
         selected_LH=tensors["selected"].astype(np.bool_),
         repeats_RLH=tensors["repeats"],
         method=method,
         geometry=geometry,
+        reading=ReadingHeads(*(readers[name] for name in _READERS)) if readers else None,
     )
+
+
+def _check_readers(path: Path, readers: dict[str, NDArray[Any]], exists_LH: NDArray[np.bool_]) -> None:
+    if readers and (
+        len(readers) != len(_READERS)
+        or any(heads.dtype != np.bool_ or heads.shape != exists_LH.shape for heads in readers.values())
+        or any(not heads.any() or (heads & ~exists_LH).any() for heads in readers.values())
+    ):
+        raise ArtifactError(f"{path}: the heads that read rows do not fit the model", hint="rerun p2d score-heads")
 
 
 def _check_tensors(path: Path, tensors: dict[str, NDArray[Any]], exists_LH: NDArray[np.bool_]) -> None:

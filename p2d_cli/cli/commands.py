@@ -253,7 +253,7 @@ def inspect_command(
         return
     print_manifest(artifact, found.manifest)
     if found.heads is not None:
-        print_heat_map(found.heads.scores_LH, found.heads.selected_LH)
+        print_heat_map(found.heads.scores_LH, found.heads.selected_LH, found.heads.reading)
     if found.best_rows:
         print_extremes(list(found.best_rows), "best rows")
     if found.last_rows:

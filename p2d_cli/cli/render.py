@@ -15,6 +15,7 @@ from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
 from p2d_cli.cli.terminal import out, seconds_text
+from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.prompts import describe_prompt
 from p2d_cli.engine.stage_run import StageResult
@@ -197,7 +198,7 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
         lines.append(f"{summary['truncated_demos']} demos were cut to fit the context")
     if summary.get("unparsed_answers"):
         lines.append(f"{summary['unparsed_answers']} generated answers could not be parsed and were left out")
-    unread = summary.get("rows_that_are_targets", 0) + summary.get("rows_not_listed", 0)
+    unread = sum(summary.get(f"rows_{why}", 0) for why in ("that_are_targets", "not_listed", "not_read_on"))
     if unscored := summary["rows_without_score"] - unread:
         lines.append(f"{unscored} rows could not be scored and come last")
     return lines
@@ -313,20 +314,26 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
     out.print(f"  {escape(made_in)}", soft_wrap=True)
 
 
-def print_heat_map(scores_LH: Any, selected_LH: Any) -> None:
-    """Draw heads as coloured cells, layers downward; `#` marks a selected head, and one without score is left blank."""
+def print_heat_map(scores_LH: Any, selected_LH: Any, reading: ReadingHeads | None = None) -> None:
+    """Draw heads as coloured cells, layers downward, and mark the chosen ones; a head without score is left blank.
+
+    `#` is a selected head, `a` one that reads all rows, `b` one that reads the best of them.
+    """
     known = [score for score in scores_LH.ravel().tolist() if not math.isnan(score)]
     low, high = min(known), max(known)
     span = high - low or 1.0
-    out.print("\n[bold]heads[/] (layers downward, heads across; # selected)")
-    for layer, (scores_H, selected_H) in enumerate(zip(scores_LH, selected_LH, strict=True)):
+    marks = {"#": selected_LH} if reading is None else {"a": reading.shallow_LH, "b": reading.deep_LH, "#": selected_LH}
+    legend = "# selected" if reading is None else "# trained, a reads all rows, b the best of them"
+    out.print(f"\n[bold]heads[/] (layers downward, heads across; {legend})")
+    for layer, scores_H in enumerate(scores_LH):
         line = Text(f"  {layer:>3} ")
-        for score, is_selected in zip(scores_H, selected_H, strict=True):
+        for head, score in enumerate(scores_H):
             if math.isnan(score):  # the layer has no such head
                 line.append("  ")
                 continue
             shade = SHADES[int((float(score) - low) / span * (len(SHADES) - 1))]
-            line.append("##" if is_selected else "  ", style=f"bold black on color({shade})")
+            mark = "".join(sign for sign, heads_LH in marks.items() if heads_LH[layer, head]) or " "
+            line.append(mark[0] + mark[-1], style=f"bold black on color({shade})")
         out.print(line)
     scale = Text("      ")
     for shade in SHADES:

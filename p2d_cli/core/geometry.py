@@ -198,12 +198,39 @@ class HeadGeometry:
 
 
 @dataclass(frozen=True)
+class ReadingHeads:
+    """The heads that read rows, where these are others than the trained ones; each bool [L, H]."""
+
+    shallow_LH: NDArray[np.bool_]
+    """Those of the first layers, which read all rows."""
+    deep_LH: NDArray[np.bool_]
+    """Those that read the rows which the others found best."""
+
+    @property
+    def all_LH(self) -> NDArray[np.bool_]:
+        """Both."""
+        return self.shallow_LH | self.deep_LH
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """How many layers are computed to read by the first, and by both."""
+        return depth_of(self.shallow_LH), depth_of(self.all_LH)
+
+
+def depth_of(heads_LH: NDArray[np.bool_]) -> int:
+    """Return how many layers are computed to read these heads, bool [L, H]."""
+    return int(np.flatnonzero(heads_LH.any(axis=1)).max()) + 1
+
+
+@dataclass(frozen=True)
 class SelectedHeads:
     """Some of a model's heads."""
 
     selected_LH: NDArray[np.bool_]
+    """Those that are trained; they read rows too where there are no others for that."""
     total: int
     """How many heads the model has."""
+    reading: ReadingHeads | None = None
 
     @property
     def count(self) -> int:

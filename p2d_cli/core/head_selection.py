@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from p2d_cli.core.geometry import LayerHeads
+from p2d_cli.core.geometry import LayerHeads, ReadingHeads, share_count
 from p2d_cli.errors import NonFiniteError, UsageError
 
+SHALLOW_SHARE, DEEP_SHARE = 0.1, 2 / 3
+"""Of the layers, those by whose heads all rows are read, and the best of them."""
+READING_SHARE = 0.1
+"""Of the heads, those that read the best rows."""
+SHALLOW_HEADS, FEWEST_SHALLOW = 32, 8
+"""The most and the fewest heads by which all rows are read."""
 NO_HEAD = "."
 """Stands in `head_levels` for a head that a layer has not."""
 
@@ -83,6 +89,49 @@ def select_uniform(count: int, candidates_LH: NDArray[np.bool_]) -> NDArray[np.b
     return _mask(there[(2 * places + 1) * len(there) // (2 * count)], candidates_LH)
 
 
+def select_readers(
+    scores_LH: ArrayLike, depths: str, exists_LH: NDArray[np.bool_], groups_L: Sequence[LayerHeads]
+) -> ReadingHeads:
+    """Return the heads that read rows: of the first layers all rows, of some more those that the first found best.
+
+    The first are spread evenly and do not depend on scores, so that what they read serves every target; the others are
+    a tenth of the model's heads, those of the highest scores, spread over these layers.
+
+    Args:
+        scores_LH: Scores, [L, H], finite for existing heads.
+        depths: number of layers that all rows are read, and the best, such as `3,15`; `auto` for a tenth and two thirds
+            of all, or more where these have few heads.
+        exists_LH: Heads that there are, bool [L, H].
+        groups_L: Which heads of each layer share keys and values.
+
+    Raises:
+        UsageError: the model has not so many layers, or no heads in the first ones.
+    """
+    shallow, deep = _depths(depths, exists_LH)
+    first_LH, both_LH = (exists_LH & (np.arange(len(exists_LH)) < depth)[:, None] for depth in (shallow, deep))
+    count = min(share_count(READING_SHARE, int(exists_LH.sum())), int(both_LH.sum()))
+    return ReadingHeads(
+        shallow_LH=select_uniform(min(SHALLOW_HEADS, int(first_LH.sum())), first_LH),
+        deep_LH=select_spread(scores_LH, count, both_LH, groups_L),
+    )
+
+
+def _depths(text: str, exists_LH: NDArray[np.bool_]) -> tuple[int, int]:
+    layers, counts_L = len(exists_LH), exists_LH.sum(axis=1).cumsum()
+    if text == "auto":
+        enough = 1 + int(np.searchsorted(counts_L, min(FEWEST_SHALLOW, int(counts_L[-1]))))
+        shallow = max(math.ceil(layers * SHALLOW_SHARE), enough)
+        return shallow, max(math.ceil(layers * DEEP_SHARE), shallow)
+    shallow, deep = (int(part) for part in text.split(","))
+    if deep > layers or not counts_L[min(shallow, layers) - 1]:
+        raise UsageError(
+            f"--depth {text}: the model has {layers} layers, and the first {min(shallow, layers)} of them"
+            f" {counts_L[min(shallow, layers) - 1]} heads",
+            hint=f"give numbers up to {layers}, the first of which reaches layer {int(np.argmax(counts_L > 0))}",
+        )
+    return shallow, deep
+
+
 def candidate_layers(text: str | None, num_layers: int) -> range:
     """Return the layers that `text` names, first and last as in `15-29`; all without it.
 
@@ -100,8 +149,15 @@ def candidate_layers(text: str | None, num_layers: int) -> range:
     return range(first, last + 1)
 
 
-def candidate_heads(text: str | None, exists_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the heads that there are in the layers that `text` names, bool [L, H]; see `candidate_layers`."""
+def candidate_heads(text: str | None, exists_LH: NDArray[np.bool_], count: int = 1) -> NDArray[np.bool_]:
+    """Return the heads that there are in the layers that `text` names, bool [L, H]; see `candidate_layers`.
+
+    `upper` is the upper half of the layers, or as many of the uppermost as have `count` heads.
+    """
+    if text == "upper":
+        above_L = exists_LH.sum(axis=1)[::-1].cumsum()[::-1]
+        first = min(len(exists_LH) // 2, int(np.flatnonzero(above_L >= min(count, above_L[0])).max()))
+        return exists_LH & (np.arange(len(exists_LH)) >= first)[:, None]
     candidates_LH = np.zeros_like(exists_LH)
     layers = candidate_layers(text, len(exists_LH))
     candidates_LH[layers.start : layers.stop] = exists_LH[layers.start : layers.stop]

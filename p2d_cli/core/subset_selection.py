@@ -37,11 +37,12 @@ def resolve_count(num_rows: int, ratio: float | None = None, count: int | None =
     return count
 
 
-def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
+def rank_rows(scores: ArrayLike, first: ArrayLike | None = None) -> NDArray[np.int64]:
     """Return each row's rank, int64 [N]: 0 for the highest score, ties in row order, rows without a score last.
 
     Args:
         scores: [N]; infinities are scores like others, nan is a row without one.
+        first: [N], what orders those without a score, likewise; they stay in row order without it.
 
     Raises:
         DataError: no row has a score.
@@ -49,7 +50,9 @@ def rank_rows(scores: ArrayLike) -> NDArray[np.int64]:
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).all():
         raise DataError(f"ranking rows: none of the {values.size} rows of the pool has a score")
-    order = np.argsort(-values, kind="stable")  # nan is sorted to the end
+    is_left_N = np.isnan(values)
+    later_N = np.zeros(values.size) if first is None else np.where(is_left_N, -np.asarray(first, dtype=np.float64), 0)
+    order = np.lexsort((later_N, np.where(is_left_N, 0, -values), is_left_N))  # by the last of them first, and stable
     ranks = np.empty(order.size, dtype=np.int64)
     ranks[order] = np.arange(order.size)
     return ranks

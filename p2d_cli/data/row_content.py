@@ -5,6 +5,7 @@ An answer may be one of the row's choices: by its text, its number, its label or
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -70,6 +71,14 @@ class Record:
         """The text without regard to case and white space: rows that share it, and their tools, say the same."""
         tools = [json.dumps(tool, ensure_ascii=False, sort_keys=True, default=str) for tool in self.tools]
         return " ".join(" ".join([*tools, self.text]).split()).casefold()
+
+    @property
+    def digest(self) -> tuple[int, int]:
+        """128 bits of a digest of all that a template may show of the row, the same in every process."""
+        turns = [(turn.role, turn.content, turn.parts) for turn in (*self.messages, self.answer)]
+        shown = json.dumps([turns, self.tools], ensure_ascii=True, sort_keys=True, default=str)
+        digest = hashlib.blake2b(shown.encode("ascii"), digest_size=16).digest()
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def read_record(row: RawRow, layout: Layout, *, system: str | None, need_completion: bool) -> Record:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.geometry import HeadGeometry, LayerHeads
 from p2d_cli.core.head_layout import ModelLayout, ProjectionName
+from p2d_cli.core.head_selection import candidate_heads
 
 FLOAT32, FLOAT64 = 4, 8
 _LOGIT_ROWS_IN_FP32 = 512
@@ -353,9 +354,9 @@ def lora_trained(modules: Collection[tuple[int, int]], rank: int, depth: int) ->
     return Trained(values, 0, depth, values)
 
 
-def assumed_heads(geometry: HeadGeometry, ratio: float) -> NDArray[np.bool_]:
+def assumed_heads(geometry: HeadGeometry, ratio: float, layers: str | None = None) -> NDArray[np.bool_]:
     """Return heads that stand for a selection that is still to be made: spread evenly, down from the very last."""
-    there = np.flatnonzero(geometry.exists_LH)
+    there = np.flatnonzero(candidate_heads(layers, geometry.exists_LH, geometry.head_budget(ratio)))
     count = geometry.head_budget(ratio)
     heads_LH = np.zeros(geometry.exists_LH.size, dtype=np.bool_)
     heads_LH[there[[(index + 1) * len(there) // count - 1 for index in range(count)]]] = True

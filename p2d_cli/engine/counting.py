@@ -52,7 +52,6 @@ class CountingReader(Reader):
 
     def __init__(self, job: StageRun[Any], files: ModelFiles, unfinished: Path | None) -> None:
         super().__init__(job, files, light=True)
-        self.precision = likely_dtype(job.config.dtype, job.config.device)
         self.itemsize = ITEMSIZE[self.precision]
         self.rows: dict[str, int] = {}
         self.stored_bytes: dict[str, int] = {}
@@ -73,6 +72,11 @@ class CountingReader(Reader):
         """What was encoded, by kind and identity, with the object itself, so that no other takes its identity."""
         self._tokenizing = 0.0
         self._unfinished = unfinished
+
+    @property
+    def precision(self) -> str:
+        """The precision that the model is likely to be loaded in."""
+        return likely_dtype(self.config.dtype, self.config.device)
 
     @cached_property
     def size(self) -> ModelSize:

@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.head_scores import load_head_scores
 from p2d_cli.artifacts.manifest import InputEntry, Manifest, ModelIdentity, is_artifact
@@ -19,6 +21,7 @@ from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import SUBSET_NAME
 from p2d_cli.config import EvalConfig, MineDataConfig, RowOptions, ScoreHeadsConfig, StageConfig, TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
+from p2d_cli.core.head_selection import select_readers
 from p2d_cli.data.chat_templates import read_chat_template
 from p2d_cli.data.pool import Pool, open_pool
 from p2d_cli.data.raw_rows import RowSource
@@ -183,12 +186,16 @@ class StageInputs:
         scored = self.planned("heads", spec)
         if isinstance(scored, ScoreHeadsConfig):
             shape = read_layout(files).geometry
-            return SelectedHeads(assumed_heads(shape, scored.ratio), shape.total_heads)
+            assumed_LH, reading = assumed_heads(shape, scored.ratio, scored.resolved_layers), None
+            if scored.reads_apart:
+                deepest_LH = np.arange(assumed_LH.size).reshape(assumed_LH.shape)
+                reading = select_readers(deepest_LH, scored.depth, shape.exists_LH, shape.layers)
+            return SelectedHeads(assumed_LH, shape.total_heads, reading)
         manifest = self.artifact("heads", spec, "heads", same_model=of is None)
         if of is not None:
             ensure_same_model(manifest, of[0], spec, of[1])
         found = load_head_scores(Path(spec).expanduser())
-        return SelectedHeads(found.selected_LH, found.geometry.total_heads)
+        return SelectedHeads(found.selected_LH, found.geometry.total_heads, found.reading)
 
     def read(self, source: RowSource, *, limit: int | None = None) -> RecordSet:
         """Read rows as records, telling what was left out."""

@@ -108,6 +108,11 @@ class Reader:
         """How many heads the model has."""
         raise NotImplementedError
 
+    @property
+    def precision(self) -> str:
+        """The model's precision."""
+        raise NotImplementedError
+
     def shape_without_weights(self) -> HeadGeometry:
         """Return how many heads the model has, found from its config alone."""
         with self.job.timer.phase("load"):
@@ -496,8 +501,3 @@ def _answer_mask(example: EncodedExample) -> list[int]:
 def heads_by_layer(heads_LH: NDArray[np.bool_]) -> dict[int, tuple[int, ...]]:
     """Return the heads of each layer that has some."""
     return {layer: tuple(np.flatnonzero(row).tolist()) for layer, row in enumerate(heads_LH) if row.any()}
-
-
-def depth_of(heads_LH: NDArray[np.bool_]) -> int:
-    """Return how many layers are computed to read these heads."""
-    return int(np.flatnonzero(heads_LH.any(axis=1)).max()) + 1

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.digests import digest_json
 from p2d_cli.artifacts.journal import pack_texts, unpack_texts
+from p2d_cli.artifacts.readings import Digests
+from p2d_cli.core.geometry import depth_of
 from p2d_cli.core.turns import TurnFrame
 from p2d_cli.data.prompts import EncodedExample
+from p2d_cli.data.records import Record
 from p2d_cli.engine.cost import FLOAT32
 from p2d_cli.engine.passes import AnswerPass, Arrays, Pass
-from p2d_cli.engine.reader import Completion, ModelReader, Reader, depth_of
+from p2d_cli.engine.reader import Completion, ModelReader, Reader
 
 
 def answer_pass(
@@ -132,3 +136,27 @@ def head_outputs_pass(
         memory={"captured head outputs": each * len(examples)} if keep is None else {},
         **options,
     )
+
+
+def context_of(reader: Reader) -> str:
+    """Return a digest of what decides how heads read a row, beside the row; see `describe_context`."""
+    return digest_json(describe_context(reader))
+
+
+def describe_context(reader: Reader) -> dict[str, Any]:
+    """Return what decides how heads read a row, beside the row, in plain JSON types."""
+    job = reader.job
+    model = job.scorer or job.inputs.base_model
+    assert model is not None, "a stage that reads rows has a model"
+    return {
+        "model": model.digest,
+        "tokenizer": model.tokenizer_digest,
+        "template": reader.template.digest,
+        "longest": reader.max_length,
+        "precision": reader.precision,
+    }
+
+
+def digests_of(records: Sequence[Record]) -> Digests:
+    """Return the digests by which readings of rows are found again, `[n, 2]`."""
+    return np.array([record.digest for record in records], dtype=np.uint64).reshape(-1, 2)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.config import MineDataConfig
+from p2d_cli.core.geometry import depth_of
 from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.core.sample_affinity import AffinityTally, demo_shares
 from p2d_cli.core.turns import TurnFrame
@@ -26,7 +27,7 @@ from p2d_cli.data.pool import Chunk
 from p2d_cli.data.records import Record
 from p2d_cli.engine.cost import FLOAT64
 from p2d_cli.engine.passes import Arrays, Pass
-from p2d_cli.engine.reader import ModelReader, depth_of, heads_by_layer
+from p2d_cli.engine.reader import ModelReader, heads_by_layer
 from p2d_cli.engine.readings import answer_pass
 from p2d_cli.errors import NonFiniteError
 from p2d_cli.methods.method import Read

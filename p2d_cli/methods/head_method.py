@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.readings import Readings
 from p2d_cli.config import ScoreHeadsConfig
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.data.pool import Pool
@@ -73,6 +74,8 @@ class RepeatScores:
     """Nan where a layer has no such head."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Figures for the summary, which `describe` puts into words."""
+    readings: Readings | None = None
+    """Of all heads on the rows that were read, the target's first, where rows are read by heads."""
 
 
 class HeadMethod(Method[HeadTask]):
@@ -87,6 +90,8 @@ class HeadMethod(Method[HeadTask]):
     """Whether it can compare the model with a fine-tuned one instead of reading rows."""
     spreads: ClassVar[bool] = False
     """Whether its best heads are chosen with an even share of each layer, unless `--selection` says otherwise."""
+    reads_apart: ClassVar[bool] = True
+    """Whether heads of their own read rows, chosen by the same scores as those that are trained (`--depth`)."""
     reads: ClassVar[frozenset[Read]] = frozenset({"logits"})
     """What it reads of the model besides the outputs of heads."""
 

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.artifacts.readings import Readings
 from p2d_cli.config import MineDataConfig
+from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.core.subset_selection import resolve_count
 from p2d_cli.data.pool import Chunk, Pool
 from p2d_cli.data.records import Record
@@ -34,8 +36,19 @@ class PoolTask:
     pool: Pool
     target: Sequence[Record]
     """Empty where the method has no use for target rows, or none were given."""
-    heads_LH: NDArray[np.bool_] | None = None
-    """The selected heads, bool, where the method takes any."""
+    heads: SelectedHeads | None = None
+    """The heads of a heads artifact, where the method takes any."""
+    readings: Readings | None = None
+    """What that artifact keeps of the rows that its heads have read."""
+    heads_are_planned: bool = False
+    """Whether the heads only stand for others that are still to be found, as in the dry run of a recipe."""
+
+    @property
+    def heads_LH(self) -> NDArray[np.bool_] | None:
+        """The heads that read the best rows, or all where no others do; bool [L, H]."""
+        if self.heads is None or self.heads.reading is None:
+            return None if self.heads is None else self.heads.selected_LH
+        return self.heads.reading.deep_LH
 
     @property
     def config(self) -> MineDataConfig:
@@ -62,6 +75,8 @@ class RowScores:
     """Number of measurements behind each score."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Figures for the summary, which `describe` puts into words."""
+    first: NDArray[np.float64] | None = None
+    """What orders rows without a score, where a first look at them found none worth reading on."""
 
     @classmethod
     def measured(
@@ -126,6 +141,10 @@ class RowMethod(Method[PoolTask]):
     def scores_M(self) -> NDArray[np.float64]:
         """Room for the score of each row to choose from, to be filled by the passes."""
         return np.full(self.task.pool.size, np.nan)
+
+    def disk(self) -> dict[str, int]:
+        """Return the bytes by part that the method writes beside the artifact, once its passes were counted."""
+        return {}
 
     def score(self) -> RowScores:
         """Return the scores, once all passes are done."""

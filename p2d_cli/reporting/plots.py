@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from p2d_cli.core.aer import AerReport
+from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.errors import UnavailableError
 from p2d_cli.reporting.scatter import (
     CUT_SHORT,
@@ -58,10 +59,13 @@ _KINDS: dict[Kind, dict[str, Any]] = {
 }
 
 
-def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str) -> None:
+def head_heatmap(
+    scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str, reading: ReadingHeads | None = None
+) -> None:
     """Draw the scores of heads, [L, H], layers downward and heads to the right, with the selected ones outlined.
 
-    `selected_LH` says which those are, bool [L, H]. Where a layer has no such head, the score is nan and the cell
+    `selected_LH` says which those are, bool [L, H]; `reading` heads are marked by a dot, hollow for those that read all
+    rows. Where a layer has no such head, the score is nan and the cell
     blank; on a logarithmic scale a score of 0 is drawn grey.
     """
     scores = np.asarray(scores_LH, dtype=np.float64)
@@ -78,13 +82,17 @@ def head_heatmap(scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str,
         there = np.where(np.isnan(scores), 0.0, 1.0)
         axes.imshow(shown, cmap=colours, norm=norm, alpha=there, aspect="auto", interpolation="nearest")
         _outline(axes, np.asarray(selected_LH, dtype=bool))
+        told = "outlined: selected"
+        if reading is not None:
+            _dot(axes, reading, cell)
+            told = "outlined: trained; ring: reads all rows; dot: reads the best"
         label = "head" if there.all() else "head (blank: there is none)"
         axes.set(xlabel=label, ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=f"score{scale}", fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        _title(axes, title, "outlined: selected")
+        _title(axes, title, told)
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:
@@ -244,6 +252,14 @@ def _colour_scale(scores_LH: NDArray[np.float64]) -> tuple[Any, str]:
     if finite.min() >= 0 and finite.max() > HEAVY_TAIL * np.median(finite) and positive.min() < positive.max():
         return LogNorm(float(positive.min()), float(positive.max())), ", logarithmic"
     return Normalize(float(finite.min()), float(finite.max())), ""
+
+
+def _dot(axes: Axes, reading: ReadingHeads, cell: float) -> None:
+    """Mark the heads that read rows."""
+    for heads_LH, face, size in ((reading.shallow_LH, "none", 0.62), (reading.deep_LH, "white", 0.32)):
+        layers, heads = np.nonzero(heads_LH)
+        points = (size * cell * 72) ** 2
+        axes.scatter(heads, layers, s=points, facecolors=face, edgecolors="white", linewidths=0.08 * cell * 72)
 
 
 def _outline(axes: Axes, selected_LH: NDArray[np.bool_]) -> None:

@@ -11,7 +11,7 @@ Legend: N pool rows, M rows to choose from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.data.pool import Pool
-from p2d_cli.data.records import require_number
+from p2d_cli.data.records import Record, require_number
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
-from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.methods.row_method import PoolTask, RowScores
@@ -75,8 +75,17 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
         listed = min(share_count(config.shortlist, pool.num_rows), pool.size)
         pool = pool.only(np.arange(listed) * pool.size // listed)
         reader.is_exact = False
-    reader.run(method(PoolTask(job, reader, pool, target, inputs.heads_LH)).passes())
+    scoring = method(_task(job, inputs, reader, pool, target))
+    reader.run(scoring.passes())
+    reader.disk |= scoring.disk()
     return reader.plan()
+
+
+def _task(
+    job: StageRun[MineDataConfig], inputs: MiningInputs, reader: Reader, pool: Pool, target: Sequence[Record]
+) -> PoolTask:
+    are_planned = "heads" in job.inputs.waiting
+    return PoolTask(job, reader, pool, target, inputs.heads, inputs.readings, heads_are_planned=are_planned)
 
 
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
@@ -94,7 +103,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         count = method.count(config, pool.num_rows)
         _tell_twins(job, pool)
         relevant_N = _find_relevant(pool, inputs.relevant) if inputs.relevant is not None else None
-    task = PoolTask(job, reader, pool, target, inputs.heads_LH)
+    task = _task(job, inputs, reader, pool, target)
     if config.has_shortlist:
         task = replace(task, pool=_shorten(task, count))
     if inputs.scored is not None:
@@ -107,7 +116,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     _require_finite(method.name, pool, scored)
     count = min(count, pool.size, _above_floor(job, scored))
     with job.timer.phase("select"):
-        ranks_N = rank_rows(scores_N)
+        ranks_N = rank_rows(scores_N, scored.first)
         cut = float(scores_N[ranks_N == count - 1][0])
     if job.is_main:
         with job.saving():
@@ -144,7 +153,7 @@ def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[
         "rows_selected": count,
         "rows_total": total,
         **({"shortlist": config.shortlist} if config.has_shortlist else {}),
-        **({"floor_quantile": config.floor_quantile} if config.has_floor else {}),
+        **({"floor_quantile": config.resolved_floor} if config.has_floor else {}),
         **({"precision": measured["precision"]} if measured else {}),
     }
 
@@ -169,13 +178,15 @@ def _choose_again(
         )
     has_score_N = ~np.isnan(scored.scores_N)
     told = job.inputs.manifests["scores"].summary
-    if told["rows_not_listed"] and count > has_score_N.sum():
+    if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
+        flag = "--shortlist" if told["rows_not_listed"] else "--refine"
         raise UsageError(
-            f"a shortlist left {has_score_N.sum()} rows with a score, of which {count} are to be chosen",
-            hint="mine again without --scores and with a greater --shortlist",
+            f"{has_score_N.sum()} rows have a score, of which {count} are to be chosen",
+            hint=f"mine again without --scores and with a greater {flag}",
         )
     notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
-    quantile = job.config.floor_quantile
+    notes |= {name: told[name] for name in ("rows_read_on", "rows_not_read_on") if name in told}
+    quantile = job.config.resolved_floor
     if job.config.has_floor and told.get("floor_quantile") != quantile:
         found = f"with {told['floor_quantile']:g}" if "floor_quantile" in told else "without one"
         raise UsageError(
@@ -195,7 +206,11 @@ def _spread(scored: RowScores, pool: Pool) -> RowScores:
     scores_N = np.full(pool.num_rows, np.nan)
     draws_N = np.zeros(pool.num_rows, dtype=np.int64)
     scores_N[others_N], draws_N[others_N] = scored.scores, scored.draws
-    return replace(scored, scores=scores_N, draws=draws_N)
+    first_N = None
+    if scored.first is not None:
+        first_N = np.full(pool.num_rows, np.nan)
+        first_N[others_N] = scored.first
+    return replace(scored, scores=scores_N, draws=draws_N, first=first_N)
 
 
 def _tell_twins(job: StageRun[MineDataConfig], pool: Pool) -> None:
@@ -233,15 +248,17 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     Raises:
         DataError: no row does.
     """
-    if not job.config.has_floor:
+    if "floor_score" not in scored.notes:
+        if job.config.has_floor:
+            job.progress.note("one target row alone sets no floor: as many rows are kept as --ratio or --count says")
         return scored.scores.size
     floor = scored.notes["floor_score"]
     above = int((scored.scores >= floor).sum())
     if not above:
         raise DataError(
-            f"no row of the pool scores {floor:.2f}, the {job.config.floor_quantile:g} quantile of the target rows'"
+            f"no row of the pool scores {floor:.2f}, the {job.config.resolved_floor:g} quantile of the target rows'"
             " own: the pool seems to hold none of the task",
-            hint="give a pool that does, or leave --floor-quantile out for the rows that are the most like it",
+            hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
         )
     job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
     return above

@@ -12,13 +12,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.manifest import InputEntry, ModelIdentity
+from p2d_cli.artifacts.readings import Readings, load_readings
 from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores
 from p2d_cli.config import MineDataConfig
+from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import DataError, UsageError
@@ -36,8 +35,10 @@ class MiningInputs:
     """The model that reads the rows."""
     pool: RowSource
     target: RowSource | None = None
-    heads_LH: NDArray[np.bool_] | None = None
-    """The selected heads, where the method takes any."""
+    heads: SelectedHeads | None = None
+    """The heads of a heads artifact, where the method takes any."""
+    readings: Readings | None = None
+    """What that artifact keeps of the rows that its heads have read."""
     scored: NamedPoolScores | None = None
     """Scores that an earlier run found."""
     relevant: frozenset[str] | None = None
@@ -65,16 +66,19 @@ def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
         raise UsageError(
             f"--method {method.name} needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads"
         )
-    model, heads_LH = _open_reader(job), None
+    model, heads, readings = _open_reader(job), None, None
     if method.takes_heads and config.heads is not None:
         scorer = None if job.scorer is None else (job.scorer, "--scorer-model")
-        heads_LH = job.inputs.heads(config.heads, model, of=scorer).selected_LH
+        heads = job.inputs.heads(config.heads, model, of=scorer)
+        if "heads" not in job.inputs.waiting:
+            readings = load_readings(Path(config.heads).expanduser())
     return MiningInputs(
         method=method,
         model=model,
         pool=job.inputs.rows("pool", config.pool),
         target=job.inputs.rows("target", config.target) if method.takes_target and config.target is not None else None,
-        heads_LH=heads_LH,
+        heads=heads,
+        readings=readings,
         relevant=open_relevance(job),
     )
 

@@ -15,15 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores, save_head_scores
+from p2d_cli.artifacts.readings import Readings, load_readings, save_readings
 from p2d_cli.config import Resolved, ScoreHeadsConfig
-from p2d_cli.core.geometry import HeadGeometry
+from p2d_cli.core.geometry import HeadGeometry, ReadingHeads
 from p2d_cli.core.head_selection import (
     candidate_heads,
     head_levels,
     repeatability,
+    select_readers,
     select_spread,
     select_top,
 )
+from p2d_cli.core.readout import held_out_area
 from p2d_cli.data.pool import Pool
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
@@ -32,7 +35,7 @@ from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
-from p2d_cli.methods.head_method import HeadMethod, HeadTask
+from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.registry import HEAD_METHODS
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
@@ -51,6 +54,8 @@ class _Inputs:
     pool: RowSource | None = None
     scored: HeadScores | None = None
     """Scores that an earlier run found."""
+    readings: Readings | None = None
+    """What that run kept of the rows that it read."""
 
     @property
     def reads_rows(self) -> bool:
@@ -122,7 +127,7 @@ def _open_scores(job: StageRun[ScoreHeadsConfig], spec: str) -> _Inputs:
         )
     # What is recorded is the method that `auto` came to, and the selection that goes with it.
     job.config = job.config.model_copy(update={"method": scored.method})
-    return _Inputs(method, model, scored=scored)
+    return _Inputs(method, model, scored=scored, readings=load_readings(Path(spec).expanduser()))
 
 
 def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | None) -> StagePlan:
@@ -142,10 +147,10 @@ def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | N
 def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> Outcome:
     config, method = job.config, inputs.method
     reader = ModelReader(job, inputs.model)
-    shape, repeats_RLH, notes = _score(job, inputs, reader)
+    shape, repeats_RLH, found = _score(job, inputs, reader)
     scores_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
     _require_finite(scores_LH, shape, method.name)
-    candidates_LH = candidate_heads(config.layers, shape.exists_LH)
+    candidates_LH = _candidates(config, shape)
     select = _selection_rule(config, method, shape, candidates_LH)
     heads = HeadScores(
         scores_LH=scores_LH.astype(np.float32),
@@ -153,10 +158,18 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
         repeats_RLH=repeats_RLH.astype(np.float32),
         method=method.name,
         geometry=shape,
+        reading=select_readers(scores_LH, config.depth, shape.exists_LH, shape.layers) if config.reads_apart else None,
     )
+    readings = _readings(inputs, heads, found.readings)
+    notes = dict(found.notes)
+    if heads.reading is not None and readings is not None and found.readings is not None:
+        with job.timer.phase("score"):
+            notes |= _sureness(readings.of(heads.reading.deep_LH), found.notes["rows"], shape)
     if job.is_main:
         with job.saving():
             save_head_scores(folder, heads)
+            if readings is not None:
+                save_readings(folder, readings)
             _draw(job, heads, folder)
     repeat = repeatability(repeats_RLH, candidates_LH, select)
     is_read = inputs.reads_rows
@@ -169,6 +182,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
             "shape": list(heads.scores_LH.shape),
             "selected": np.flatnonzero(heads.selected_LH).tolist(),
             "levels": head_levels(heads.scores_LH, shape.exists_LH),
+            **_reading_settings(heads.reading),
         },
         precision=reader.precision if is_read else "",
         device=reader.device if is_read else "cpu",
@@ -179,20 +193,24 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
 
 def _score(
     job: StageRun[ScoreHeadsConfig], inputs: _Inputs, reader: ModelReader
-) -> tuple[HeadGeometry, NDArray[np.float64], dict[str, Any]]:
-    """Return the model's shape, the scores of all repeats `[R, L, H]`, and the last one's figures."""
+) -> tuple[HeadGeometry, NDArray[np.float64], RepeatScores]:
+    """Return the model's shape, the scores of all repeats `[R, L, H]`, and what the last one found."""
     if inputs.scored is not None:
         shape = inputs.scored.geometry
         _require_candidates(job.config, shape)
-        return shape, inputs.scored.repeats_RLH.astype(np.float64), {}
-    if job.config.layers is not None:
+        return (
+            shape,
+            inputs.scored.repeats_RLH.astype(np.float64),
+            RepeatScores(inputs.scored.scores_LH.astype(np.float64)),
+        )
+    if job.config.resolved_layers is not None:
         _require_candidates(job.config, reader.shape_without_weights())
     if inputs.reads_rows:
         reader.import_libraries()
     with job.timer.phase("prepare"):
         target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
         pool = job.inputs.pool(inputs.pool, target) if inputs.pool is not None else None
-    repeats, notes = [], {}
+    repeats = []
     for task in inputs.tasks(reader, target, pool):
         if inputs.reads_rows:
             seed_everything(derive_seed(job.config.seed, "score-heads", task.repeat))
@@ -201,22 +219,53 @@ def _score(
         with job.timer.phase("score"):
             found = method.score()
         repeats.append(found.scores_LH)
-        notes = found.notes
     shape = reader.shape if inputs.reads_rows else reader.shape_without_weights()
-    return shape, np.stack(repeats), notes
+    return shape, np.stack(repeats), found
+
+
+def _candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> NDArray[np.bool_]:
+    """Return the heads that may be selected for training, `[L, H]`."""
+    return candidate_heads(config.resolved_layers, shape.exists_LH, shape.head_budget(config.ratio))
 
 
 def _require_candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> None:
-    """Refuse `--layers` that the model has not, or that hold too few heads, before anything is computed."""
-    if config.layers is None:
-        return
-    budget = shape.head_budget(config.ratio)
-    there = int(candidate_heads(config.layers, shape.exists_LH).sum())
+    """Refuse layers that the model has not, or that hold too few heads, before anything is computed."""
+    if config.reads_apart:
+        select_readers(np.zeros(shape.exists_LH.shape), config.depth, shape.exists_LH, shape.layers)
+    budget, there = shape.head_budget(config.ratio), int(_candidates(config, shape).sum())
     if budget > there:
         raise UsageError(
             f"--ratio {config.ratio:g} asks for {budget} heads; layers {config.layers} have {there}",
             hint="name more layers, or give a smaller --ratio",
         )
+
+
+def _readings(inputs: _Inputs, heads: HeadScores, found: Readings | None) -> Readings | None:
+    """Return what the reading heads put out on the rows that were read, here or for the scores that were given."""
+    if heads.reading is None:
+        return None
+    if found is not None:
+        return found.of(heads.reading.all_LH)
+    kept = inputs.readings
+    return kept if kept is not None and (kept.heads_LH == heads.reading.all_LH).all() else None
+
+
+def _sureness(readings: Readings, target: int, shape: HeadGeometry) -> dict[str, Any]:
+    """Return how well the reading heads together tell the target's rows from others, with an interval."""
+    outputs_nKd = readings.outputs_nKd
+    dims_K = shape.dims(readings.heads_LH)
+    found = held_out_area(outputs_nKd[:target], outputs_nKd[target:], dims_K=dims_K)
+    return {"area": found.value, "area_low": found.low, "area_high": found.high}
+
+
+def _reading_settings(reading: ReadingHeads | None) -> dict[str, Any]:
+    """Return what a report draws of the heads that read rows."""
+    if reading is None:
+        return {}
+    return {
+        "reads_all": np.flatnonzero(reading.shallow_LH).tolist(),
+        "reads_best": np.flatnonzero(reading.deep_LH).tolist(),
+    }
 
 
 def _selection_rule(
@@ -242,8 +291,17 @@ def _require_finite(scores_LH: NDArray[np.float64], shape: HeadGeometry, method:
 
 def _selection(heads: HeadScores) -> dict[str, object]:
     """Say how many heads were selected, and how they spread: heads of one group share their keys and values."""
-    shape = heads.geometry
-    return {
+    shape, reading = heads.geometry, heads.reading
+    readers = (
+        {}
+        if reading is None
+        else {
+            "heads_reading_all": int(reading.shallow_LH.sum()),
+            "heads_reading_best": int(reading.deep_LH.sum()),
+            "depths": list(reading.depths),
+        }
+    )
+    return readers | {
         "method": heads.method,
         "heads_selected": int(heads.selected_LH.sum()),
         "heads_total": shape.total_heads,
@@ -258,4 +316,4 @@ def _draw(job: StageRun[ScoreHeadsConfig], heads: HeadScores, folder: Path) -> N
 
     title = f"{heads.method}: {int(heads.selected_LH.sum())} of {heads.geometry.total_heads} heads"
     with job.drawing(PICTURE_NAME):
-        head_heatmap(heads.scores_LH, heads.selected_LH, folder / PICTURE_NAME, title=title)
+        head_heatmap(heads.scores_LH, heads.selected_LH, folder / PICTURE_NAME, title=title, reading=heads.reading)

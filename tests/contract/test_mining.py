@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).with_name("golden_mining.json")
 TARGET = ("--target", "TARGET")
 HEADS = ("--heads", "HEADS")
 BY_ROW = {
-    "readout": (*TARGET, *HEADS, "--background", 20),
+    "readout": (*TARGET, *HEADS, "--background", 20, "--floor-quantile", 0),
     "loss": ("--method", "loss"),
     "ifd": ("--method", "ifd"),
     "embedding": (*TARGET, "--method", "embedding"),
@@ -55,7 +55,7 @@ class Mining:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.model = ("--model", FIXTURES / "tiny-model", "--dtype", "float32")
         self.places = {"TARGET": folder / "target.jsonl", "HEADS": folder / "uniform"}
-        self.run("score-heads", *self.model, "--method", "uniform", "--out", folder / "uniform")
+        self.run("score-heads", *self.model, "--method", "uniform", "--depth", "trained", "--out", folder / "uniform")
 
     def run(self, *words):
         done = self.p2d(*words)

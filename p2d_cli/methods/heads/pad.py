@@ -49,6 +49,7 @@ class Pad(HeadMethod):
 
     name = "pad"
     takes_task_model = True
+    reads_apart = False
 
     def __init__(self, task: HeadTask) -> None:
         super().__init__(task)

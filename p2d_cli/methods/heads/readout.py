@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from p2d_cli.artifacts.readings import Readings
 from p2d_cli.core.readout import require_halves, separation
 from p2d_cli.data.episodes import duplicate_groups
 from p2d_cli.data.records import Record
 from p2d_cli.engine.passes import Pass, scatter
-from p2d_cli.engine.readings import head_outputs_pass
+from p2d_cli.engine.readings import context_of, digests_of, head_outputs_pass
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 
 
@@ -53,7 +54,9 @@ class Readout(HeadMethod):
         with self.task.job.timer.phase("score"):
             scores_K = separation(self._outputs[:target], self._outputs[target:], dims_K=shape.dims(shape.exists_LH))
         notes = {"rows": target, "rows_background": len(self._background), "best_separation": float(scores_K.max())}
-        return RepeatScores(shape.table(scores_K), notes)
+        rows = [*self._target, *self._background]
+        readings = Readings(context_of(self.task.reader), digests_of(rows), self._outputs, shape.exists_LH)
+        return RepeatScores(shape.table(scores_K), notes, readings)
 
     def _draw_background(self) -> Sequence[Record]:
         """Return a random sample of the pool rows that are none of these target rows."""
@@ -67,8 +70,16 @@ class Readout(HeadMethod):
 
     @classmethod
     def describe(cls, summary: dict[str, Any]) -> list[str]:
-        """Say how well the best head does."""
+        """Say how well heads tell the target's rows, how sure that is, and what more rows would bring."""
         if "best_separation" not in summary:
             return []
-        best = summary["best_separation"]
-        return [f"best head tells target rows from pool rows with ROC area {best:.3f}, chance 0.5"]
+        lines = [
+            f"best head tells target rows from pool rows with ROC area {summary['best_separation']:.3f}, chance 0.5"
+        ]
+        if summary.get("area") is not None:
+            low, high = summary["area_low"], summary["area_high"]
+            lines.append(
+                f"the heads that read, together, place target rows that they have not seen above {summary['area']:.3f}"
+                f" [{low:.3f}, {high:.3f}] of the pool, over {summary['rows']} target rows"
+            )
+        return lines

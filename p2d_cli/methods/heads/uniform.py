@@ -25,6 +25,6 @@ class Uniform(HeadMethod):
     def score(self) -> RepeatScores:
         """Return scores of 1 and 0, of which the highest are just this selection."""
         config, shape = self.task.config, self.task.shape
-        candidates_LH = candidate_heads(config.layers, shape.exists_LH)
-        selected_LH = select_uniform(shape.head_budget(config.ratio), candidates_LH)
+        budget = shape.head_budget(config.ratio)
+        selected_LH = select_uniform(budget, candidate_heads(config.resolved_layers, shape.exists_LH, budget))
         return RepeatScores(np.where(shape.exists_LH, selected_LH, np.nan))

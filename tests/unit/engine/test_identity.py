@@ -28,6 +28,8 @@ NEEDED = {
 }
 OTHER_VALUES = {
     "layers": "0-1",
+    "depth": "3,15",
+    "refine": 0.5,
     "selection": "spread",
     "affinity": "readout",
     "shortlist": 0.5,
@@ -72,9 +74,10 @@ def rewrite(folder, stage, config):
 
 @pytest.mark.parametrize(("stage", "name", "neutral"), list(neutral_settings()))
 def test_a_neutral_value_is_left_out_and_another_is_not(stage, name, neutral):
-    assert name not in config(stage, **{name: neutral}).identity()
+    settings = {"lm_eval": {"data": None}, "depth": {"method": "readout"}}.get(name, {})
+    left_out = {} if name == "lm_eval" else settings
+    assert name not in config(stage, **{name: neutral}, **left_out).identity()
     other = OTHER_VALUES.get(name, "other")
-    settings = {"data": None} if name == "lm_eval" else {}
     assert config(stage, **{name: other}, **settings).identity()[name] == other
 
 

@@ -1,0 +1,246 @@
+"""An index of a pool: what its rows make of some heads, which no target changes, so that a second target reads none.
+
+A folder: `index.json`, written last, and shards, each two NumPy files that are memory-mapped: `<number>.outputs.npy`,
+float16 [n, K, d], and `<number>.rows.npy`, the rows' digests, uint64 [n, 2]. Rows are only ever added, a shard at a
+time; a shard that was being written when a process died is not listed, and written over. In `users` each artifact that
+was made with the index has an empty file, by its key.
+
+Axes: n rows of a shard, N rows of the index, M rows asked for, K heads in (layer, head) order, d head_dim.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p2d_cli.artifacts.digests import digest_file
+from p2d_cli.artifacts.flushing import flush_directory, flush_file
+from p2d_cli.artifacts.locking import write_lock
+from p2d_cli.artifacts.readings import Digests, find_rows
+from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
+
+INDEX_NAME = "index.json"
+SCHEMA = "p2d.index/1"
+FLOAT16 = 2
+_USERS = "users"
+
+
+class Shard(BaseModel):
+    """Some rows, read together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(pattern=r"^\d{5,}$")
+    rows: int = Field(gt=0)
+    seconds: float = Field(ge=0)
+    tokens: int = Field(ge=0)
+    by: str
+    """Key of the artifact that was being made."""
+    digests: dict[str, str]
+    """SHA-256 of its files."""
+
+
+class _Described(BaseModel):
+    schema_: str = Field(alias="schema")
+    context: str
+    heads: list[list[int]]
+    """Layer and head of each."""
+    head_dim: int = Field(gt=0)
+    source: dict[str, Any] = {}
+    """What the context stands for, in words."""
+    shards: list[Shard] = []
+
+
+class PoolIndex:
+    """The index in a folder, made if there is none.
+
+    Args:
+        folder: where it is.
+        context: digest of what decides a reading beside the row.
+        heads: layer and head of each of the K heads.
+        head_dim: d.
+        source: what the context stands for, in words.
+
+    Raises:
+        CannotCreateError: the folder holds something else.
+        DataError: an index of another context or other heads.
+        ArtifactError: the index is damaged.
+    """
+
+    def __init__(
+        self, folder: Path, *, context: str, heads: list[tuple[int, int]], head_dim: int, source: dict[str, Any]
+    ) -> None:
+        self.folder = folder
+        self._wanted = _Described(
+            schema=SCHEMA, context=context, heads=[list(head) for head in heads], head_dim=head_dim, source=source
+        )
+        self.reload()
+
+    def reload(self) -> None:
+        """Read again which shards there are."""
+        vars(self).pop("_rows_N2", None)
+        vars(self).pop("_outputs", None)
+        self._described = read_index(self.folder) or self._wanted
+        found, wanted = self._described, self._wanted
+        if (found.context, found.heads, found.head_dim) == (wanted.context, wanted.heads, wanted.head_dim):
+            return
+        names = sorted(
+            name for name in {*found.source, *wanted.source} if found.source.get(name) != wanted.source.get(name)
+        )
+        what = ", ".join(f"{name}: {found.source.get(name)} there, {wanted.source.get(name)} here" for name in names)
+        raise DataError(
+            f"--index {self.folder} was made otherwise: {what or 'with other heads'}",
+            hint="give another folder, or remove it to have it made anew",
+        )
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards, in the order in which they were added."""
+        return self._described.shards
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, N."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes."""
+        return len(self._described.heads) * self._described.head_dim * FLOAT16 + 16
+
+    def find(self, digests_M2: Digests) -> NDArray[np.int64]:
+        """Return where in the index each of these rows stands, -1 for one that is not there."""
+        return find_rows(self._rows_N2, digests_M2)
+
+    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float16]]]:
+        """Yield the outputs of each shard, with the places of its rows."""
+        start = 0
+        for shard, outputs_nKd in zip(self.shards, self._outputs, strict=True):
+            yield slice(start, start + shard.rows), outputs_nKd
+            start += shard.rows
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Hold the right to add rows, and know those that others have added meanwhile.
+
+        Raises:
+            StoppedEarlyError: another process holds it.
+            CannotCreateError: the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise CannotCreateError(
+                f"--index {self.folder}: {problem.strerror}", hint="choose another folder"
+            ) from None
+        with write_lock(self.folder):
+            self.reload()
+            if not self.shards:
+                self._write(self._described)
+            yield
+
+    def add(self, digests_n2: Digests, outputs_nKd: NDArray[Any], *, seconds: float, tokens: int, by: str) -> None:
+        """Write a shard.
+
+        Raises:
+            DataError: an output is too large for float16.
+        """
+        with np.errstate(over="ignore"):
+            halves_nKd = outputs_nKd.astype(np.float16)
+        if not np.isfinite(halves_nKd).all():
+            raise DataError(
+                f"--index {self.folder}: a head of this model puts out values beyond those of float16",
+                hint="leave --index out",
+            )
+        name = f"{len(self.shards):05}"
+        digests = {}
+        for part, array in (("outputs", halves_nKd), ("rows", digests_n2)):
+            path = self.folder / f"{name}.{part}.npy"
+            aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npy")
+            np.save(aside, array, allow_pickle=False)
+            flush_file(aside)
+            aside.replace(path)
+            digests[path.name] = digest_file(path)
+        shard = Shard(name=name, rows=len(digests_n2), seconds=seconds, tokens=tokens, by=by, digests=digests)
+        self._write(self._described.model_copy(update={"shards": [*self.shards, shard]}))
+        self.reload()
+
+    def charge(self, key: str) -> tuple[float, int, int]:
+        """Take note that an artifact is made with this index, and return its share of what others spent.
+
+        Returns:
+            seconds, tokens, and the number of artifacts that share them, this one included. What was read for this
+            very artifact, before it was interrupted, is its own.
+        """
+        users = self.folder / _USERS
+        users.mkdir(parents=True, exist_ok=True)
+        (users / key).touch()
+        count = len({path.name for path in users.iterdir()} | {shard.by for shard in self.shards})
+        shares = [(shard, 1 if shard.by == key else count) for shard in self.shards]
+        seconds = sum(shard.seconds / parts for shard, parts in shares)
+        return seconds, round(sum(shard.tokens / parts for shard, parts in shares)), count
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self._described.heads), self._described.head_dim
+
+    @cached_property
+    def _rows_N2(self) -> Digests:
+        rows = [self._load(shard, "rows", np.uint64, (2,)) for shard in self.shards]
+        return np.concatenate([np.empty((0, 2), dtype=np.uint64), *rows])
+
+    @cached_property
+    def _outputs(self) -> list[NDArray[np.float16]]:
+        return [self._load(shard, "outputs", np.float16, self._shape) for shard in self.shards]
+
+    def _load(self, shard: Shard, part: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        path = self.folder / f"{shard.name}.{part}.npy"
+        damaged = ArtifactError(f"{path} is damaged", hint=f"remove {self.folder} to have the index made anew")
+        try:
+            if digest_file(path) != shard.digests.get(path.name):
+                raise damaged
+            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            raise damaged from None
+        if array.dtype != dtype or array.shape != (shard.rows, *shape):
+            raise damaged
+        return array
+
+    def _write(self, described: _Described) -> None:
+        aside = self.folder / f".{INDEX_NAME}.{uuid.uuid4().hex[:8]}"
+        aside.write_text(described.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+        flush_file(aside)
+        aside.replace(self.folder / INDEX_NAME)
+        flush_directory(self.folder)
+
+
+def read_index(folder: Path) -> _Described | None:
+    """Read `index.json`; None where there is no such folder, or an empty one.
+
+    Raises:
+        CannotCreateError: the folder holds something else.
+        ArtifactError: the file is damaged, or of a newer p2d.
+    """
+    path = folder / INDEX_NAME
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(one.name != _USERS for one in folder.iterdir())):
+            raise CannotCreateError(
+                f"--index {folder} holds something else than an index", hint="choose another folder"
+            )
+        return None
+    try:
+        described = _Described.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as problem:
+        first = str(problem).splitlines()[0]
+        raise ArtifactError(f"{path} cannot be read: {first}", hint=f"remove {folder} to have it made anew") from None
+    if described.schema_ != SCHEMA:
+        raise ArtifactError(f"{path} has schema {described.schema_}, this p2d knows {SCHEMA}", hint="upgrade p2d")
+    return described

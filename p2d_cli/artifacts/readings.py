@@ -1,0 +1,94 @@
+"""What heads put out on rows that were read, kept beside a heads artifact so that mining does not read them again.
+
+Rows are known by a digest of what a template shows of them; what else decides a reading (model, tokenizer, template,
+precision) has a digest of its own, the context, and readings of another context are of no use.
+
+Axes: n rows, K heads in (layer, head) order, d head_dim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from p2d_cli.errors import ArtifactError
+
+READINGS_NAME = "readings.safetensors"
+_METADATA_KEY = "p2d"
+Digests = NDArray[np.uint64]
+"""128 bits a row, `[n, 2]`."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Mean outputs of some heads over the answers of rows."""
+
+    context: str
+    digests_n2: Digests
+    outputs_nKd: NDArray[np.float32]
+    heads_LH: NDArray[np.bool_]
+    """The heads, bool [L, H]."""
+
+    def of(self, heads_LH: NDArray[np.bool_]) -> Readings:
+        """Return the readings of some of the heads alone."""
+        return Readings(self.context, self.digests_n2, self.outputs_nKd[:, heads_LH[self.heads_LH]], heads_LH)
+
+    def find(self, digests_M2: Digests) -> NDArray[np.int64]:
+        """Return where each of these rows stands among those that were read, -1 for one that was not."""
+        return find_rows(self.digests_n2, digests_M2)
+
+
+def find_rows(known_n2: Digests, asked_M2: Digests) -> NDArray[np.int64]:
+    """Return the place of each row among the known ones, by its digest; -1 where there is none."""
+    if not len(known_n2):
+        return np.full(len(asked_M2), -1, dtype=np.int64)
+    order_n = np.lexsort((known_n2[:, 1], known_n2[:, 0]))
+    ordered_n = known_n2[order_n, 0]
+    # Two different rows with the first half in common are as good as impossible; the second half makes sure.
+    at_M = order_n[np.searchsorted(ordered_n, asked_M2[:, 0]).clip(max=len(ordered_n) - 1)]
+    return np.where((known_n2[at_M] == asked_M2).all(axis=1), at_M, -1)
+
+
+def save_readings(folder: Path, readings: Readings) -> None:
+    """Write `readings.safetensors`; equal readings give equal bytes."""
+    save_file(
+        {
+            "digests": np.ascontiguousarray(readings.digests_n2),
+            "outputs": np.ascontiguousarray(readings.outputs_nKd, dtype=np.float32),
+            "heads": np.ascontiguousarray(readings.heads_LH),
+        },
+        folder / READINGS_NAME,
+        metadata={_METADATA_KEY: json.dumps({"context": readings.context})},
+    )
+
+
+def load_readings(folder: Path) -> Readings | None:
+    """Read `readings.safetensors`; None where the artifact has none.
+
+    Raises:
+        ArtifactError: the file is damaged, or its tensors do not fit together.
+    """
+    path = folder / READINGS_NAME
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            context = str(json.loads((file.metadata() or {})[_METADATA_KEY])["context"])
+            digests, outputs, heads = (file.get_tensor(name) for name in ("digests", "outputs", "heads"))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
+        raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
+    fits = (
+        (digests.dtype, digests.ndim, outputs.dtype, outputs.ndim) == (np.uint64, 2, np.float32, 3)
+        and heads.dtype == np.bool_
+        and digests.shape == (len(outputs), 2)
+        and outputs.shape[1] == heads.sum()
+    )
+    if not fits or not np.isfinite(outputs).all():
+        raise ArtifactError(f"{path}: the readings do not fit together", hint="rerun p2d score-heads")
+    return Readings(context, digests, outputs, heads)

@@ -1,0 +1,146 @@
+"""Rows of a pool whose readings lie in an index: only those that it lacks are read, and are added to it.
+
+Legend: M rows to choose from, n rows that are read, K heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.pool_index import PoolIndex
+from p2d_cli.artifacts.readings import Digests
+from p2d_cli.core.readout import Readout
+from p2d_cli.engine.passes import Pass, scatter
+from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.readings import context_of, describe_context, digests_of, head_outputs_pass
+from p2d_cli.methods.row_method import PoolTask
+from p2d_cli.runtime import distributed
+
+
+class IndexedRows:
+    """Keeps the index of a pool complete, and reads it.
+
+    Args:
+        task: the pool; its settings name the index.
+        heads_LH: the heads that read all rows, bool [L, H].
+    """
+
+    def __init__(self, task: PoolTask, heads_LH: NDArray[np.bool_]) -> None:
+        self._task = task
+        self._heads_LH = heads_LH
+        self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
+        self.truncated = 0
+        """Rows that were too long, of those that were added."""
+        self.notes: dict[str, Any] = {}
+        """Figures for the summary."""
+
+    @cached_property
+    def _index(self) -> PoolIndex:
+        task = self._task
+        assert task.config.index is not None, "there is an index"
+        return PoolIndex(
+            Path(task.config.index).expanduser(),
+            context=context_of(task.reader),
+            heads=[(layer, head) for layer, head in np.argwhere(self._heads_LH).tolist()],
+            head_dim=int(task.reader.shape.dims(self._heads_LH).max()),
+            source=describe_context(task.reader),
+        )
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the rows that it lacks will take."""
+        return int(self._lacking_M().sum()) * self._index.row_bytes
+
+    def passes(self) -> Iterator[Pass]:
+        """Read the rows that the index lacks, and add each chunk of them."""
+        job, index = self._task.job, self._index
+        for chunk in self._task.chunks():
+            self._digests_M2[chunk.places] = digests_of(chunk.records)
+        lacking_M = self._lacking_M()
+        self.notes = {"rows_found": int((~lacking_M).sum()), "rows_added": int(lacking_M.sum())}
+        if job.options.dry_run:
+            yield from self._read(lacking_M)
+            return
+        self._charge()
+        if not lacking_M.any():
+            return
+        with ExitStack() as held:
+            distributed.from_main(lambda: _enter(held, index))
+            index.reload()
+            lacking_M &= self._lacking_M()
+            size = lacking_M.sum() * index.row_bytes / 1e6
+            job.progress.note(
+                f"the index grows by {lacking_M.sum():,} rows of {index.row_bytes:,} bytes: {size:,.1f} MB"
+            )
+            yield from self._read(lacking_M)
+
+    def _lacking_M(self) -> NDArray[np.bool_]:
+        """Return which rows the index lacks, of equal ones the first."""
+        lacking_M = np.zeros(len(self._digests_M2), dtype=np.bool_)
+        lacking_M[np.unique(self._digests_M2, axis=0, return_index=True)[1]] = True
+        return lacking_M & (self._index.find(self._digests_M2) < 0)
+
+    def _read(self, lacking_M: NDArray[np.bool_]) -> Iterator[Pass]:
+        job, reader = self._task.job, self._task.reader
+        dims_K = reader.shape.dims(self._heads_LH)
+        for chunk in self._task.chunks():
+            rows = np.flatnonzero(lacking_M[chunk.places])
+            if not rows.size:
+                continue
+            records = [chunk.records[row] for row in rows]
+            examples = reader.examples(records)
+            self.truncated += sum(example.truncated > 0 for example in examples)
+            outputs_nKd = np.empty((len(rows), len(dims_K), dims_K.max()), dtype=np.float16)
+            before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
+            yield head_outputs_pass(
+                reader,
+                examples,
+                self._heads_LH,
+                work="read rows",
+                part=chunk.part,
+                take=scatter(outputs_nKd, "outputs"),
+                name=lambda row, records=records: records[row].where,
+            )
+            if isinstance(reader, ModelReader):  # and not one that only counts
+                self._add(self._digests_M2[chunk.start + rows], outputs_nKd, *before)
+
+    def _add(self, digests_n2: Digests, outputs_nKd: NDArray[np.float16], seconds: float, tokens: int) -> None:
+        job, reader = self._task.job, self._task.reader
+        assert isinstance(reader, ModelReader), "rows were read"
+        spent, read = job.timer.seconds.get("score", 0.0) - seconds, reader.tokens - tokens
+        with job.timer.phase("save"):
+            distributed.from_main(
+                lambda: self._index.add(digests_n2, outputs_nKd, seconds=spent, tokens=read, by=job.key)
+            )
+            self._index.reload()
+
+    def _charge(self) -> None:
+        """Charge this target with its share of what was spent on the index before."""
+        job = self._task.job
+        seconds, tokens, targets = distributed.from_main(lambda: self._index.charge(job.key))
+        if seconds:
+            job.timer.charge("index", seconds)
+        self.notes |= {"seconds_shared": seconds, "tokens_shared": tokens, "targets": targets}
+
+    def affinity(self, readout: Callable[[], Readout]) -> NDArray[np.float64]:
+        """Return the affinity of each row, nan where the index lacks it, as in a dry run."""
+        found_M = np.full(len(self._digests_M2), np.nan)
+        places_M = self._index.find(self._digests_M2)
+        if (places_M < 0).any():
+            return found_M
+        with self._task.job.timer.phase("score"):
+            for block, outputs_nKd in self._index.blocks():
+                here = np.flatnonzero((places_M >= block.start) & (places_M < block.stop))
+                found_M[here] = readout().affinity(outputs_nKd)[places_M[here] - block.start]
+        return found_M
+
+
+def _enter(held: ExitStack, index: PoolIndex) -> None:
+    held.enter_context(index.adding())

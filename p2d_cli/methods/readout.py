@@ -1,0 +1,258 @@
+"""Readouts of heads: how much what they put out on a row is like what they put out on the target's rows.
+
+Where a heads artifact has heads of its own for reading, rows are read in two stages. Heads of the first layers read all
+rows; the best of these are read on by deeper heads, and ranked. The others keep no score.
+
+The background that the deeper heads tell target rows from is a stratified sample of the pool: the rows that were read
+on, few of which a random sample would hold, and a random sample of the others, each with the weight of what it stands
+for.
+
+No row is read twice: a heads artifact keeps what its heads made of the target's rows and of a sample of the pool
+(`methods.known_rows`), an index what heads of the first layers made of a pool (`methods.indexed_rows`).
+
+Legend: B rows of a batch, Q target rows, M rows to choose from, S rows of the sample, K heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.core.readout import Background, Readout, fit_readout, floor_below, held_out_affinity
+from p2d_cli.core.subset_selection import rank_rows
+from p2d_cli.engine.passes import Arrays, Pass, scatter
+from p2d_cli.engine.readings import head_outputs_pass
+from p2d_cli.methods.indexed_rows import IndexedRows
+from p2d_cli.methods.known_rows import KnownRows
+from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
+
+FEWEST_READ_ON, MOST_READ_ON = 0.02, 3
+"""At least so much of the pool is read on, and at most so many times the rows that may be kept, or the former."""
+FIRST_LEVEL = 0.001
+"""Share of the task's rows that the first heads may lose."""
+LOCAL_ROWS = 2000
+"""Rows that are read on and told the target's from: what of them the heads put out is held."""
+SAMPLE, SAMPLE_OF_ALL = 250, 1000
+"""Rows of the sample, and where all rows are read by the same heads, so that it costs nothing."""
+
+
+class ReadoutMethod(RowMethod):
+    """Fit a readout of the heads on the target's rows and a sample of the pool, and apply it to every row."""
+
+    def __init__(self, task: PoolTask) -> None:
+        super().__init__(task)
+        assert task.heads is not None, "mine-data refuses to run this method without heads"
+        reading = task.heads.reading
+        self._deep_LH = task.heads.selected_LH if reading is None else reading.deep_LH
+        self._first_LH = None if reading is None or not self._pays(*reading.depths) else reading.shallow_LH
+        """The heads that read all rows, where others read the best of them."""
+        heads_LH = self._deep_LH if reading is None else reading.all_LH
+        size = SAMPLE_OF_ALL if self._first_LH is None else SAMPLE
+        self._known = KnownRows(task, heads_LH, task.config.background or size)
+        self._indexed = None
+        if self._first_LH is not None and task.config.index is not None:
+            self._indexed = IndexedRows(task, self._first_LH)
+        self._first_M = np.full(task.pool.size, np.nan)
+        """Affinities to the first heads, where there are two stages."""
+        self._local: dict[int, NDArray[np.float32]] = {}
+        """What the deeper heads put out on rows that were read on, by their positions."""
+        self._truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
+
+    # --- what is read
+
+    def passes(self) -> Iterator[Pass]:
+        """Read the target's rows and the sample, then the rest of the pool, and then its best rows further."""
+        yield from self._known.passes()
+        everything_M = np.ones(self.task.pool.size, dtype=np.bool_)
+        if self._first_LH is None:
+            yield from self._score(everything_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read rows")
+            return
+        if self._indexed is None:
+            yield from self._score(everything_M, self._first_LH, lambda: self._first, self._first_M, work="read rows")
+        else:
+            yield from self._indexed.passes()
+        local_M = self._local_M
+        yield from self._read(local_M, self._deep_LH, work="read on", kept=self._local)
+        if (rest_M := self._best_M & ~local_M).any():
+            yield from self._score(rest_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read on the rest")
+
+    def _score(
+        self,
+        wanted_M: NDArray[np.bool_],
+        heads_LH: NDArray[np.bool_],
+        readout: Callable[[], Readout],
+        affinities_M: NDArray[np.float64],
+        *,
+        work: str,
+    ) -> Iterator[Pass]:
+        """Yield passes that give wanted rows their affinity, but those of the sample."""
+
+        def options(rows_M: NDArray[np.int64]) -> dict[str, Any]:
+            return {
+                "keep": lambda arrays: {"affinity": readout().affinity(arrays["outputs"])},
+                "take": scatter(affinities_M, "affinity", rows_M),
+            }
+
+        yield from self._passes(wanted_M, heads_LH, options, work)
+
+    def _read(
+        self, wanted_M: NDArray[np.bool_], heads_LH: NDArray[np.bool_], *, work: str, kept: dict[int, Any]
+    ) -> Iterator[Pass]:
+        """Yield passes that keep what the heads put out on wanted rows, but those of the sample."""
+
+        def options(rows_M: NDArray[np.int64]) -> dict[str, Any]:
+            def take(batch: list[int], arrays: Arrays) -> None:
+                kept.update(zip(rows_M[batch].tolist(), arrays["outputs"], strict=True))
+
+            return {"take": take}
+
+        yield from self._passes(wanted_M, heads_LH, options, work)
+
+    def _passes(
+        self,
+        wanted_M: NDArray[np.bool_],
+        heads_LH: NDArray[np.bool_],
+        options: Callable[[NDArray[np.int64]], dict[str, Any]],
+        work: str,
+    ) -> Iterator[Pass]:
+        reader = self.task.reader
+        for chunk in self.task.chunks():
+            rows = np.flatnonzero(wanted_M[chunk.places] & ~self._known.is_known_M[chunk.places])
+            if not rows.size:
+                continue
+            records = [chunk.records[row] for row in rows]
+            examples = reader.examples(records)
+            self._truncated_M[chunk.start + rows] = [example.truncated > 0 for example in examples]
+            yield head_outputs_pass(
+                reader,
+                examples,
+                heads_LH,
+                work=work,
+                part=chunk.part,
+                name=lambda row, records=records: records[row].where,
+                **options(chunk.start + rows),
+            )
+
+    # --- how many are read on, and which
+
+    def _pays(self, first: int, deep: int) -> bool:
+        """Say whether two stages, of so many layers, compute less than reading all rows as deep as the best."""
+        size = self.task.pool.size
+        return first * size + deep * self._most_read_on < deep * size
+
+    @cached_property
+    def _most_read_on(self) -> int:
+        """How many rows are read on at most: as many as asked for."""
+        config, size = self.task.config, self.task.pool.size
+        kept = min(self.count(config, self.task.pool.num_rows), size)
+        if config.refine is not None:
+            return min(max(math.ceil(config.refine * size), kept), size)
+        return min(max(math.ceil(FEWEST_READ_ON * size), MOST_READ_ON * kept), size)
+
+    @cached_property
+    def _best_M(self) -> NDArray[np.bool_]:
+        """Which rows are read on; in a dry run, in which nothing was read, evenly spread ones."""
+        count, size = self._most_read_on, self.task.pool.size
+        if self._indexed is not None:
+            self._first_M[:] = self._indexed.affinity(lambda: self._first)
+        elif self._known.is_read and self._first_LH is not None:
+            self._first_M[self._known.sample] = self._first.affinity(self._known.background(self._first_LH))
+        if np.isnan(self._first_M).any():
+            return evenly_M(count, size)
+        if self.task.config.refine is None and len(self.task.target) > 1 and self._first_LH is not None:
+            floor = self._floor(self._first_LH, self._sample_background(self._first_LH), FIRST_LEVEL)
+            count = min(count, max(int((self._first_M >= floor).sum()), math.ceil(FEWEST_READ_ON * size)))
+        return rank_rows(self._first_M) < count
+
+    @cached_property
+    def _local_M(self) -> NDArray[np.bool_]:
+        """Which of them are told the target's rows from, beside being scored."""
+        local_M = np.zeros(self.task.pool.size, dtype=np.bool_)
+        best = np.flatnonzero(self._best_M)
+        local_M[best[evenly_M(min(LOCAL_ROWS, len(best)), len(best))]] = True
+        return local_M
+
+    # --- readouts
+
+    @cached_property
+    def _first(self) -> Readout:
+        assert self._first_LH is not None, "there are two stages"
+        with self.task.job.timer.phase("fit"):
+            return fit_readout(self._known.target(self._first_LH), self._sample_background(self._first_LH))
+
+    @cached_property
+    def _deep(self) -> Readout:
+        with self.task.job.timer.phase("fit"):
+            return fit_readout(self._known.target(self._deep_LH), self._deep_background)
+
+    def _sample_background(self, heads_LH: NDArray[np.bool_]) -> Background:
+        return Background.of(self._known.background(heads_LH), dims_K=self._known.dims(heads_LH))
+
+    @cached_property
+    def _deep_background(self) -> Background:
+        """The sample, and of two strata, the rows that are read on and the others, each with its own share."""
+        if self._first_LH is None:
+            return self._sample_background(self._deep_LH)
+        local_SKd = np.array([self._local[row] for row in sorted(self._local)], dtype=np.float32)
+        sample_SKd = self._known.background(self._deep_LH)
+        outputs_SKd = np.concatenate([sample_SKd, local_SKd.reshape(-1, *sample_SKd.shape[1:])])
+        is_best_S = np.concatenate([self._best_M[self._known.sample], np.ones(len(self._local), dtype=np.bool_)])
+        best, size = int(self._best_M.sum()), self.task.pool.size
+        weights_S = np.where(is_best_S, best / max(is_best_S.sum(), 1), (size - best) / max((~is_best_S).sum(), 1))
+        return Background.of(outputs_SKd, weights_S, dims_K=self._known.dims(self._deep_LH))
+
+    def _floor(self, heads_LH: NDArray[np.bool_], background: Background, level: float) -> float:
+        """Return the affinity below which so small a share of the task's rows is to be expected."""
+        with self.task.job.timer.phase("fit"):
+            return floor_below(held_out_affinity(self._known.target(heads_LH), background), level)
+
+    # --- what comes out
+
+    def disk(self) -> dict[str, int]:
+        """Return the bytes by which the index will grow."""
+        return {} if self._indexed is None else {"index": self._indexed.disk_bytes}
+
+    def score(self) -> RowScores:
+        """Return the affinity of each row that was read to the end."""
+        config, known = self.task.config, self._known
+        self.scores_M[known.sample] = self._deep.affinity(known.background(self._deep_LH))
+        if self._local:
+            rows = sorted(self._local)
+            self.scores_M[rows] = self._deep.affinity(np.stack([self._local[row] for row in rows]))
+        notes: dict[str, Any] = {
+            "affinity": "readout",
+            "heads_read": int(self._deep_LH.sum()),
+            "rows_background": len(known.sample),
+            "rows_found_read": known.found,
+            "target_affinity": float(self._deep.affinity(known.target(self._deep_LH)).mean()),
+        }
+        truncated = int(self._truncated_M.sum()) + known.truncated
+        if self._first_LH is not None:
+            self.scores_M[~self._best_M] = np.nan
+            read_on = int(self._best_M.sum())
+            notes |= {
+                "heads_read_first": int(self._first_LH.sum()),
+                "rows_read_on": read_on,
+                "rows_not_read_on": self.task.pool.size - read_on,
+            }
+        if self._indexed is not None:
+            notes["index"] = self._indexed.notes
+            truncated += self._indexed.truncated
+        notes["truncated_rows"] = truncated
+        if config.has_floor and (config.floor_quantile is not None or len(self.task.target) > 1):
+            notes["floor_quantile"] = config.resolved_floor
+            notes["floor_score"] = self._floor(self._deep_LH, self._deep_background, config.resolved_floor)
+        first_M = None if self._first_LH is None else self._first_M
+        return RowScores(self.scores_M, np.isfinite(self.scores_M).astype(np.int64), notes, first_M)
+
+
+def evenly_M(count: int, size: int) -> NDArray[np.bool_]:
+    """Return a mask of `count` of `size` places, evenly spread."""
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[np.arange(count) * size // max(count, 1)] = True
+    return mask
