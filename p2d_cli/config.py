@@ -433,7 +433,7 @@ class MineDataConfig(RowOptions):
     refine: Ratio | None = setting(
         None,
         "Share of the pool that is read on by deeper heads: the best by the first ones (score-heads --depth); "
-        "by default 0.02, or three times what may be kept.",
+        "by default what may be of the task, from 0.04 up to three times what may be kept.",
         panel="readout",
         neutral=None,
     )
@@ -443,6 +443,14 @@ class MineDataConfig(RowOptions):
         "again; made if it is not there, and rows that it lacks are added.",
         identity=False,
         panel="readout",
+    )
+    pick: Literal["auto", "top", "cover"] = setting(
+        "auto",
+        "Which of the rows above the floor are kept where there are more than may be. top: those of the highest scores; "
+        "cover: rows that are like the others in their words; auto: cover where the whole pool is of the target's task, "
+        "else top.",
+        panel="readout",
+        neutral="top",
     )
     shortlist: Ratio = setting(
         1.0,
@@ -490,6 +498,7 @@ class MineDataConfig(RowOptions):
         return {
             "affinity": self.resolved_affinity if is_used else "attention",
             "floor_quantile": self.resolved_floor,
+            "pick": self.pick if ROW_METHODS[self.method].sets_floor else "top",
         }
 
     @model_validator(mode="after")

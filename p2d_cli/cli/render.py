@@ -188,6 +188,10 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
             f"{summary['precision']:.1%} of them are of the target's task ({summary['rows_relevant']:,} such rows in"
             f" the pool, {summary['recall']:.1%} found), chance {summary['chance_precision']:.1%}"
         )
+    if summary.get("answers_total", summary["rows_total"]) < summary["rows_total"] / 2:
+        lines.append(
+            f"they hold {summary['answers_selected']:,} different answers, of {summary['answers_total']:,} in the pool"
+        )
     if summary.get("truncated_rows"):
         lines.append(f"{summary['truncated_rows']} rows were cut to fit the context")
     if summary.get("rows_not_listed"):

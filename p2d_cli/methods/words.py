@@ -9,12 +9,14 @@ W different words of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2d_cli.core.coverage import order_by_coverage
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record
@@ -43,6 +45,24 @@ def score_by_words(task: PoolTask, *, phase: str = "score") -> NDArray[np.float6
             scores_M[chunk.places] = np.asarray(rows_BV @ centre_W[frequencies.find(terms_V)]).ravel()
             advance(len(chunk.records))
     return scores_M
+
+
+def cover_by_words(task: PoolTask, count: int, *, phase: str = "score") -> NDArray[np.float64]:
+    """Return the place of each row, from 1 down to 0, in an order whose first `count` rows are like all the others.
+
+    Rows are covered by rows of their chunk, of which each gives its share of the first.
+    """
+    job, pool = task.job, task.pool
+    frequencies = count_all(task, phase)
+    places_M = np.empty(pool.size)
+    with job.timer.phase(phase), job.progress.task("cover rows", pool.size) as advance:
+        for chunk in pool.chunks():
+            _, rows_BV = frequencies.weigh(*count_words(chunk.records))
+            size = len(chunk.records)
+            kept = min(math.ceil(count / pool.size * size) + 1, size)  # one more: chunks differ by 1
+            places_M[chunk.start + order_by_coverage(rows_BV, kept)] = 1 - np.arange(size) / size
+            advance(size)
+    return places_M
 
 
 def count_all(task: PoolTask, phase: str) -> Frequencies:

@@ -24,7 +24,7 @@ from p2d_cli.artifacts.subset import NamedPoolScores, PoolScores, save_subset, s
 from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.geometry import share_count
 from p2d_cli.core.subset_selection import rank_rows
-from p2d_cli.data.pool import Pool
+from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record, require_number
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
@@ -32,7 +32,7 @@ from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.methods.row_method import PoolTask, RowScores
-from p2d_cli.methods.words import shortlist
+from p2d_cli.methods.words import cover_by_words, shortlist
 from p2d_cli.modeling.model_files import require_tokenizer
 from p2d_cli.stages.mining_inputs import MiningInputs, open_inputs
 
@@ -114,13 +114,17 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         pool, scored = task.pool, _spread(scoring.score(), task.pool)
     scores_N = scored.scores
     _require_finite(method.name, pool, scored)
-    count = min(count, pool.size, _above_floor(job, scored))
+    above = min(pool.size, _above_floor(job, scored))
+    count = min(count, above)
     with job.timer.phase("select"):
         ranks_N = rank_rows(scores_N, scored.first)
-        cut = float(scores_N[ranks_N == count - 1][0])
+    if covers := count < above and _covers(config, scored):
+        ranks_N = _cover(replace(task, pool=pool, target=()), ranks_N, count, above)
+    cut = float(scores_N[ranks_N < count].min())
+    answers: dict[str, Any] = {}
     if job.is_main:
         with job.saving():
-            _save(job, folder, pool, PoolScores(scores_N, ranks_N, scored.draws), count)
+            answers = _save(job, folder, pool, PoolScores(scores_N, ranks_N, scored.draws), count)
             if not method.is_control:
                 _draw(job, scores_N, cut, folder)
     measured = {} if relevant_N is None else _measure(relevant_N, ranks_N < count, pool.is_excluded_N)
@@ -134,6 +138,8 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_not_listed": len(pool.unlisted),
             "rows_without_score": int(np.isnan(scores_N).sum()),
             "cut_score": cut,
+            **({"picked": "cover"} if covers else {}),
+            **answers,
             **scored.notes,
             **measured,
         },
@@ -185,7 +191,8 @@ def _choose_again(
             hint=f"mine again without --scores and with a greater {flag}",
         )
     notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
-    notes |= {name: told[name] for name in ("rows_read_on", "rows_not_read_on") if name in told}
+    kept = ("rows_read_on", "rows_not_read_on", "pool_area", "pool_of_one_task")
+    notes |= {name: told[name] for name in kept if name in told}
     quantile = job.config.resolved_floor
     if job.config.has_floor and told.get("floor_quantile") != quantile:
         found = f"with {told['floor_quantile']:g}" if "floor_quantile" in told else "without one"
@@ -249,7 +256,7 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
         DataError: no row does.
     """
     if "floor_score" not in scored.notes:
-        if job.config.has_floor:
+        if job.config.has_floor and "pool_of_one_task" not in scored.notes:
             job.progress.note("one target row alone sets no floor: as many rows are kept as --ratio or --count says")
         return scored.scores.size
     floor = scored.notes["floor_score"]
@@ -262,6 +269,38 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
         )
     job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
     return above
+
+
+def _covers(config: MineDataConfig, scored: RowScores) -> bool:
+    """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest."""
+    return config.pick == "cover" or (config.pick == "auto" and bool(scored.notes.get("pool_of_one_task")))
+
+
+def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, above: int) -> NDArray[np.int64]:
+    """Return ranks whose first `count` rows cover in words the `above` first ones, which come behind them as they were.
+
+    Args:
+        task: the pool, without a target.
+        ranks_N: ranks by score.
+        count: rows to be kept.
+        above: rows to keep them of.
+    """
+    job, pool = task.job, task.pool
+    may_be_kept = np.flatnonzero(ranks_N[~pool.is_excluded_N] < above)
+    those = pool.only(may_be_kept)
+    if job.config.pick == "auto":
+        job.progress.note(
+            "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
+        )
+    order = np.argsort(-cover_by_words(replace(task, pool=those), count, phase="select"), kind="stable")
+    first = those.places(order)[:count]
+    is_first_N = np.zeros(pool.num_rows, dtype=np.bool_)
+    is_first_N[first] = True
+    others = np.argsort(ranks_N)
+    order_N = np.concatenate([first, others[~is_first_N[others]]])
+    new_N = np.empty_like(ranks_N)
+    new_N[order_N] = np.arange(len(order_N))
+    return new_N
 
 
 def _require_finite(method: str, pool: Pool, scored: RowScores) -> None:
@@ -302,17 +341,22 @@ def _measure(
     }
 
 
-def _save(job: StageRun[MineDataConfig], folder: Path, pool: Pool, scores: PoolScores, count: int) -> None:
+def _save(job: StageRun[MineDataConfig], folder: Path, pool: Pool, scores: PoolScores, count: int) -> dict[str, int]:
+    """Write the payload; return how many different answers there are, among the chosen rows and in the pool."""
+    answers_N = np.zeros(pool.num_rows, dtype=np.uint64)
     with job.progress.task("write rows", pool.num_rows) as advance:
 
         def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for place, record in enumerate(pool.read(with_fields=True), start=1):
+                answers_N[place - 1] = digest64(record.answer.text)
                 yield record.id, record.fields
                 if place % ROWS_BETWEEN_REPORTS == 0:
                     advance(ROWS_BETWEEN_REPORTS)
 
         save_subset(folder, rows(), scores, count, characters=pool.characters)
         save_subset_card(folder, method=job.config.method, chosen=count, total=pool.num_rows)
+    chosen = answers_N[scores.ranks_N < count]
+    return {"answers_selected": len(np.unique(chosen)), "answers_total": len(np.unique(answers_N))}
 
 
 def _draw(job: StageRun[MineDataConfig], scores_N: NDArray[np.float64], cut: float, folder: Path) -> None:

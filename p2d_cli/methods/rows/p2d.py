@@ -65,16 +65,11 @@ class P2d(RowMethod):
         """Say how many heads read what, and where the cut is."""
         lines = EpisodeMethod.describe(summary)
         if summary.get("affinity") == "readout":
-            readers = f"{summary['heads_read']} heads"
-            if "rows_read_on" in summary:
-                readers = (
-                    f"{summary['heads_read_first']} heads read all rows, {readers} the best {summary['rows_read_on']:,}"
-                )
-            else:
-                readers += " read"
+            lines.append(_describe_reading(summary))
+        if summary.get("pool_of_one_task"):
             lines.append(
-                f"{readers}, told from {summary['rows_background']:,} background rows;"
-                f" target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
+                f"target and pool can hardly be told apart (ROC area {summary['pool_area']:.2f}, chance 0.5): the pool"
+                " seems to be of one task" + ("; rows that cover it are kept" if "picked" in summary else "")
             )
         if "index" in summary:
             lines.append(_describe_index(summary["index"]))
@@ -84,6 +79,21 @@ class P2d(RowMethod):
                 " rows that were held out"
             )
         return lines
+
+
+def _describe_reading(summary: dict[str, Any]) -> str:
+    """Say how many heads read what, and where the cut is."""
+    readers = f"{summary['heads_read']} heads"
+    if "rows_read_on" in summary:
+        readers = f"{summary['heads_read_first']} heads read all rows, {readers} the best {summary['rows_read_on']:,}"
+    elif "heads_read_first" in summary:
+        readers = f"{summary['heads_read_first']} heads read all rows"
+    else:
+        readers += " read"
+    line = f"{readers}, told from {summary['rows_background']:,} background rows"
+    if "target_affinity" in summary:
+        line += f"; target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
+    return line
 
 
 def _describe_index(found: dict[str, Any]) -> str:
