@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ class IndexFound:
 class _Described(BaseModel):
     schema_: str = Field(alias="schema")
     context: str
-    heads: list[list[int]]
+    heads: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
     """Layer and head of each."""
     head_dim: int = Field(gt=0)
     source: dict[str, Any] = {}
@@ -222,15 +222,15 @@ class PoolIndex:
         for shard in self.shards:
             self._load(shard, "rows", np.uint64, (2,))
             self._load(shard, "outputs", np.float16, self._shape)
-        names = [name for shard in self.shards for name in shard.digests]
+        paths = [self.folder / f"{shard.name}.{part}.npy" for shard in self.shards for part in ("rows", "outputs")]
         return IndexFound(
             folder=str(self.folder),
             schema=self._described.schema_,
             rows=self.num_rows,
             heads=len(self._described.heads),
-            depth=1 + max((layer for layer, *_ in self._described.heads), default=-1),
+            depth=1 + max((layer for layer, _ in self._described.heads), default=-1),
             head_dim=self._described.head_dim,
-            bytes=sum((self.folder / name).stat().st_size for name in names),
+            bytes=sum(path.stat().st_size for path in paths),
             shards=len(self.shards),
             seconds=sum(shard.seconds for shard in self.shards),
             tokens=sum(shard.tokens for shard in self.shards),

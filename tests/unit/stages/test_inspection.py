@@ -67,6 +67,13 @@ def test_a_damaged_index_is_refused(index, name):
         inspect(index)
 
 
+def test_an_index_whose_heads_are_no_pairs_is_refused(index):
+    described = json.loads((index / INDEX_NAME).read_text())
+    (index / INDEX_NAME).write_text(json.dumps(described | {"heads": [[0, 1], [2]]}))
+    with pytest.raises(ArtifactError, match=INDEX_NAME):
+        inspect(index)
+
+
 def test_a_shard_that_is_gone_is_named(index):
     (index / "00001.rows.npy").unlink()
     with pytest.raises(ArtifactError, match=r"00001\.rows\.npy"):
