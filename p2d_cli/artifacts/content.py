@@ -7,9 +7,9 @@ refused before it is used, so that nobody behind has to doubt it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
 from p2d_cli.artifacts.digests import digest_json
@@ -52,11 +52,34 @@ class _Heads(_Summary):
     best_target_share: float | None = None
     chance_target_share: float | None = None
     best_separation: float | None = None
+    heads_reading_all: int | None = None
+    heads_reading_best: int | None = None
+    depths: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     area: float | None = None
+    area_low: float | None = None
+    area_high: float | None = None
+    rows: int | None = None
     proxy_steps: int | None = None
     proxy_rows: int | None = None
     proxy_first_loss: float = 0.0
     proxy_last_loss: float = 0.0
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Heads:
+        """Refuse figures of which a part is missing."""
+        parts = (("heads_reading_all", "heads_reading_best", "depths"), ("area", "area_low", "area_high", "rows"))
+        for names in parts:
+            missing = [name for name in names if getattr(self, name) is None]
+            if missing and getattr(self, names[0]) is not None:
+                raise ValueError(f"{', '.join(missing)} missing beside {names[0]}")
+        return self
+
+
+class _Index(_Part):
+    rows_found: int
+    rows_added: int
+    seconds_shared: float
+    targets: int
 
 
 class _Subset(_Summary):
@@ -68,6 +91,9 @@ class _Subset(_Summary):
     rows_not_listed: int = 0
     episodes: int = 0
     heads_read: int = 0
+    heads_read_first: int = 0
+    rows_read_on: int = 0
+    index: _Index | None = None
     rows_background: int = 0
     target_affinity: float = 0.0
     cut_score: float = 0.0

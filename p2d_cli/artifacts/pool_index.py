@@ -13,9 +13,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +49,34 @@ class Shard(BaseModel):
     """SHA-256 of its files."""
 
 
+@dataclass(frozen=True)
+class IndexFound:
+    """What an index whose files verify holds."""
+
+    folder: str
+    schema: str
+    rows: int
+    heads: int
+    """How many heads read them."""
+    depth: int
+    """How many layers these are of, from the first."""
+    head_dim: int
+    bytes: int
+    """Of all shards."""
+    shards: int
+    seconds: float
+    """Spent on reading the rows; every subset that uses the index is charged with a share."""
+    tokens: int
+    targets: int
+    """Subsets that were made with it, the interrupted ones among them."""
+    source: dict[str, Any]
+    """Model, template and what else decides how a row is read."""
+
+
 class _Described(BaseModel):
     schema_: str = Field(alias="schema")
     context: str
-    heads: list[list[int]]
+    heads: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
     """Layer and head of each."""
     head_dim: int = Field(gt=0)
     source: dict[str, Any] = {}
@@ -183,10 +208,42 @@ class PoolIndex:
         users = self.folder / _USERS
         users.mkdir(parents=True, exist_ok=True)
         (users / key).touch()
-        count = len({path.name for path in users.iterdir()} | {shard.by for shard in self.shards})
+        count = len(self._users)
         shares = [(shard, 1 if shard.by == key else count) for shard in self.shards]
         seconds = sum(shard.seconds / parts for shard, parts in shares)
         return seconds, round(sum(shard.tokens / parts for shard, parts in shares)), count
+
+    def verified(self) -> IndexFound:
+        """Read every shard, and return what the index holds.
+
+        Raises:
+            ArtifactError: a shard is missing or damaged.
+        """
+        for shard in self.shards:
+            self._load(shard, "rows", np.uint64, (2,))
+            self._load(shard, "outputs", np.float16, self._shape)
+        paths = [self.folder / f"{shard.name}.{part}.npy" for shard in self.shards for part in ("rows", "outputs")]
+        return IndexFound(
+            folder=str(self.folder),
+            schema=self._described.schema_,
+            rows=self.num_rows,
+            heads=len(self._described.heads),
+            depth=1 + max((layer for layer, _ in self._described.heads), default=-1),
+            head_dim=self._described.head_dim,
+            bytes=sum(path.stat().st_size for path in paths),
+            shards=len(self.shards),
+            seconds=sum(shard.seconds for shard in self.shards),
+            tokens=sum(shard.tokens for shard in self.shards),
+            targets=len(self._users),
+            source=self._described.source,
+        )
+
+    @property
+    def _users(self) -> set[str]:
+        """Keys of the artifacts that were made with it."""
+        folder = self.folder / _USERS
+        noted = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return noted | {shard.by for shard in self.shards}
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -220,6 +277,21 @@ class PoolIndex:
         flush_file(aside)
         aside.replace(self.folder / INDEX_NAME)
         flush_directory(self.folder)
+
+
+def inspect_index(folder: Path) -> IndexFound | None:
+    """Verify an index and return what it holds; None where the folder holds something else.
+
+    Raises:
+        ArtifactError: the index is damaged, or of a newer p2d.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        return None
+    found = read_index(folder)
+    assert found is not None, "its file is there"
+    heads = [(layer, head) for layer, head in found.heads]
+    index = PoolIndex(folder, context=found.context, heads=heads, head_dim=found.head_dim, source=found.source)
+    return index.verified()
 
 
 def read_index(folder: Path) -> _Described | None:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -238,16 +239,23 @@ def _expanded(folder: Path) -> Path:
 
 
 def inspect_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.", metavar="ARTIFACT")],
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact, or an index.", metavar="ARTIFACT")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON document.")] = False,
 ) -> None:
     """Verify an artifact and show what made it: inputs, settings, cost; for heads a heat map, for rows the best."""
-    from p2d_cli.cli.render import print_extremes, print_heat_map, print_manifest
+    from p2d_cli.artifacts.pool_index import IndexFound
+    from p2d_cli.cli.render import print_extremes, print_heat_map, print_index, print_manifest
     from p2d_cli.cli.terminal import err, print_json
     from p2d_cli.stages.inspection import inspect
 
     artifact = _expanded(artifact)
     found = inspect(artifact)
+    if isinstance(found, IndexFound):
+        if json:
+            print_json({"verified": True, "kind": "index", **asdict(found)})
+        else:
+            print_index(found)
+        return
     if json:
         print_json({"folder": str(artifact), "verified": True, **found.manifest.model_dump(mode="json", by_alias=True)})
         return

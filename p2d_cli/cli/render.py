@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from p2d_cli.artifacts.manifest import Manifest
+from p2d_cli.artifacts.pool_index import IndexFound
 from p2d_cli.cli.terminal import out, seconds_text
 from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.engine.cost import StagePlan
@@ -168,6 +170,8 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
         f"{summary['heads_selected']} of {summary['heads_total']} heads by {method}, in"
         f" {summary['layers_touched']} layers and {summary['groups_touched']} of {summary['groups_total']} KV groups"
     ]
+    if summary.get("heads_reading_all") is not None:
+        lines.append(_readers_line(summary))
     lines += HEAD_METHODS[method].describe(summary) if method in HEAD_METHODS else []
     if (repeat := summary.get("repeatability")) is not None:
         lines.append(
@@ -175,6 +179,14 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
             f" overlap {repeat['mean_jaccard']:.2f} (chance {repeat['chance_jaccard']:.2f})"
         )
     return lines
+
+
+def _readers_line(summary: dict[str, Any]) -> str:
+    """Say which heads read rows, where these are others than the trained ones."""
+    first, both = (f"the first {depth} layers" if depth > 1 else "the first layer" for depth in summary["depths"])
+    count = summary["heads_reading_all"]
+    readers = f"{count} heads of {first} read" if count > 1 else f"1 head of {first} reads"
+    return f"{readers} all rows, {summary['heads_reading_best']} of {both} the best"
 
 
 def _subset_lines(summary: dict[str, Any]) -> list[Any]:
@@ -321,28 +333,67 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
 def print_heat_map(scores_LH: Any, selected_LH: Any, reading: ReadingHeads | None = None) -> None:
     """Draw heads as coloured cells, layers downward, and mark the chosen ones; a head without score is left blank.
 
-    `#` is a selected head, `a` one that reads all rows, `b` one that reads the best of them.
+    `#` is a selected head, `a` one that reads all rows, `b` one that reads the best of them, `c` one that does both; a
+    capital is a head that is selected as well. Cells become narrow where the heads of a layer do not fit the terminal,
+    and layers are continued below where that is not enough. Without colours a dot is a head without a mark.
     """
+    marks_LH = _marks(selected_LH, reading)
     known = [score for score in scores_LH.ravel().tolist() if not math.isnan(score)]
     low, high = min(known), max(known)
     span = high - low or 1.0
-    marks = {"#": selected_LH} if reading is None else {"a": reading.shallow_LH, "b": reading.deep_LH, "#": selected_LH}
-    legend = "# selected" if reading is None else "# trained, a reads all rows, b the best of them"
-    out.print(f"\n[bold]heads[/] (layers downward, heads across; {legend})")
-    for layer, scores_H in enumerate(scores_LH):
-        line = Text(f"  {layer:>3} ")
-        for head, score in enumerate(scores_H):
-            if math.isnan(score):  # the layer has no such head
-                line.append("  ")
-                continue
-            shade = SHADES[int((float(score) - low) / span * (len(SHADES) - 1))]
-            mark = "".join(sign for sign, heads_LH in marks.items() if heads_LH[layer, head]) or " "
-            line.append(mark[0] + mark[-1], style=f"bold black on color({shade})")
-        out.print(line)
+    legend = "; # selected" if reading is None else ""
+    out.print(f"\n[bold]heads[/] (layers downward, heads across{legend})")
+    if reading is not None:
+        out.print(f"  {_marks_legend(set(marks_LH.ravel().tolist()))}", soft_wrap=True)
+    has_colours = out.color_system is not None and not out.no_color
+    num_heads, room = scores_LH.shape[1], max(out.width - 6, 1)
+    cell = 2 if 2 * num_heads <= room else 1
+    for start in range(0, num_heads, room // cell):
+        heads = slice(start, min(start + room // cell, num_heads))
+        if heads != slice(0, num_heads):
+            out.print(f"      heads {start} to {heads.stop - 1}")
+        for layer, (scores_H, marks_H) in enumerate(zip(scores_LH[:, heads], marks_LH[:, heads], strict=True)):
+            line = Text(f"  {layer:>3} ")
+            for score, mark in zip(scores_H.tolist(), marks_H.tolist(), strict=True):
+                if math.isnan(score):  # the layer has no such head
+                    line.append(cell * " ")
+                    continue
+                shade = SHADES[int((score - low) / span * (len(SHADES) - 1))]
+                line.append(cell * (mark or (" " if has_colours else ".")), style=f"bold black on color({shade})")
+            out.print(line)
     scale = Text("      ")
-    for shade in SHADES:
+    for shade in SHADES if has_colours else ():
         scale.append("  ", style=f"on color({shade})")
-    out.print(scale + Text(f"  {low:.3g} to {high:.3g}"))
+    out.print(scale + Text(f"{'  ' if has_colours else 'scores '}{low:.3g} to {high:.3g}"))
+
+
+def _marks(selected_LH: Any, reading: ReadingHeads | None) -> Any:
+    """Return the letter that marks each head, str [L, H], empty for one that was not chosen."""
+    if reading is None:
+        return np.where(selected_LH, "#", "")
+    letters_LH = np.array(["", "a", "b", "c"])[reading.shallow_LH + 2 * reading.deep_LH]
+    return np.where(selected_LH, np.where(letters_LH == "", "#", np.char.upper(letters_LH)), letters_LH)
+
+
+def _marks_legend(marks: set[str]) -> str:
+    legend = "# trained, a reads all rows, b the best"
+    if marks & {"c", "C"}:
+        legend += ", c both"
+    return legend + ("; capital: trained too" if marks & {"A", "B", "C"} else "")
+
+
+def print_index(found: IndexFound) -> None:
+    """Write what the index of a pool holds, what it has cost, and who used it."""
+    out.print(Text.assemble(("index of a pool", "bold"), f"  {found.folder}"), soft_wrap=True)
+    out.print(f"  {found.schema}, {2 * found.shards} files verified")
+    layers = "the first layer" if found.depth == 1 else f"the first {found.depth} layers"
+    out.print(f"  {found.rows:,} rows by {found.heads} heads of {layers}, {bytes_text(found.bytes)}")
+    users = f"{found.targets} subset" + "s" * (found.targets != 1)
+    out.print(f"  cost {found.seconds:.2f} s and {found.tokens:,} tokens; used for {users}")
+    out.print("\n[bold]made with[/]")
+    for name, value in found.source.items():
+        shown = value[:12] if isinstance(value, str) else value
+        out.print(f"  {escape(name):<14} {escape(str(shown))}", soft_wrap=True)
 
 
 def print_extremes(rows: list[tuple[str, float, str]], title: str) -> None:

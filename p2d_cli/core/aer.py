@@ -223,18 +223,22 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Which heads a score-heads artifact selected, and how it ranked them."""
+    """Which heads a score-heads artifact selected, which read rows, and how it ranked them."""
 
     method: str
     artifact: str
     num_layers: int
     num_heads: int
     selected: tuple[int, ...]
-    """`layer * num_heads + head` of each selected head."""
+    """`layer * num_heads + head` of each head that was selected for training."""
     levels: str
     """A digit a head, layer by layer: the tenth of the ranking that it stands in, 9 the highest; a dot for none."""
     used_by: tuple[str, ...]
     """Names of the runs that it led to."""
+    reads_all: tuple[int, ...] = ()
+    """The heads that read all rows, in the same numbers; empty where the selected ones do."""
+    reads_best: tuple[int, ...] = ()
+    """Those that read the rows which the first found best."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +507,8 @@ def _head_maps(runs: Sequence[RunCost]) -> tuple[HeadMap, ...]:
             selected=tuple(cost.settings["selected"]),
             levels=cost.settings["levels"],
             used_by=tuple(users),
+            reads_all=tuple(cost.settings.get("reads_all", ())),
+            reads_best=tuple(cost.settings.get("reads_best", ())),
         )
         for artifact, (cost, users) in found.items()
     )

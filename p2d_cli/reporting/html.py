@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -40,6 +41,7 @@ def aer_html(report: AerReport, *, recipe: str | None = None) -> str:
         uncrowded_ticks=_uncrowded_ticks,
         bar_scale=_bar_scale,
         heads_at=_heads_at,
+        head_marks=_head_marks,
         zip=zip,
     )
 
@@ -79,3 +81,13 @@ def _bar_scale(rows: Sequence[AerRow]) -> float:
 
 def _heads_at(level: str, found: HeadMap) -> list[int]:
     return [head for head, digit in enumerate(found.levels) if digit == level]
+
+
+def _head_marks(report: AerReport) -> Iterator[tuple[str, HeadMap]]:
+    """Yield what each mark in the report's maps means, with a map of one head that has it."""
+    bare = HeadMap(method="", artifact="", num_layers=1, num_heads=1, selected=(), levels="0", used_by=())
+    yield "selected for training", replace(bare, selected=(0,))
+    if any(found.reads_all for found in report.head_maps):
+        yield "reads all rows", replace(bare, reads_all=(0,))
+    if any(found.reads_best for found in report.head_maps):
+        yield "reads those that the others found best", replace(bare, reads_best=(0,))

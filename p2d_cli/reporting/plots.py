@@ -62,16 +62,16 @@ _KINDS: dict[Kind, dict[str, Any]] = {
 def head_heatmap(
     scores_LH: ArrayLike, selected_LH: ArrayLike, path: Path | str, *, title: str, reading: ReadingHeads | None = None
 ) -> None:
-    """Draw the scores of heads, [L, H], layers downward and heads to the right, with the selected ones outlined.
+    """Draw the scores of heads, [L, H], layers downward and heads to the right, and mark those that are chosen.
 
-    `selected_LH` says which those are, bool [L, H]; `reading` heads are marked by a dot, hollow for those that read all
-    rows. Where a layer has no such head, the score is nan and the cell
-    blank; on a logarithmic scale a score of 0 is drawn grey.
+    `selected_LH`, bool [L, H], are outlined; of the `reading` heads those that read all rows have a ring, those that
+    read the best a dot. Where a layer has no such head, the score is nan and the cell blank; on a logarithmic scale a
+    score of 0 is drawn grey.
     """
     scores = np.asarray(scores_LH, dtype=np.float64)
     num_layers, num_heads = scores.shape
-    cell = float(np.clip(7.0 / max(num_layers, num_heads), 0.09, 0.3))  # inches
-    with _figure(path, (max(4.6, cell * num_heads + 2.0), max(2.6, cell * num_layers + 1.3))) as figure:
+    cell = float(np.clip(7.0 / max(num_layers, num_heads), 0.11, 0.3))  # inches
+    with _figure(path, (max(4.6, cell * num_heads + 2.0), max(2.8, cell * num_layers + 1.6))) as figure:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
 
@@ -81,18 +81,14 @@ def head_heatmap(
         colours = colormaps["viridis"].with_extremes(bad=NO_SCORE)
         there = np.where(np.isnan(scores), 0.0, 1.0)
         axes.imshow(shown, cmap=colours, norm=norm, alpha=there, aspect="auto", interpolation="nearest")
-        _outline(axes, np.asarray(selected_LH, dtype=bool))
-        told = "outlined: selected"
-        if reading is not None:
-            _dot(axes, reading, cell)
-            told = "outlined: trained; ring: reads all rows; dot: reads the best"
         label = "head" if there.all() else "head (blank: there is none)"
         axes.set(xlabel=label, ylabel="layer", xticks=_every(num_heads), yticks=_every(num_layers))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label=f"score{scale}", fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        _title(axes, title, told)
+        _title(axes, title, "")
+        _mark_heads(axes, np.asarray(selected_LH, dtype=bool), reading, cell)
 
 
 def score_histogram(scores: ArrayLike, cut: float, path: Path | str, *, title: str) -> None:
@@ -254,23 +250,31 @@ def _colour_scale(scores_LH: NDArray[np.float64]) -> tuple[Any, str]:
     return Normalize(float(finite.min()), float(finite.max())), ""
 
 
-def _dot(axes: Axes, reading: ReadingHeads, cell: float) -> None:
-    """Mark the heads that read rows."""
-    for heads_LH, face, size in ((reading.shallow_LH, "none", 0.62), (reading.deep_LH, "white", 0.32)):
+def _mark_heads(axes: Axes, selected_LH: NDArray[np.bool_], reading: ReadingHeads | None, cell: float) -> None:
+    """Mark the chosen heads in cells of `cell` inches, and say below the axes what the marks mean.
+
+    Marks are black with a white rim, so that they show on dark cells as on bright ones.
+    """
+    from matplotlib.patheffects import withStroke
+
+    marks = [("selected" if reading is None else "trained", selected_LH, "s", 0.78, "none")]
+    if reading is not None:
+        marks += [
+            ("reads all rows", reading.shallow_LH, "o", 0.46, "none"),
+            ("reads the best rows", reading.deep_LH, "o", 0.2, INK),
+        ]
+    points = 72 * cell
+    line = min(1.3, 0.085 * points)
+    rim = [withStroke(linewidth=2.4 * line, foreground="white")]
+    look: dict[str, Any] = {"edgecolors": INK, "linewidths": line}
+    for label, heads_LH, marker, size, face in marks:
         layers, heads = np.nonzero(heads_LH)
-        points = (size * cell * 72) ** 2
-        axes.scatter(heads, layers, s=points, facecolors=face, edgecolors="white", linewidths=0.08 * cell * 72)
-
-
-def _outline(axes: Axes, selected_LH: NDArray[np.bool_]) -> None:
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    size = 1.0 - 0.16
-    boxes = [Rectangle((head - size / 2, layer - size / 2), size, size) for layer, head in np.argwhere(selected_LH)]
-    thick = min(1.3, 45.0 / max(selected_LH.shape))
-    for colour, width in (("white", 2.2 * thick), ("black", thick)):  # a light rim keeps it apart from dark cells
-        axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=colour, linewidth=width))
+        axes.scatter(heads, layers, (size * points) ** 2, marker=marker, facecolors=face, path_effects=rim, **look)
+        # Those of the legend are of one size, whatever that of the cells.
+        axes.scatter([], [], (size * 13) ** 2, marker=marker, facecolors=face, label=label, **look)
+    figure = axes.get_figure()
+    assert figure is not None, "the axes are those of a figure"
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, handletextpad=0.3, columnspacing=1.2)
 
 
 def _every(count: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from p2d_cli.artifacts.head_scores import HeadScores, load_head_scores
 from p2d_cli.artifacts.manifest import Manifest, is_artifact
+from p2d_cli.artifacts.pool_index import IndexFound, inspect_index
 from p2d_cli.artifacts.store import open_artifact, recover
 from p2d_cli.artifacts.subset import load_extreme_rows
 from p2d_cli.errors import ArtifactError
@@ -31,16 +32,18 @@ class Inspection:
     warnings: tuple[str, ...] = ()
 
 
-def inspect(folder: Path) -> Inspection:
-    """Verify every file of an artifact and read what it says.
+def inspect(folder: Path) -> Inspection | IndexFound:
+    """Verify every file of an artifact, or of the index of a pool, and read what it says.
 
     Raises:
-        ArtifactError: it is not an artifact, or a file is missing or damaged.
+        ArtifactError: it is neither, or a file is missing or damaged.
     """
     recover(folder)
     if not folder.exists():
         raise ArtifactError(f"there is nothing at {folder}", hint="give a folder that p2d wrote")
     if not is_artifact(folder):
+        if (index := inspect_index(folder)) is not None:
+            return index
         raise ArtifactError(
             f"{folder} is not an artifact: it has no manifest.json", hint="give a folder that p2d wrote"
         )

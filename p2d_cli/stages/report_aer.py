@@ -5,12 +5,13 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from p2d_cli.artifacts.digests import digest_file, digest_json
 from p2d_cli.artifacts.evaluation import metric_values
@@ -101,7 +102,19 @@ class _Settings(BaseModel):
     confidence: Annotated[float, Field(gt=0, lt=1)] = DEFAULT_CONFIDENCE
     shape: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
     selected: list[Annotated[int, Field(ge=0)]] = []
+    reads_all: list[Annotated[int, Field(ge=0)]] = []
+    reads_best: list[Annotated[int, Field(ge=0)]] = []
     levels: Annotated[str, Field(pattern="^[0-9.]*$")] = ""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> _Settings:
+        """Refuse a map of heads whose parts are not of one model."""
+        if not self.levels:
+            return self
+        heads = math.prod(self.shape or [0])
+        if heads != len(self.levels) or max([*self.selected, *self.reads_all, *self.reads_best], default=0) >= heads:
+            raise ValueError(f"the heads do not fit the shape {self.shape}")
+        return self
 
 
 class _Entry(BaseModel):

@@ -44,5 +44,15 @@ def test_a_report_is_valid_and_a_wrong_one_is_not():
         jsonschema.validate(report, schema)
 
 
+def test_maps_of_heads_may_say_which_read_rows():
+    schema, report = json.loads(PUBLISHED.read_text()), json.loads(GOLDEN.read_text())
+    older = {"method": "readout", "artifact": "a", "num_layers": 1, "num_heads": 2, "selected": [1], "levels": "09"}
+    report["head_maps"] = [older | {"used_by": ["run"]}, older | {"used_by": [], "reads_all": [0], "reads_best": [1]}]
+    jsonschema.validate(report, schema)
+    report["head_maps"][1]["reads_best"] = "1"
+    with pytest.raises(jsonschema.ValidationError, match="is not of type 'array'"):
+        jsonschema.validate(report, schema)
+
+
 if __name__ == "__main__":
     PUBLISHED.write_text(json.dumps(described(), indent=2) + "\n")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
 from p2d_cli.artifacts.manifest import (
     MANIFEST_NAME,
@@ -394,3 +395,27 @@ def test_digests_see_content_and_names_and_no_order(tmp_path):
     shutil.copy(tmp_path / "a", tmp_path / "b")
     assert first != digest_files([tmp_path / "a", tmp_path / "b"])
     assert digest_json({"x": 1, "y": 2}) == digest_json({"y": 2, "x": 1})
+
+
+READERS = {"heads_reading_all": 8, "heads_reading_best": 4, "depths": [1, 3]}
+SURENESS = {"area": 0.9, "area_low": 0.8, "area_high": 1.0, "rows": 12}
+
+
+@pytest.mark.parametrize("more", [READERS, SURENESS, READERS | SURENESS])
+def test_heads_may_say_who_reads_and_how_surely(tmp_path, more):
+    manifest = make_manifest({}, summary=SUMMARY | more)
+    check_content(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        *((READERS | {name: None}, name) for name in ("heads_reading_best", "depths")),
+        *((SURENESS | {name: None}, name) for name in ("area_low", "area_high", "rows")),
+        (READERS | {"depths": [1]}, "depths"),
+        (READERS | {"heads_reading_all": "8"}, "heads_reading_all"),
+    ],
+)
+def test_a_summary_of_heads_that_says_half_is_refused(tmp_path, more, named):
+    with pytest.raises(ArtifactError, match=named):
+        check_content(tmp_path, make_manifest({}, summary=SUMMARY | more))

@@ -1,6 +1,7 @@
 """What a person sees: bars on a terminal, lines in a log, numbers in a table."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from p2d_cli.cli import render, terminal
+from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.runtime.progress import SilentProgress
 
@@ -94,6 +96,79 @@ def test_a_heat_map_marks_what_is_selected(said):
     assert "##" not in lines[2]
     assert lines[3].count("##") == 2
     assert "0 to 5" in lines[-1]
+
+
+def cells(text, layers, start=6):
+    """Return the cells of each layer's lines, joined."""
+    found = [line[start:] for line in text.splitlines() if line[:5].strip().isdigit()]
+    return ["".join(found[layer::layers]) for layer in range(layers)]
+
+
+MARKS = {(0, 0, 0): ".", (1, 0, 0): "#", (0, 1, 0): "a", (0, 0, 1): "b", (0, 1, 1): "c"}
+MARKS |= {(1, 1, 0): "A", (1, 0, 1): "B", (1, 1, 1): "C"}
+
+
+@pytest.mark.parametrize(("shape", "wide"), [((30, 9), 2), ((3, 37), 2), ((3, 64), 1), ((3, 74), 1), ((3, 200), 1)])
+def test_a_heat_map_marks_who_reads_and_fits_80_columns(said, shape, wide):
+    scores = np.random.default_rng(0).random(shape)
+    selected, first, best = (np.random.default_rng(seed).random(shape) > 0.6 for seed in (1, 2, 3))
+    render.print_heat_map(scores, selected, ReadingHeads(first, best))
+    text = said["out"].getvalue()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert cells(text, shape[0]) == [
+        "".join(MARKS[tuple(int(heads[layer, head]) for heads in (selected, first, best))] * wide
+                for head in range(shape[1]))
+        for layer in range(shape[0])
+    ]  # fmt: skip
+    assert "# trained, a reads all rows, b the best, c both; capital: trained too" in text
+    assert ("heads 74 to 147" in text) is (shape[1] == 200)
+
+
+def test_the_legend_of_a_heat_map_names_the_marks_that_are_there(said):
+    first, best = np.eye(2, 3, dtype=bool), np.eye(2, 3, k=1, dtype=bool)
+    render.print_heat_map(np.ones((2, 3)), np.eye(2, 3, k=2, dtype=bool), ReadingHeads(first, best))
+    lines = said["out"].getvalue().splitlines()
+    assert lines[2] == "  # trained, a reads all rows, b the best"
+    assert lines[3:5] == ["    0 aabb##", "    1 ..aabb"]
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_a_heat_map_says_without_colours_what_it_can(monkeypatch, no_color):
+    stream = io.StringIO()
+    monkeypatch.setattr(
+        render, "out", Console(file=stream, width=80, force_terminal=True, color_system="256", no_color=no_color)
+    )
+    scores = np.array([[0.0, 1.0, np.nan]])
+    render.print_heat_map(scores, scores > 0.5)
+    written = stream.getvalue()
+    assert ("48;5;" in written) is not no_color
+    row = re.sub(r"\x1b\[[\d;]*m", "", written).splitlines()[2]
+    assert row == ("    0 ..##  " if no_color else "    0   ##  ")
+
+
+HEADS = {
+    "method": "readout", "heads_selected": 27, "heads_total": 270, "groups_touched": 20, "groups_total": 90,
+    "layers_touched": 15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("counts", "depths", "line"),
+    [
+        ((27, 27), [3, 20], "27 heads of the first 3 layers read all rows, 27 of the first 20 layers the best"),
+        ((8, 4), [1, 3], "8 heads of the first layer read all rows, 4 of the first 3 layers the best"),
+        ((1, 1), [1, 1], "1 head of the first layer reads all rows, 1 of the first layer the best"),
+    ],
+)
+def test_which_heads_read_is_said_of_heads(said, counts, depths, line):
+    summary = HEADS | {"heads_reading_all": counts[0], "heads_reading_best": counts[1], "depths": depths}
+    render.print_summary(SimpleNamespace(kind="heads", summary=summary))
+    assert said["out"].getvalue().splitlines()[1] == f"  {line}"
+
+
+def test_of_older_heads_nobody_says_who_reads(said):
+    render.print_summary(SimpleNamespace(kind="heads", summary=HEADS))
+    assert "read all" not in said["out"].getvalue()
 
 
 def test_equal_scores_do_not_break_a_heat_map(said):

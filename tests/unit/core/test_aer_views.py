@@ -76,3 +76,16 @@ def test_each_map_of_heads_is_there_once_with_its_users():
     [found] = views(*runs).head_maps
     assert (found.method, found.num_layers, found.num_heads, found.selected) == ("pad", 2, 3, (4,))
     assert found.used_by == ("a, seed 0", "b, seed 0")
+    assert (found.reads_all, found.reads_best) == ((), ()), "an older artifact says nothing of them"
+
+
+def test_a_map_says_which_heads_read_rows():
+    scored = StageCost(
+        "score-heads", "h", {"score": 1.0}, "H", "float32",
+        settings={"method": "readout", "shape": [2, 3], "selected": [4], "levels": "013589",
+                  "reads_all": [0, 1], "reads_best": [1, 5]},
+    )  # fmt: skip
+    found = run("a", 0, 9.0, 0.5)
+    report = views(replace(found, stages=(scored, *found.stages)))
+    assert (report.head_maps[0].reads_all, report.head_maps[0].reads_best) == ((0, 1), (1, 5))
+    assert report.to_dict()["head_maps"][0]["reads_best"] == [1, 5]

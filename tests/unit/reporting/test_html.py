@@ -176,9 +176,39 @@ def test_heads_are_drawn_side_by_side(row, make_report):
     assert first["text"].split("\n")[0] == "pad: 1 of 6 headsone, two, three and 1 more"
     assert HOSTILE in second["text"]
     chosen = [e["attributes"]["d"] for e in page.all("path", class_="chosen")]
-    assert chosen == ["M10 10h10v10h-10z", "M0 0h10v10h-10zM10 0h10v10h-10z"]
+    assert chosen == ["M1 1h8v8h-8z", "M11 11h8v8h-8z", "M1 1h8v8h-8zM11 1h8v8h-8z"], "the legend's first"
+    assert not page.all("path", class_="all")
+    assert not page.all("path", class_="best")
     shades = [float(e["attributes"]["opacity"]) for e in page.all("path", class_="level")]
     assert shades == pytest.approx([1 / 9, 3 / 9, 5 / 9, 8 / 9, 1.0, 1.0], abs=0.01)
+
+
+def test_heads_that_read_have_marks_of_their_own_and_a_legend(row, make_report):
+    trained = HeadMap("pad", "a", 2, 3, (4,), "013589", ("one",))
+    reading = HeadMap("readout", "b", 2, 3, (5,), "013589", ("two",), reads_all=(0, 2), reads_best=(2, 4, 5))
+    page = Page(aer_html(make_report(row("a"), head_maps=(trained, reading))))
+    [legend] = page.all("ul", class_="legend marks")
+    assert [line for line in legend["text"].split("\n") if line] == [
+        "selected for training",
+        "reads all rows",
+        "reads those that the others found best",
+    ]
+    first, second = (e["text"] for e in page.all("figure") if " heads" in e["text"])
+    assert "rows" not in first
+    assert "2 read all rows, 3 the best" in second
+
+    def middles(mark):
+        """Return the heads of the second map that carry a mark, by the middles of its circles."""
+        drawn = page.all("path", class_=mark)[-1]["attributes"]["d"]
+        found = re.findall(r"M([\d.]+) ([\d.]+)a([\d.]+) ", drawn)
+        return [int((float(y) - 5) / 10) * 3 + int((float(x) + float(radius) - 5) / 10) for x, y, radius in found]
+
+    assert middles("all") == [0, 2]
+    assert middles("best") == [2, 4, 5]
+    assert len(page.all("path", class_="all")) == len(page.all("path", class_="best")) == 2
+    alone = Page(aer_html(make_report(row("a"), head_maps=(trained,)))).all("ul", class_="legend marks")[0]["text"]
+    assert "selected for training" in alone
+    assert "read" not in alone
 
 
 def test_the_recipe_is_shown_as_it_is(report):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.errors import UnavailableError
 from p2d_cli.reporting import plots
 from p2d_cli.reporting.plots import aer_scatter, head_heatmap, loss_curve, score_histogram
@@ -173,3 +175,69 @@ def test_a_report_without_scores_can_be_drawn(row, make_report, tmp_path):
     report = make_report()
     aer_scatter(type(report)(report.reference, (row("a", score=None),), (), ()), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Keep the figures that are drawn."""
+    figures, figure_of = [], plots._figure
+
+    @contextmanager
+    def keep(*arguments, **options):
+        with figure_of(*arguments, **options) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(plots, "_figure", keep)
+    return figures
+
+
+def _reading(scores):
+    layers, heads = np.indices(scores.shape)
+    return ReadingHeads(shallow_LH=layers < 1, deep_LH=(layers < 3) & (heads % 3 == 0))
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (30, 9), (80, 64), (1, 1)])
+def test_title_and_legend_of_the_heat_map_neither_overlap_nor_are_clipped(drawn, tmp_path, shape):
+    scores = np.random.default_rng(0).random(shape)
+    title = "contrast: 51,200 of 512,000 heads"
+    head_heatmap(scores, scores > 0.9, tmp_path / "a.png", title=title, reading=_reading(scores))
+    [figure] = drawn
+    axes, [legend] = figure.axes[0], figure.legends
+    renderer = figure.canvas.get_renderer()
+    named, told = (part.get_window_extent(renderer) for part in (axes._left_title, legend))
+    for part in (named, told):
+        assert figure.bbox.x0 <= part.x0 < part.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= part.y0 < part.y1 <= figure.bbox.y1
+    assert told.y1 <= axes.get_tightbbox(renderer).y0
+    assert named.y0 >= axes.get_window_extent(renderer).y1
+    assert not axes._right_title.get_text()
+
+
+def test_the_heat_map_marks_both_selections(drawn, tmp_path):
+    scores = np.random.default_rng(0).random((5, 6))
+    selected, reading = scores > 0.7, _reading(scores)
+    head_heatmap(scores, selected, tmp_path / "a.png", title="readout", reading=reading)
+    head_heatmap(scores, selected, tmp_path / "b.png", title="pad")
+    marked, plain = (figure.axes[0].collections for figure in drawn)
+    found = {legend.get_label(): marks for marks, legend in zip(marked[::2], marked[1::2], strict=True)}
+    assert set(found) == {"trained", "reads all rows", "reads the best rows"}
+    wanted = selected, reading.shallow_LH, reading.deep_LH
+    for marks, heads_LH in zip(found.values(), wanted, strict=True):
+        assert {(y, x) for x, y in marks.get_offsets().tolist()} == {tuple(at) for at in np.argwhere(heads_LH).tolist()}
+    sizes = [marks.get_sizes()[0] for marks in found.values()]
+    assert sizes == sorted(sizes, reverse=True), "one inside the other, so that a head may have all"
+    assert [marks.get_label() for marks in plain[1::2]] == ["selected"]
+
+
+def test_marks_show_on_dark_cells_and_on_bright_ones(tmp_path):
+    reading = ReadingHeads(np.array([[True, False] * 2]), np.array([[False, True] * 2]))
+    scores, none = np.array([[0.0, 0.0, 1.0, 1.0]]), np.zeros((1, 4), bool)
+    for name, selected, readers in (("a", none, None), ("b", none, reading), ("c", ~none, None)):
+        head_heatmap(scores, selected, tmp_path / f"{name}.png", title="", reading=readers)
+    bare, *others = (_pixels(tmp_path / f"{name}.png")[:, :, :3].mean(axis=2) for name in "abc")
+    cells = np.array_split(np.arange(int(bare.shape[1] * 0.1), int(bare.shape[1] * 0.82)), 4)
+    for other in others:
+        for columns in cells:
+            change = np.abs(other - bare)[: int(0.6 * bare.shape[0]), columns]
+            assert change.max() > 0.3

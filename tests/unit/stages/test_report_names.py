@@ -1,9 +1,10 @@
-"""Runs that would be called the same are told apart by what differs: shares and epochs, then seeds, then folders."""
+"""What a report takes from runs: names, told apart by shares and epochs, then seeds, then folders; maps of heads."""
 
 import pytest
+from pydantic import ValidationError
 
 from p2d_cli.core.aer import RunCost, StageCost
-from p2d_cli.stages.report_aer import _distinct_names, _is_control
+from p2d_cli.stages.report_aer import _distinct_names, _is_control, _Settings
 
 
 def run(name="pad heads, p2d rows", path="evaluation/a", epochs=3.0, **settings):
@@ -82,3 +83,28 @@ def test_seeds_and_folders():
 def test_controls_are_known_by_what_was_trained(heads, data, expected):
     """Not by what mined the rows, which may be other heads."""
     assert _is_control(run(heads_method=heads, data_method=data)) is expected
+
+
+MAP = {"shape": [2, 3], "selected": [4], "levels": "013589", "reads_all": [0], "reads_best": [5]}
+
+
+@pytest.mark.parametrize("changed", [{}, {"reads_all": [], "reads_best": []}, {"levels": "", "shape": None}])
+def test_maps_of_heads_are_taken(changed):
+    assert _Settings.model_validate(MAP | changed, strict=True)
+    assert _Settings.model_validate({name: MAP[name] for name in ("shape", "selected", "levels")}, strict=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reads_all": [6]},
+        {"reads_best": [-1]},
+        {"reads_best": "5"},
+        {"selected": [6]},
+        {"levels": "0135"},
+        {"shape": None},
+    ],
+)
+def test_maps_that_do_not_fit_the_model_are_refused(changed):
+    with pytest.raises(ValidationError):
+        _Settings.model_validate(MAP | changed, strict=True)
