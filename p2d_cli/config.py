@@ -446,9 +446,9 @@ class MineDataConfig(RowOptions):
     )
     pick: Literal["auto", "top", "cover"] = setting(
         "auto",
-        "Which of the rows above the floor are kept where there are more than may be. top: those of the highest scores; "
-        "cover: rows that are like the others in their words; auto: cover where the whole pool is of the target's task, "
-        "else top.",
+        "Which of the rows above the floor are kept where they are more than may be. top: those of the highest scores; "
+        "cover: rows that are like the others in their words; auto: cover where the whole pool is of one task, else "
+        "top.",
         panel="readout",
         neutral="top",
     )
