@@ -460,8 +460,9 @@ class MineDataConfig(RowOptions):
     )
     floor_quantile: Annotated[float, Field(ge=0, lt=1)] | None = setting(
         None,
-        "Keep no row that scores below this quantile of the target rows' own scores, each by a readout fitted without "
-        "it; --ratio or --count is then the most that is kept. 0 keeps all of it; by default 0.05.",
+        "Keep no row below the score that so small a share of the task's rows falls short of, as target rows tell that "
+        "a readout was fitted without; --ratio or --count is then the most that is kept. 0 keeps all of it; by default "
+        "0.05.",
         panel="readout",
         neutral=0.0,
     )

@@ -246,6 +246,12 @@ class ReadoutMethod(RowMethod):
 
     # --- what comes out
 
+    def caveats(self) -> tuple[str, ...]:
+        """Say where fewer rows may be read on than is planned."""
+        if self._first_LH is None or self.task.config.refine is not None:
+            return ()
+        return ("read on: at most; fewer where fewer rows can be of the task",)
+
     def disk(self) -> dict[str, int]:
         """Return the bytes by which the index will grow."""
         return {} if self._indexed is None else {"index": self._indexed.disk_bytes}

@@ -142,6 +142,10 @@ class RowMethod(Method[PoolTask]):
         """Room for the score of each row to choose from, to be filled by the passes."""
         return np.full(self.task.pool.size, np.nan)
 
+    def caveats(self) -> tuple[str, ...]:
+        """Return what a plan cannot know beforehand, once its passes were counted."""
+        return ()
+
     def disk(self) -> dict[str, int]:
         """Return the bytes by part that the method writes beside the artifact, once its passes were counted."""
         return {}

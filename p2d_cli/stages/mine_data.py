@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.cards import CARD_NAME
-from p2d_cli.artifacts.subset import NamedPoolScores, PoolScores, save_subset, save_subset_card
+from p2d_cli.artifacts.subset import PoolScores, save_subset, save_subset_card
 from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.geometry import share_count
-from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record, require_number
 from p2d_cli.engine.cost import StagePlan
@@ -32,8 +31,9 @@ from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageError
 from p2d_cli.methods.row_method import PoolTask, RowScores
-from p2d_cli.methods.words import cover_by_words, shortlist
+from p2d_cli.methods.words import shortlist
 from p2d_cli.modeling.model_files import require_tokenizer
+from p2d_cli.stages.choosing import choose, scored_before
 from p2d_cli.stages.mining_inputs import MiningInputs, open_inputs
 
 PICTURE_NAME = "scores.png"
@@ -78,6 +78,7 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
     scoring = method(_task(job, inputs, reader, pool, target))
     reader.run(scoring.passes())
     reader.disk |= scoring.disk()
+    reader.notes += scoring.caveats()
     return reader.plan()
 
 
@@ -107,19 +108,15 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     if config.has_shortlist:
         task = replace(task, pool=_shorten(task, count))
     if inputs.scored is not None:
-        pool, scored = _choose_again(job, pool, inputs.scored, count)
+        pool, scored = scored_before(job, pool, inputs.scored, count)
     else:
         scoring = method(task)
         reader.run(scoring.passes())
         pool, scored = task.pool, _spread(scoring.score(), task.pool)
     scores_N = scored.scores
     _require_finite(method.name, pool, scored)
-    above = min(pool.size, _above_floor(job, scored))
-    count = min(count, above)
-    with job.timer.phase("select"):
-        ranks_N = rank_rows(scores_N, scored.first)
-    if covers := count < above and _covers(config, scored):
-        ranks_N = _cover(replace(task, pool=pool, target=()), ranks_N, count, above)
+    chosen = choose(replace(task, pool=pool, target=()), scored, count)
+    count, ranks_N = chosen.count, chosen.ranks_N
     cut = float(scores_N[ranks_N < count].min())
     answers: dict[str, Any] = {}
     if job.is_main:
@@ -138,7 +135,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "rows_not_listed": len(pool.unlisted),
             "rows_without_score": int(np.isnan(scores_N).sum()),
             "cut_score": cut,
-            **({"picked": "cover"} if covers else {}),
+            **({"picked": "cover"} if chosen.covers else {}),
             **answers,
             **scored.notes,
             **measured,
@@ -162,47 +159,6 @@ def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[
         **({"floor_quantile": config.resolved_floor} if config.has_floor else {}),
         **({"precision": measured["precision"]} if measured else {}),
     }
-
-
-def _choose_again(
-    job: StageRun[MineDataConfig], pool: Pool, scored: NamedPoolScores, count: int
-) -> tuple[Pool, RowScores]:
-    """Return the pool with the rows that have a score as those to choose from, and the scores of all of its rows.
-
-    These are the scores that an earlier subset keeps.
-
-    Raises:
-        DataError: the pool's rows are read under other ids than they were.
-        UsageError: a shortlist left fewer rows than are to be chosen, or they tell nothing of the floor asked for.
-    """
-    if len(scored.ids) != pool.num_rows or any(
-        record.id != name for record, name in zip(pool.read(), scored.ids, strict=True)
-    ):
-        raise DataError(
-            "the pool's rows are not those of --scores, as they are read now",
-            hint="give --id-column, --skip-bad-rows and --chat-template as they were given there",
-        )
-    has_score_N = ~np.isnan(scored.scores_N)
-    told = job.inputs.manifests["scores"].summary
-    if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
-        flag = "--shortlist" if told["rows_not_listed"] else "--refine"
-        raise UsageError(
-            f"{has_score_N.sum()} rows have a score, of which {count} are to be chosen",
-            hint=f"mine again without --scores and with a greater {flag}",
-        )
-    notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
-    kept = ("rows_read_on", "rows_not_read_on", "pool_area", "pool_of_one_task")
-    notes |= {name: told[name] for name in kept if name in told}
-    quantile = job.config.resolved_floor
-    if job.config.has_floor and told.get("floor_quantile") != quantile:
-        found = f"with {told['floor_quantile']:g}" if "floor_quantile" in told else "without one"
-        raise UsageError(
-            f"--scores tell nothing of --floor-quantile {quantile:g}: they were found {found}",
-            hint="leave --floor-quantile or --scores out",
-        )
-    if job.config.has_floor:
-        notes |= {name: told[name] for name in ("floor_quantile", "floor_score")}
-    return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)
 
 
 def _spread(scored: RowScores, pool: Pool) -> RowScores:
@@ -247,60 +203,6 @@ def _shorten(task: PoolTask, count: int) -> Pool:
         f"the model reads {listed} of {task.pool.num_rows} rows: those most like the target in words"
     )
     return shortlist(task, listed)
-
-
-def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
-    """Return how many rows score at least as high as the floor, all of them where there is none.
-
-    Raises:
-        DataError: no row does.
-    """
-    if "floor_score" not in scored.notes:
-        if job.config.has_floor and "pool_of_one_task" not in scored.notes:
-            job.progress.note("one target row alone sets no floor: as many rows are kept as --ratio or --count says")
-        return scored.scores.size
-    floor = scored.notes["floor_score"]
-    above = int((scored.scores >= floor).sum())
-    if not above:
-        raise DataError(
-            f"no row of the pool scores {floor:.2f}, the {job.config.resolved_floor:g} quantile of the target rows'"
-            " own: the pool seems to hold none of the task",
-            hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
-        )
-    job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
-    return above
-
-
-def _covers(config: MineDataConfig, scored: RowScores) -> bool:
-    """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest."""
-    return config.pick == "cover" or (config.pick == "auto" and bool(scored.notes.get("pool_of_one_task")))
-
-
-def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, above: int) -> NDArray[np.int64]:
-    """Return ranks whose first `count` rows cover in words the `above` first ones, which come behind them as they were.
-
-    Args:
-        task: the pool, without a target.
-        ranks_N: ranks by score.
-        count: rows to be kept.
-        above: rows to keep them of.
-    """
-    job, pool = task.job, task.pool
-    may_be_kept = np.flatnonzero(ranks_N[~pool.is_excluded_N] < above)
-    those = pool.only(may_be_kept)
-    if job.config.pick == "auto":
-        job.progress.note(
-            "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
-        )
-    order = np.argsort(-cover_by_words(replace(task, pool=those), count, phase="select"), kind="stable")
-    first = those.places(order)[:count]
-    is_first_N = np.zeros(pool.num_rows, dtype=np.bool_)
-    is_first_N[first] = True
-    others = np.argsort(ranks_N)
-    order_N = np.concatenate([first, others[~is_first_N[others]]])
-    new_N = np.empty_like(ranks_N)
-    new_N[order_N] = np.arange(len(order_N))
-    return new_N
 
 
 def _require_finite(method: str, pool: Pool, scored: RowScores) -> None:

@@ -52,6 +52,10 @@ class P2d(RowMethod):
         """Yield what the model is to read."""
         return self._way.passes()
 
+    def caveats(self) -> tuple[str, ...]:
+        """Return what a plan cannot know beforehand."""
+        return self._way.caveats()
+
     def disk(self) -> dict[str, int]:
         """Return the bytes by part that are written beside the artifact."""
         return self._way.disk()
@@ -75,8 +79,8 @@ class P2d(RowMethod):
             lines.append(_describe_index(summary["index"]))
         if "floor_score" in summary:
             lines.append(
-                f"none scores below {summary['floor_score']:.2f}, the {summary['floor_quantile']:g} quantile of target"
-                " rows that were held out"
+                f"none scores below {summary['floor_score']:.2f}, as {summary['floor_quantile']:g} of the task's rows do"
+                " by the target rows that were held out"
             )
         return lines
 

@@ -1,0 +1,146 @@
+"""From the scores of a pool's rows to those that are kept: none below the floor, and of the others the best, or some
+that cover them.
+
+Legend: N pool rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2d_cli.artifacts.subset import NamedPoolScores
+from p2d_cli.config import MineDataConfig
+from p2d_cli.core.subset_selection import rank_rows
+from p2d_cli.data.pool import Pool
+from p2d_cli.engine.stage_run import StageRun
+from p2d_cli.errors import DataError, UsageError
+from p2d_cli.methods.row_method import PoolTask, RowScores
+from p2d_cli.methods.words import cover_by_words
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows that are kept: those of the ranks below `count`."""
+
+    ranks_N: NDArray[np.int64]
+    count: int
+    covers: bool
+    """Whether they were chosen to cover those above the floor, instead of being the highest."""
+
+
+def choose(task: PoolTask, scored: RowScores, count: int) -> Choice:
+    """Keep at most `count` rows of a pool.
+
+    Args:
+        task: the pool, without a target.
+        scored: the scores of all N rows.
+        count: the most that is kept.
+
+    Raises:
+        DataError: no row lies above the floor.
+    """
+    above = min(task.pool.size, _above_floor(task.job, scored))
+    count = min(count, above)
+    with task.job.timer.phase("select"):
+        ranks_N = rank_rows(scored.scores, scored.first)
+    with_score = min(above, int((~np.isnan(scored.scores)).sum()))
+    covers = count < with_score and _covers(task.config, scored)
+    return Choice(_cover(task, ranks_N, count, with_score) if covers else ranks_N, count, covers)
+
+
+def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
+    """Return how many rows score at least as high as the floor, all of them where there is none.
+
+    Raises:
+        DataError: no row does.
+    """
+    if "floor_score" not in scored.notes:
+        if job.config.has_floor and "pool_of_one_task" not in scored.notes:
+            job.progress.note("one target row alone sets no floor: as many rows are kept as --ratio or --count says")
+        return scored.scores.size
+    floor = scored.notes["floor_score"]
+    above = int((scored.scores >= floor).sum())
+    if not above:
+        raise DataError(
+            f"no row of the pool scores {floor:.2f}, below which {job.config.resolved_floor:g} of the task's rows are to"
+            " be expected: the pool seems to hold none of the task",
+            hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
+        )
+    job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
+    return above
+
+
+def _covers(config: MineDataConfig, scored: RowScores) -> bool:
+    """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest."""
+    return config.pick == "cover" or (config.pick == "auto" and bool(scored.notes.get("pool_of_one_task")))
+
+
+def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, above: int) -> NDArray[np.int64]:
+    """Return ranks whose first `count` rows cover in words the `above` first ones, which come behind them as they were.
+
+    Args:
+        task: the pool, without a target.
+        ranks_N: ranks by score.
+        count: rows to be kept.
+        above: rows to keep them of.
+    """
+    job, pool = task.job, task.pool
+    may_be_kept = np.flatnonzero(ranks_N[~pool.is_excluded_N] < above)
+    those = pool.only(may_be_kept)
+    if job.config.pick == "auto":
+        job.progress.note(
+            "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
+        )
+    order = np.argsort(-cover_by_words(replace(task, pool=those), count, phase="select"), kind="stable")
+    first = those.places(order)[:count]
+    is_first_N = np.zeros(pool.num_rows, dtype=np.bool_)
+    is_first_N[first] = True
+    others = np.argsort(ranks_N)
+    order_N = np.concatenate([first, others[~is_first_N[others]]])
+    new_N = np.empty_like(ranks_N)
+    new_N[order_N] = np.arange(len(order_N))
+    return new_N
+
+
+def scored_before(
+    job: StageRun[MineDataConfig], pool: Pool, scored: NamedPoolScores, count: int
+) -> tuple[Pool, RowScores]:
+    """Return the pool with the rows that have a score as those to choose from, and the scores of all of its rows.
+
+    These are the scores that an earlier subset keeps.
+
+    Raises:
+        DataError: the pool's rows are read under other ids than they were.
+        UsageError: a shortlist left fewer rows than are to be chosen, or they tell nothing of the floor asked for.
+    """
+    if len(scored.ids) != pool.num_rows or any(
+        record.id != name for record, name in zip(pool.read(), scored.ids, strict=True)
+    ):
+        raise DataError(
+            "the pool's rows are not those of --scores, as they are read now",
+            hint="give --id-column, --skip-bad-rows and --chat-template as they were given there",
+        )
+    has_score_N = ~np.isnan(scored.scores_N)
+    told = job.inputs.manifests["scores"].summary
+    if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
+        flag = "--shortlist" if told["rows_not_listed"] else "--refine"
+        raise UsageError(
+            f"{has_score_N.sum()} rows have a score, of which {count} are to be chosen",
+            hint=f"mine again without --scores and with a greater {flag}",
+        )
+    notes = {name: told[name] for name in ("rows_target", "rows_that_are_targets", "rows_not_listed")}
+    kept = ("rows_read_on", "rows_not_read_on", "pool_area", "pool_of_one_task")
+    notes |= {name: told[name] for name in kept if name in told}
+    quantile = job.config.resolved_floor
+    if job.config.has_floor and told.get("floor_quantile") != quantile:
+        found = f"with {told['floor_quantile']:g}" if "floor_quantile" in told else "without one"
+        raise UsageError(
+            f"--scores tell nothing of --floor-quantile {quantile:g}: they were found {found}",
+            hint="leave --floor-quantile or --scores out",
+        )
+    if job.config.has_floor:
+        notes |= {name: told[name] for name in ("floor_quantile", "floor_score")}
+    return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)
