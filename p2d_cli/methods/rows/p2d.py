@@ -79,8 +79,8 @@ class P2d(RowMethod):
             lines.append(_describe_index(summary["index"]))
         if "floor_score" in summary:
             lines.append(
-                f"none scores below {summary['floor_score']:.2f}, as {summary['floor_quantile']:g} of the task's rows do"
-                " by the target rows that were held out"
+                f"none scores below {summary['floor_score']:.2f}, as {summary['floor_quantile']:g} of the task's rows"
+                " would, by target rows that were held out"
             )
         return lines
 
