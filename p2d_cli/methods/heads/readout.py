@@ -16,6 +16,9 @@ from p2d_cli.engine.readings import context_of, digests_of, head_outputs_pass
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 
 
+FEW_ROWS = 8
+
+
 class Readout(HeadMethod):
     """How well each head's output tells target rows from pool rows that its readout was not fitted on."""
 
@@ -81,5 +84,10 @@ class Readout(HeadMethod):
             lines.append(
                 f"the heads that read, together, place target rows that they have not seen above {summary['area']:.3f}"
                 f" [{low:.3f}, {high:.3f}] of the pool, over {summary['rows']} target rows"
+            )
+        if summary["rows"] < FEW_ROWS:
+            lines.append(
+                f"{summary['rows']} target rows are few: {FEW_ROWS} would find more of the task's rows, and tell surely"
+                " where they end"
             )
         return lines
