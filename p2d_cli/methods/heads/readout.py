@@ -15,7 +15,6 @@ from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.readings import context_of, digests_of, head_outputs_pass
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 
-
 FEW_ROWS = 8
 
 
