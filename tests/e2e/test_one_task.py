@@ -1,0 +1,97 @@
+"""A pool whose rows are all of the target's task: nothing to find there, but rows that cover it."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+
+@pytest.fixture(scope="module")
+def one_task(rows, tmp_path_factory):
+    """The fixture's rows of the target's own skill."""
+    skills = json.loads((rows["pool"].parent / "skills.json").read_text())
+    lines = [line for line in rows["pool"].read_text().splitlines() if skills[json.loads(line)["id"]] == "route"]
+    path = tmp_path_factory.mktemp("one-task") / "pool.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mine(p2d, tiny_folder, rows, one_task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mined")
+    common = ("--model", tiny_folder, "--dtype", "float32", "--target", rows["target"])
+    assert p2d("score-heads", *common, "--pool", rows["pool"], "--out", folder / "heads").code == 0
+
+    def run(name, *options, pool=one_task):
+        out = folder / name
+        done = p2d("mine-data", *common, "--heads", folder / "heads", "--pool", pool, *options, "--out", out)
+        assert done.code == 0, done.said
+        summary = json.loads((out / "manifest.json").read_text())["summary"]
+        return done.said, summary, pq.read_table(out / "subset.parquet").to_pylist(), out
+
+    return run
+
+
+def scores(out):
+    return pq.read_table(out / "pool_scores.parquet")["score"].to_numpy()
+
+
+def test_it_is_noticed_and_covered(mine, p2d, tiny_folder, one_task, tmp_path):
+    said, summary, chosen, _ = mine("auto", "--count", 20)
+    assert "seems to be of one task" in said
+    assert summary["pool_area"] < 0.7
+    assert "floor_score" not in summary
+    words = ("--method", "coverage", "--pool", one_task, "--count", 20, "--out", tmp_path / "words")
+    assert p2d("mine-data", "--model", tiny_folder, *words).code == 0
+    assert [row["id"] for row in chosen] == pq.read_table(tmp_path / "words" / "subset.parquet")["id"].to_pylist()
+
+
+def test_the_highest_are_kept_where_they_are_asked_for(mine):
+    said, summary, chosen, out = mine("top", "--count", 20, "--pick", "top")
+    assert "seems to be of one task" not in said
+    assert summary["rows_read_on"] >= 20
+    assert [row["score"] for row in chosen] == (-np.sort(-scores(out)))[:20].tolist()
+
+
+def test_answers_that_repeat_are_counted(mine, one_task):
+    said, summary, chosen, _ = mine("auto", "--count", 20)
+    every = {json.loads(line)["completion"] for line in one_task.read_text().splitlines()}
+    assert summary["answers_total"] == len(every)
+    assert summary["answers_selected"] == len({row["completion"] for row in chosen})
+    assert f"{summary['answers_selected']} different answers, of {len(every)} in the pool" in said
+
+
+def test_a_mixed_pool_is_not_taken_for_one(mine, rows):
+    said, summary, _, _ = mine("mixed", pool=rows["pool"])
+    assert "one task" not in said
+    assert summary["pool_area"] > 0.9
+
+
+def test_cover_chooses_among_the_rows_above_the_floor(mine, rows):
+    _, summary, covering, out = mine("cover", "--count", 30, "--pick", "cover", pool=rows["pool"])
+    _, _, top, _ = mine("best", "--count", 30, "--pick", "top", pool=rows["pool"])
+    assert {row["id"] for row in covering} != {row["id"] for row in top}
+    assert all(row["score"] >= summary["floor_score"] for row in covering)
+    ranks = pq.read_table(out / "pool_scores.parquet")["rank"].to_numpy()
+    assert sorted(ranks) == list(range(len(ranks)))
+
+
+@pytest.mark.parametrize("floor", [0, 0.05])
+def test_cover_leaves_rows_alone_that_were_not_read_on(mine, rows, floor):
+    options = ("--count", 30, "--pick", "cover", "--refine", 0.05, "--floor-quantile", floor)
+    _, _, covering, _ = mine(f"refined-{floor}", *options, pool=rows["pool"])
+    assert all(np.isfinite(row["score"]) for row in covering)
+
+
+def test_the_area_is_that_of_held_out_rows(mine, p2d, tiny_folder, rows, tmp_path):
+    """Without a second stage the scores are at hand; those of held-out rows are a little lower than of the fitted."""
+    common = ("--model", tiny_folder, "--dtype", "float32", "--target", rows["target"], "--pool", rows["pool"])
+    heads = tmp_path / "heads"
+    assert p2d("score-heads", *common, "--depth", "trained", "--out", heads).code == 0
+    assert p2d("mine-data", *common, "--heads", heads, "--out", tmp_path / "out").code == 0
+    summary = json.loads((tmp_path / "out" / "manifest.json").read_text())["summary"]
+    pool = scores(tmp_path / "out")
+    fitted = roc_auc_score(np.repeat([0, 1], [len(pool), 1]), np.append(pool, summary["target_affinity"]))
+    assert 0.9 < summary["pool_area"] <= fitted + 0.02
