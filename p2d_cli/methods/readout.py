@@ -158,7 +158,7 @@ class ReadoutMethod(RowMethod):
     def _best_M(self) -> NDArray[np.bool_]:
         """Which rows are read on; in a dry run, in which nothing was read, evenly spread ones."""
         count, size = self._most_read_on, self.task.pool.size
-        if self._indexed is not None:
+        if self._indexed is not None and self._known.is_read:
             self._first_M[:] = self._indexed.affinity(lambda: self._first)
         elif self._known.is_read and self._first_LH is not None:
             self._first_M[self._known.sample] = self._first.affinity(self._known.background(self._first_LH))

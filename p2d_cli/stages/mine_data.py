@@ -84,8 +84,7 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
 def _task(
     job: StageRun[MineDataConfig], inputs: MiningInputs, reader: Reader, pool: Pool, target: Sequence[Record]
 ) -> PoolTask:
-    are_planned = "heads" in job.inputs.waiting
-    return PoolTask(job, reader, pool, target, inputs.heads, inputs.readings, heads_are_planned=are_planned)
+    return PoolTask(job, reader, pool, target, inputs.heads, inputs.readings, inputs.readings_planned)
 
 
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
@@ -179,7 +178,8 @@ def _choose_again(
     has_score_N = ~np.isnan(scored.scores_N)
     told = job.inputs.manifests["scores"].summary
     if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
-        flag = "--shortlist" if told["rows_not_listed"] else "--refine"
+        listed = pool.num_rows - told["rows_that_are_targets"] - told["rows_not_listed"]
+        flag = "--refine" if "rows_not_read_on" in told and count <= listed else "--shortlist"
         raise UsageError(
             f"{has_score_N.sum()} rows have a score, of which {count} are to be chosen",
             hint=f"mine again without --scores and with a greater {flag}",
