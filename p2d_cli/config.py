@@ -460,7 +460,7 @@ class MineDataConfig(RowOptions):
     floor_quantile: Annotated[float, Field(ge=0, lt=1)] | None = setting(
         None,
         "Keep no row that scores below this quantile of the target rows' own scores, each by a readout fitted without "
-        "it; --ratio or --count is then the most that is kept. 0 keeps all of it; by default 0.05.",
+        "it; --ratio or --count is then the most that is kept. 0 keeps all; by default 0.05, or as for --scores.",
         panel="readout",
         neutral=0.0,
     )
@@ -473,6 +473,11 @@ class MineDataConfig(RowOptions):
         )
         default = FLOOR_QUANTILE if self.scores is None else 0.0
         return (default if self.floor_quantile is None else self.floor_quantile) if sets_floor else 0.0
+
+    @property
+    def keeps_floor(self) -> bool:
+        """Whether the floor is the one that `scores` were found with, if they were found with any."""
+        return self.scores is not None and self.floor_quantile is None and bool(ROW_METHODS[self.method].sets_floor)
 
     @property
     def has_floor(self) -> bool:
@@ -498,7 +503,7 @@ class MineDataConfig(RowOptions):
         return {
             "affinity": affinity,
             "background": self.background if affinity == "readout" else FORMER_BACKGROUND,
-            "floor_quantile": self.resolved_floor,
+            "floor_quantile": None if self.keeps_floor else self.resolved_floor,
         }
 
     @model_validator(mode="after")

@@ -136,7 +136,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             **scored.notes,
             **measured,
         },
-        settings=_settings(config, count, pool.num_rows, measured),
+        settings=_settings(config, count, pool.num_rows, measured | scored.notes),
         precision=reader.precision if is_read else "",
         device=reader.device if is_read else "cpu",
         tokens=reader.tokens,
@@ -144,7 +144,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     )
 
 
-def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: MineDataConfig, count: int, total: int, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a report needs to know of the choice."""
     return {
         "method": config.method,
@@ -152,8 +152,7 @@ def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[
         "rows_selected": count,
         "rows_total": total,
         **({"shortlist": config.shortlist} if config.has_shortlist else {}),
-        **({"floor_quantile": config.resolved_floor} if config.has_floor else {}),
-        **({"precision": measured["precision"]} if measured else {}),
+        **{name: found[name] for name in ("floor_quantile", "precision") if name in found},
     }
 
 
@@ -193,8 +192,8 @@ def _choose_again(
             f"--scores tell nothing of --floor-quantile {quantile:g}: they were found {found}",
             hint="leave --floor-quantile or --scores out",
         )
-    if job.config.has_floor:
-        notes |= {name: told[name] for name in ("floor_quantile", "floor_score")}
+    if job.config.has_floor or job.config.keeps_floor:
+        notes |= {name: told[name] for name in ("floor_quantile", "floor_score") if name in told}
     return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)
 
 
@@ -256,8 +255,8 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     above = int((scored.scores >= floor).sum())
     if not above:
         raise DataError(
-            f"no row of the pool scores {floor:.2f}, the {job.config.resolved_floor:g} quantile of the target rows'"
-            " own: the pool seems to hold none of the task",
+            f"no row of the pool scores {floor:.2f}, the {scored.notes['floor_quantile']:g} quantile of the target"
+            " rows' own: the pool seems to hold none of the task",
             hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
         )
     job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")

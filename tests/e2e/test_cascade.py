@@ -14,6 +14,7 @@ import torch
 from conftest import first_rows, write_rows
 from safetensors.numpy import load_file, save_file
 from scipy import stats
+from test_distributed import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2d_cli.artifacts.journal import Journal
@@ -495,3 +496,42 @@ def test_interrupted_at_any_batch_it_goes_on(p2d, mine, words, tmp_path, monkeyp
         assert [shard["rows"] for shard in shards] == [40] * 4
         assert len({shard["by"] for shard in shards}) == 1
         assert manifest_of(tmp_path / "resumed")["summary"]["index"]["targets"] == 1
+
+
+# --- several processes
+
+
+def test_two_ranks_share_the_work(mine, words, work, tmp_path):
+    """With --refine, and with an index, which one of them writes; a second target takes it as it is."""
+    refine, second = ("--refine", 0.25), ("--target", work / "second.jsonl")
+    commands = {
+        "plain": refine,
+        "first": (*refine, "--index", tmp_path / "index"),
+        "second": (*refine, *second, "--index", tmp_path / "index"),
+    }
+    done = launch(tmp_path / "ranks", 2, [(words(f"ranks-{name}", *more), None) for name, more in commands.items()])
+    assert done.codes(0) == done.codes(1) == [0, 0, 0], done.err
+    alone = {
+        "plain": mine("plain", *refine),
+        "first": mine("first", *refine, "--index", tmp_path / "own-index"),
+        "second": mine("second", *refine, *second, "--index", tmp_path / "own-index"),
+    }
+    for name, folder in alone.items():
+        shared = tmp_path / f"ranks-{name}"
+        assert chosen_in(shared) == chosen_in(folder)
+        np.testing.assert_allclose(scores_of(shared), scores_of(folder), atol=1e-4)
+        assert tokens_of(shared) == tokens_of(folder)
+    [one], [other] = shards_in(tmp_path / "index"), shards_in(tmp_path / "own-index")
+    assert (one["rows"], one["tokens"]) == (other["rows"], other["tokens"])
+    assert len(list((tmp_path / "index" / "users").iterdir())) == 2
+
+
+def test_another_share_of_the_rows_read_on_is_that_of_mining_anew(mine):
+    base, anew = mine("base", "--refine", 0.25), mine("anew", "--refine", 0.25, "--count", 4)
+    found = mine(
+        *("from", "--scores", base, "--count", 4),
+        *(word for flag in ("--heads", "--target", "--background", "--token-budget") for word in (flag, None)),
+    )
+    assert (found / "subset.parquet").read_bytes() == (anew / "subset.parquet").read_bytes()
+    ranks = [pq.read_table(folder / "pool_scores.parquet")["rank"].to_pylist() for folder in (found, anew)]
+    assert len(set(ranks[0])) == len(ranks[1]) == POOL

@@ -87,7 +87,7 @@ def test_scores_of_another_model_are_refused(score, scored, tiny_folder, tmp_pat
 # --- mine-data --scores
 
 ALL_ROWS = ("--refine", 1, "--floor-quantile", 0)
-"""By default few more rows keep a score than a share asks for, and there is a floor that other shares have to name."""
+"""By default few more rows keep a score than a share asks for, and rows below a floor are left out."""
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,19 @@ def test_the_floor_that_target_rows_set_holds_for_other_shares(mine, mined, scor
     without, _ = mine("floor-without", "--scores", mined, *floor)
     assert (other.code, "they were found with 0.2" in other.said) == (2, True), other.said
     assert (without.code, "they were found without one" in without.said) == (2, True), without.said
+
+
+def test_without_a_word_the_floor_is_that_of_the_scores(mine, scored, few):
+    options = ("--heads", scored, "--target", few["target"], "--refine", 1)
+    base, where = mine("own-floor-base", *options)
+    anew, again = mine("own-floor-anew", *options, "--ratio", 0.9)
+    done, out = mine("own-floor-from", "--scores", where, "--ratio", 0.9)
+    assert (base.code, anew.code, done.code) == (0, 0, 0), done.said
+    assert (out / "subset.parquet").read_bytes() == (again / "subset.parquet").read_bytes()
+    assert manifest(out)["summary"]["floor_score"] == manifest(again)["summary"]["floor_score"]
+    assert manifest(out)["summary"]["rows_selected"] < 54
+    done, _ = mine("own-floor-from", "--scores", where, "--ratio", 0.9, "--floor-quantile", 0)
+    assert (done.code, "setting floor_quantile" in done.said) == (73, True), done.said
 
 
 def test_more_rows_than_a_shortlist_left_are_refused(mine, mined):
@@ -207,6 +220,7 @@ background = 20
 target = "{few["target"]}"
 pool = "{few["pool"]}"
 [mine-data]
+floor_quantile = 0
 target = "{few["target"]}"
 pool = "{few["pool"]}"
 [train]
