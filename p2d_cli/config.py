@@ -94,6 +94,8 @@ class Choice:
 HeadMethodName = Annotated[str, Choice(HEAD_METHODS, ("auto",))]
 RowMethodName = Annotated[str, Choice(ROW_METHODS)]
 FLOOR_QUANTILE = 0.05
+FORMER_BACKGROUND = 1000
+"""Rows of the background by default, before other heads read rows than are trained; not part of an identity."""
 FORMER_NAMES = {"perf": "answer_weight", "perf_metric": "answer_metric"}
 """Names that settings once had; flags, variables, recipes and manifests may still call them so."""
 CommaList = BeforeValidator(_split_commas)
@@ -330,7 +332,7 @@ class ScoreHeadsConfig(RowOptions):
         5, "contrast: demos an episode, one from the target.", panel="contrast"
     )
     background: Annotated[int, Field(ge=4)] = setting(
-        250, "readout: pool rows that the target's rows are told from.", panel="readout", neutral=1000
+        250, "readout: pool rows that the target's rows are told from.", panel="readout", neutral=FORMER_BACKGROUND
     )
 
     @property
@@ -351,6 +353,11 @@ class ScoreHeadsConfig(RowOptions):
     def reads_apart(self) -> bool:
         """Whether other heads read rows than those that are trained."""
         return self.depth != "trained" and bool(HEAD_METHODS[self.resolved_method].reads_apart)
+
+    @property
+    def pool_readings(self) -> int:
+        """Of how many pool rows the artifact keeps what the reading heads put out; 0 if it keeps none."""
+        return self.background if self.reads_apart and self.resolved_method == "readout" else 0
 
     @property
     def resolved_layers(self) -> str | None:
@@ -428,7 +435,7 @@ class MineDataConfig(RowOptions):
         "Random pool rows that the readout tells the target's rows from; by default 250, and 1,000 where all rows are "
         "read by the same heads.",
         panel="readout",
-        neutral=1000,
+        neutral=FORMER_BACKGROUND,
     )
     refine: Ratio | None = setting(
         None,
@@ -461,8 +468,8 @@ class MineDataConfig(RowOptions):
     floor_quantile: Annotated[float, Field(ge=0, lt=1)] | None = setting(
         None,
         "Keep no row below the score that so small a share of the task's rows falls short of, as target rows tell that "
-        "a readout was fitted without; --ratio or --count is then the most that is kept. 0 keeps all of it; by default "
-        "0.05.",
+        "a readout was fitted without; --ratio or --count is then the most that is kept. 0 keeps all; by default 0.05, "
+        "or as for --scores.",
         panel="readout",
         neutral=0.0,
     )
@@ -475,6 +482,11 @@ class MineDataConfig(RowOptions):
         )
         default = FLOOR_QUANTILE if self.scores is None else 0.0
         return (default if self.floor_quantile is None else self.floor_quantile) if sets_floor else 0.0
+
+    @property
+    def keeps_floor(self) -> bool:
+        """Whether the floor is the one that `scores` were found with, if they were found with any."""
+        return self.scores is not None and self.floor_quantile is None and bool(ROW_METHODS[self.method].sets_floor)
 
     @property
     def has_floor(self) -> bool:
@@ -494,11 +506,13 @@ class MineDataConfig(RowOptions):
         return self.affinity
 
     def resolved(self) -> dict[str, Any]:
-        """Return the affinity; the neutral one where none is used."""
+        """Return the affinity and the floor, and the background of a readout; neutral ones where none is used."""
         is_used = ROW_METHODS[self.method].takes_heads and self.scores is None
+        affinity = self.resolved_affinity if is_used else "attention"
         return {
-            "affinity": self.resolved_affinity if is_used else "attention",
-            "floor_quantile": self.resolved_floor,
+            "affinity": affinity,
+            "background": self.background if affinity == "readout" else FORMER_BACKGROUND,
+            "floor_quantile": None if self.keeps_floor else self.resolved_floor,
             "pick": self.pick if ROW_METHODS[self.method].sets_floor else "top",
         }
 

@@ -303,7 +303,7 @@ def read_index(folder: Path) -> _Described | None:
     """
     path = folder / INDEX_NAME
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(one.name != _USERS for one in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not all(_is_ours(one.name) for one in folder.iterdir())):
             raise CannotCreateError(
                 f"--index {folder} holds something else than an index", hint="choose another folder"
             )
@@ -316,3 +316,8 @@ def read_index(folder: Path) -> _Described | None:
     if described.schema_ != SCHEMA:
         raise ArtifactError(f"{path} has schema {described.schema_}, this p2d knows {SCHEMA}", hint="upgrade p2d")
     return described
+
+
+def _is_ours(name: str) -> bool:
+    """Say whether a process that died before it wrote `index.json` may have left something of this name."""
+    return name == _USERS or name.startswith(f".{INDEX_NAME}.")

@@ -127,7 +127,7 @@ def _depths(text: str, exists_LH: NDArray[np.bool_]) -> tuple[int, int]:
         raise UsageError(
             f"--depth {text}: the model has {layers} layers, and the first {min(shallow, layers)} of them"
             f" {counts_L[min(shallow, layers) - 1]} heads",
-            hint=f"give numbers up to {layers}, the first of which reaches layer {int(np.argmax(counts_L > 0))}",
+            hint=f"give numbers up to {layers}, the first of which is at least {int(np.argmax(counts_L > 0)) + 1}",
         )
     return shallow, deep
 

@@ -54,7 +54,7 @@ def identity_differences(identity: dict[str, Any], other: dict[str, Any]) -> lis
         f"{part[:-1]} {name}"
         for part in ("settings", "inputs")
         for name in sorted({*identity[part], *other.get(part, {})})
-        if identity[part].get(name) != other.get(part, {}).get(name)
+        if identity[part].get(name, ...) != other.get(part, {}).get(name, ...)
     ]
 
 

@@ -70,6 +70,8 @@ class Pass:
     """Is given each batch with its arrays, in order."""
     keep: Callable[[Arrays], Arrays] | None = None
     """Turns what was read of a batch into what is kept of it; by default all of it is."""
+    content: int = 0
+    """Digest of the sequences, where an interrupted run may have read others of the same lengths under this name."""
     name: Callable[[int], str] = "row {}".format
     """What messages call a sequence."""
     unchecked: Collection[str] = ()

@@ -378,7 +378,7 @@ class ModelReader(Reader):
         journals: list[Journal] = []
 
         def open_journal() -> frozenset[int]:
-            plan = [[*batch, *(one.lengths[row] for row in batch)] for batch in batches]
+            plan = [[*batch, *(one.lengths[row] for row in batch)] for batch in batches] + [[one.content]]
             journals.append(held.enter_context(job.journal(one.label, plan)))
             return frozenset(journals[0].finished)
 

@@ -5,6 +5,7 @@ Legend: B rows of a batch, K heads in (layer, head) order, d head_dim.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,12 +131,21 @@ def head_outputs_pass(
     return Pass(
         lengths=[len(example.input_ids) for example in examples],
         layers=depth_of(heads_LH),
+        content=_content_of(examples, heads_LH, is_whole=keep is None),
         read=read,
         keep=keep,
         kept_bytes=each if keep is None else 8,
         memory={"captured head outputs": each * len(examples)} if keep is None else {},
         **options,
     )
+
+
+def _content_of(examples: Sequence[EncodedExample], heads_LH: NDArray[np.bool_], *, is_whole: bool) -> int:
+    """Return a digest of what is read: an index, or the lack of one, changes which rows, and what is kept of them."""
+    digest = hashlib.blake2b(heads_LH.tobytes() + bytes([is_whole]), digest_size=8)
+    for example in examples:
+        digest.update(np.array([example.answer_start, *example.input_ids], dtype=np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def context_of(reader: Reader) -> str:

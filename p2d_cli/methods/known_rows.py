@@ -58,9 +58,10 @@ class KnownRows:
             at_n = np.full(len(records), -1) if kept is None else kept.find(digests_of(records))
         self._outputs = {row: kept.outputs_nKd[at] for row, at in enumerate(at_n) if kept is not None and at >= 0}
         self.found = len(self._outputs)
-        if task.heads_are_planned:  # what is to score them will keep the readings
-            return
-        rows = np.flatnonzero(at_n < 0).tolist()
+        is_known_n = at_n >= 0
+        if task.readings_planned:  # what is to score the heads will keep them
+            is_known_n[: len(task.target) + task.readings_planned] = True
+        rows = np.flatnonzero(~is_known_n).tolist()
         missing = [records[row] for row in rows]
         if not missing:
             return

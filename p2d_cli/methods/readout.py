@@ -162,12 +162,14 @@ class ReadoutMethod(RowMethod):
     @cached_property
     def _affinities_M(self) -> NDArray[np.float64]:
         """The affinities of all rows to the heads that read all; nan in a dry run, in which nothing was read."""
+        if not self._known.is_read:
+            return self._first_M
         if self._first_LH is None:
             self.scores_M[self._known.sample] = self._deep.affinity(self._known.background(self._deep_LH))
             return self.scores_M
         if self._indexed is not None:
             self._first_M[:] = self._indexed.affinity(lambda: self._first)
-        elif self._known.is_read:
+        else:
             self._first_M[self._known.sample] = self._first.affinity(self._known.background(self._first_LH))
         return self._first_M
 

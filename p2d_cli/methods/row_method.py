@@ -40,8 +40,9 @@ class PoolTask:
     """The heads of a heads artifact, where the method takes any."""
     readings: Readings | None = None
     """What that artifact keeps of the rows that its heads have read."""
-    heads_are_planned: bool = False
-    """Whether the heads only stand for others that are still to be found, as in the dry run of a recipe."""
+    readings_planned: int | None = None
+    """How many pool rows that artifact will keep readings of, beside the target's, where it is still to be made, as in
+    the dry run of a recipe, and the heads only stand for others; 0 if it will keep none at all."""
 
     @property
     def heads_LH(self) -> NDArray[np.bool_] | None:

@@ -65,7 +65,7 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     above = int((scored.scores >= floor).sum())
     if not above:
         raise DataError(
-            f"no row of the pool scores {floor:.2f}, and of the task's own rows {job.config.resolved_floor:g} would"
+            f"no row of the pool scores {floor:.2f}, and of the task's own rows {scored.notes['floor_quantile']:g} would"
             " score lower: the pool seems to hold none of the task",
             hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
         )
@@ -126,7 +126,8 @@ def scored_before(
     has_score_N = ~np.isnan(scored.scores_N)
     told = job.inputs.manifests["scores"].summary
     if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
-        flag = "--shortlist" if told["rows_not_listed"] else "--refine"
+        listed = pool.num_rows - told["rows_that_are_targets"] - told["rows_not_listed"]
+        flag = "--refine" if "rows_not_read_on" in told and count <= listed else "--shortlist"
         raise UsageError(
             f"{has_score_N.sum()} rows have a score, of which {count} are to be chosen",
             hint=f"mine again without --scores and with a greater {flag}",
@@ -141,6 +142,6 @@ def scored_before(
             f"--scores tell nothing of --floor-quantile {quantile:g}: they were found {found}",
             hint="leave --floor-quantile or --scores out",
         )
-    if job.config.has_floor:
-        notes |= {name: told[name] for name in ("floor_quantile", "floor_score")}
+    if job.config.has_floor or job.config.keeps_floor:
+        notes |= {name: told[name] for name in ("floor_quantile", "floor_score") if name in told}
     return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)

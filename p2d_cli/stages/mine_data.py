@@ -85,8 +85,7 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
 def _task(
     job: StageRun[MineDataConfig], inputs: MiningInputs, reader: Reader, pool: Pool, target: Sequence[Record]
 ) -> PoolTask:
-    are_planned = "heads" in job.inputs.waiting
-    return PoolTask(job, reader, pool, target, inputs.heads, inputs.readings, heads_are_planned=are_planned)
+    return PoolTask(job, reader, pool, target, inputs.heads, inputs.readings, inputs.readings_planned)
 
 
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
@@ -140,7 +139,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             **scored.notes,
             **measured,
         },
-        settings=_settings(config, count, pool.num_rows, measured),
+        settings=_settings(config, count, pool.num_rows, measured | scored.notes),
         precision=reader.precision if is_read else "",
         device=reader.device if is_read else "cpu",
         tokens=reader.tokens,
@@ -148,7 +147,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     )
 
 
-def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: MineDataConfig, count: int, total: int, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a report needs to know of the choice."""
     return {
         "method": config.method,
@@ -156,8 +155,7 @@ def _settings(config: MineDataConfig, count: int, total: int, measured: Mapping[
         "rows_selected": count,
         "rows_total": total,
         **({"shortlist": config.shortlist} if config.has_shortlist else {}),
-        **({"floor_quantile": config.resolved_floor} if config.has_floor else {}),
-        **({"precision": measured["precision"]} if measured else {}),
+        **{name: found[name] for name in ("floor_quantile", "precision") if name in found},
     }
 
 

@@ -16,7 +16,7 @@ from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.manifest import InputEntry, ModelIdentity
 from p2d_cli.artifacts.readings import Readings, load_readings
 from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores
-from p2d_cli.config import MineDataConfig
+from p2d_cli.config import MineDataConfig, ScoreHeadsConfig
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.stage_run import StageRun
@@ -39,6 +39,8 @@ class MiningInputs:
     """The heads of a heads artifact, where the method takes any."""
     readings: Readings | None = None
     """What that artifact keeps of the rows that its heads have read."""
+    readings_planned: int | None = None
+    """Of how many pool rows it will keep them, where it is only planned."""
     scored: NamedPoolScores | None = None
     """Scores that an earlier run found."""
     relevant: frozenset[str] | None = None
@@ -66,11 +68,14 @@ def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
         raise UsageError(
             f"--method {method.name} needs --heads: the artifact that score-heads wrote", hint="run p2d score-heads"
         )
-    model, heads, readings = _open_reader(job), None, None
+    model, heads, readings, readings_planned = _open_reader(job), None, None, None
     if method.takes_heads and config.heads is not None:
         scorer = None if job.scorer is None else (job.scorer, "--scorer-model")
         heads = job.inputs.heads(config.heads, model, of=scorer)
-        if "heads" not in job.inputs.waiting:
+        planned = job.inputs.planned("heads", config.heads)
+        if isinstance(planned, ScoreHeadsConfig):
+            readings_planned = planned.pool_readings
+        else:
             readings = load_readings(Path(config.heads).expanduser())
     return MiningInputs(
         method=method,
@@ -79,6 +84,7 @@ def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:
         target=job.inputs.rows("target", config.target) if method.takes_target and config.target is not None else None,
         heads=heads,
         readings=readings,
+        readings_planned=readings_planned,
         relevant=open_relevance(job),
     )
 

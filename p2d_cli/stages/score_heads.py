@@ -148,7 +148,10 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
     config, method = job.config, inputs.method
     reader = ModelReader(job, inputs.model)
     shape, repeats_RLH, found = _score(job, inputs, reader)
-    scores_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH.astype(np.float64)
+    # As they are saved, so that whoever selects by saved scores has the same ties.
+    repeats_RLH = repeats_RLH.astype(np.float32).astype(np.float64)
+    found_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH
+    scores_LH = found_LH.astype(np.float32).astype(np.float64)
     _require_finite(scores_LH, shape, method.name)
     candidates_LH = _candidates(config, shape)
     select = _selection_rule(config, method, shape, candidates_LH)

@@ -9,7 +9,13 @@ from p2d_cli.artifacts.manifest import read_manifest
 
 KINDS = ("heads", "subset", "adapter", "evaluation", "model")
 """Of a report, the reference was not kept."""
-CHOSEN_SINCE = {"heads": ("--method", "contrast", "--selection", "top"), "subset": ("--affinity", "attention")}
+CHOSEN_SINCE = {
+    "heads": (
+        *("--method", "contrast", "--selection", "top"),
+        *("--layers", "all", "--depth", "trained", "--background", "1000"),
+    ),
+    "subset": ("--affinity", "attention"),
+}
 """What today's defaults would do otherwise than those that the artifacts were made with."""
 CHANGES = {
     "heads": (("--layers", "0-1"), "setting layers"),
@@ -51,7 +57,11 @@ def test_it_is_stale_for_another_and_the_message_names_what_differs_alone(p2d, c
 
 
 @pytest.mark.parametrize(
-    ("kind", "difference"), [("heads", "setting method, setting selection"), ("subset", "setting affinity")]
+    ("kind", "difference"),
+    [
+        ("heads", "setting background, setting depth, setting layers, setting method, setting selection"),
+        ("subset", "setting affinity, setting background, setting floor_quantile"),
+    ],
 )
 def test_a_default_that_changed_since_makes_it_stale(p2d, commands, kind, difference):
     words = commands[kind][: -len(CHOSEN_SINCE[kind])]

@@ -30,7 +30,8 @@ def commands(tiny_folder, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline")
     common = ("--model", tiny_folder, "--dtype", "float32")
     answer = ("--data", few["test"], "--max-new-tokens", 8)
-    selection = ("--target", few["target"], "--pool", few["pool"])
+    # So few that most of the pool is left to read for mine-data.
+    selection = ("--target", few["target"], "--pool", few["pool"], "--background", 20)
     return out, {
         "heads": ("score-heads", *common, *selection, "--episodes", 16, "--out", out / "heads"),
         "subset": ("mine-data", *common, *selection, "--heads", out / "heads", "--out", out / "subset"),

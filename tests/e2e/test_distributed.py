@@ -88,7 +88,7 @@ def work(tiny_folder, few, pipeline):
             for method in SCORING
         }
         others = {
-            "subset": ("mine-data", *selection, "--heads", pipeline / "heads"),
+            "subset": ("mine-data", *selection, "--heads", pipeline / "heads", "--background", 20),
             "evaluation": (
                 *("eval", *common, "--data", few["test"], "--token-budget", 60),
                 *("--metric", "exact_match,perplexity", "--max-new-tokens", 4),

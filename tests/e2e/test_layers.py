@@ -42,7 +42,7 @@ def test_heads_are_taken_from_these_layers_alone(score, method):
     [
         (("--layers", "2-9"), "found 2-9"),
         (("--layers", "3-3", "--ratio", 0.9), "asks for"),
-        (("--layers", "upper"), "expected the first and the last layer"),
+        (("--layers", "upper"), "expected auto, all, or the first and the last layer"),
     ],
 )
 def test_layers_that_cannot_be(score, options, told):

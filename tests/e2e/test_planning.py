@@ -52,7 +52,7 @@ def test_scoring_heads_reads_as_many_tokens_as_foretold(foretold, tiny_folder, f
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        ("--background", 20, "--refine", 1, "--floor-quantile", 0),
         ("--affinity", "attention", "--token-budget", 700),
         ("--method", "data-whisperer", "--perf", "none"),
         ("--method", "ifd"),
@@ -171,8 +171,10 @@ target = "{few["target"]}"
 pool = "{few["pool"]}"
 [score-heads]
 method = "readout"
+background = 20
 [mine-data]
 ratio = 0.5
+floor_quantile = 0
 [train]
 epochs = 1
 [eval]

@@ -86,6 +86,9 @@ def test_scores_of_another_model_are_refused(score, scored, tiny_folder, tmp_pat
 
 # --- mine-data --scores
 
+ALL_ROWS = ("--refine", 1, "--floor-quantile", 0)
+"""By default few more rows keep a score than a share asks for, and rows below a floor are left out."""
+
 
 @pytest.fixture(scope="module")
 def mine(p2d, tiny_folder, few, folder):
@@ -99,13 +102,14 @@ def mine(p2d, tiny_folder, few, folder):
 
 @pytest.fixture(scope="module")
 def mined(mine, scored, few):
-    done, out = mine("mined", "--heads", scored, "--target", few["target"], "--shortlist", 0.6)
+    done, out = mine("mined", "--heads", scored, "--target", few["target"], "--shortlist", 0.6, *ALL_ROWS)
     assert done.code == 0, done.said
     return out
 
 
 def test_other_shares_are_those_of_mining_anew(mine, mined, scored, few):
-    anew, again = mine("mined-anew", "--heads", scored, "--target", few["target"], "--shortlist", 0.6, "--ratio", 0.4)
+    more = ("--ratio", 0.4, *ALL_ROWS)
+    anew, again = mine("mined-anew", "--heads", scored, "--target", few["target"], "--shortlist", 0.6, *more)
     done, out = mine("mined-from", "--scores", mined, "--ratio", 0.4)
     assert (anew.code, done.code) == (0, 0), done.said
     for name in ("subset.parquet", "pool_scores.parquet"):
@@ -129,7 +133,7 @@ def test_every_method_that_ranks(mine, few, method):
 
 def test_the_floor_that_target_rows_set_holds_for_other_shares(mine, mined, scored, few):
     floor = ("--floor-quantile", 0.2)
-    options = ("--heads", scored, "--target", few["target"], *floor)
+    options = ("--heads", scored, "--target", few["target"], "--refine", 1, *floor)
     base, where = mine("floor-base", *options)
     anew, again = mine("floor-anew", *options, "--ratio", 0.9)
     done, out = mine("floor-from", "--scores", where, *floor, "--ratio", 0.9)
@@ -144,9 +148,30 @@ def test_the_floor_that_target_rows_set_holds_for_other_shares(mine, mined, scor
     assert (without.code, "they were found without one" in without.said) == (2, True), without.said
 
 
+def test_without_a_word_the_floor_is_that_of_the_scores(mine, scored, few):
+    options = ("--heads", scored, "--target", few["target"], "--refine", 1)
+    base, where = mine("own-floor-base", *options)
+    anew, again = mine("own-floor-anew", *options, "--ratio", 0.9)
+    done, out = mine("own-floor-from", "--scores", where, "--ratio", 0.9)
+    assert (base.code, anew.code, done.code) == (0, 0, 0), done.said
+    assert (out / "subset.parquet").read_bytes() == (again / "subset.parquet").read_bytes()
+    assert manifest(out)["summary"]["floor_score"] == manifest(again)["summary"]["floor_score"]
+    assert manifest(out)["summary"]["rows_selected"] < 54
+    done, _ = mine("own-floor-from", "--scores", where, "--ratio", 0.9, "--floor-quantile", 0)
+    assert (done.code, "setting floor_quantile" in done.said) == (73, True), done.said
+
+
 def test_more_rows_than_a_shortlist_left_are_refused(mine, mined):
     done, out = mine("too-many", "--scores", mined, "--ratio", 0.9)
-    assert (done.code, "a shortlist left" in done.said) == (2, True), done.said
+    assert (done.code, "with a greater --shortlist" in done.said) == (2, True), done.said
+    assert not out.exists()
+
+
+def test_more_rows_than_were_read_on_are_refused(mine, scored, few):
+    first, base = mine("read-on-base", "--heads", scored, "--target", few["target"], "--floor-quantile", 0)
+    done, out = mine("read-on", "--scores", base, "--ratio", 0.5)
+    assert first.code == 0, first.said
+    assert (done.code, "with a greater --refine" in done.said) == (2, True), done.said
     assert not out.exists()
 
 
@@ -169,8 +194,8 @@ def test_the_choice_is_measured_as_that_of_mining_anew(mine, scored, few, tmp_pa
     ids = [json.loads(line)["id"] for line in few["pool"].read_text().splitlines()]
     (tmp_path / "relevance.json").write_text(json.dumps({"relevant": ids[::3]}))
     known = ("--relevance", tmp_path / "relevance.json")
-    first, base = mine("known-base", "--heads", scored, "--target", few["target"])
-    anew, again = mine("known-anew", "--heads", scored, "--target", few["target"], "--ratio", 0.3, *known)
+    first, base = mine("known-base", "--heads", scored, "--target", few["target"], *ALL_ROWS)
+    anew, again = mine("known-anew", "--heads", scored, "--target", few["target"], "--ratio", 0.3, *ALL_ROWS, *known)
     done, out = mine("known-from", "--scores", base, "--ratio", 0.3, *known)
     assert (first.code, anew.code, done.code) == (0, 0, 0), done.said
     for name in ("precision", "recall", "chance_precision"):
@@ -191,9 +216,11 @@ model = "{tiny_folder}"
 dtype = "float32"
 [score-heads]
 method = "readout"
+background = 20
 target = "{few["target"]}"
 pool = "{few["pool"]}"
 [mine-data]
+floor_quantile = 0
 target = "{few["target"]}"
 pool = "{few["pool"]}"
 [train]

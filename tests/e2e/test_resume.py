@@ -12,8 +12,8 @@ import pytest
 from p2d_cli.artifacts.journal import Journal
 
 MINING = {
-    "p2d": ("--heads", "HEADS"),
-    "generate": ("--heads", "HEADS", "--perf", "generate", "--max-new-tokens", 4),
+    "p2d": ("--heads", "HEADS", "--background", 20),
+    "generate": ("--heads", "HEADS", "--affinity", "attention", "--perf", "generate", "--max-new-tokens", 4),
     "ifd": ("--method", "ifd"),
     "embedding": ("--method", "embedding"),
 }
@@ -54,9 +54,14 @@ def unfinished(folder):
 
 def results(folder):
     """Every number that the artifact says, and every text."""
-    tables = {path.name: pq.read_table(path).to_pydict() for path in folder.glob("*.parquet")}
+    tables = {path.name: known(pq.read_table(path).to_pydict()) for path in folder.glob("*.parquet")}
     tables |= {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     return tables, [path.read_text() for path in folder.glob("metrics.json")]
+
+
+def known(columns):
+    """Columns with None for nan, which is not equal to itself."""
+    return {name: [None if value != value else value for value in column] for name, column in columns.items()}
 
 
 def manifest_of(folder):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from p2d_cli.artifacts import subset
 from p2d_cli.artifacts.adapter import save_merged_card, save_model_card, save_training_log
@@ -24,7 +25,7 @@ from p2d_cli.artifacts.subset import (
     save_subset_card,
 )
 from p2d_cli.core.aer import MetricValue
-from p2d_cli.core.geometry import HeadGeometry, LayerHeads
+from p2d_cli.core.geometry import HeadGeometry, LayerHeads, ReadingHeads
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.errors import ArtifactError
 
@@ -66,6 +67,63 @@ def test_heads_that_a_layer_has_not_are_marked(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("exists"), np.isfinite(scores_LH))
     save_head_scores(tmp_path, replace(heads, selected_LH=~geometry.exists_LH))
     with pytest.raises(ArtifactError, match="selects heads that the model has not"):
+        load_head_scores(tmp_path)
+
+
+READERS = ("reads_all", "reads_best")
+
+
+@pytest.fixture
+def reading_heads(tmp_path):
+    """Heads of which others read rows than are trained, saved in `tmp_path`."""
+    shallow, deep = np.zeros((2, 3, 4), dtype=np.bool_)
+    shallow[0, ::2] = deep[0, 0] = deep[1, 3] = True
+    heads = replace(some_heads(), reading=ReadingHeads(shallow, deep))
+    save_head_scores(tmp_path, heads)
+    return heads
+
+
+def test_reading_heads_come_back_and_a_file_without_them_has_none(tmp_path, reading_heads):
+    reading = load_head_scores(tmp_path).reading
+    np.testing.assert_array_equal(reading.shallow_LH, reading_heads.reading.shallow_LH)
+    np.testing.assert_array_equal(reading.deep_LH, reading_heads.reading.deep_LH)
+    assert reading.depths == (1, 2)
+    save_head_scores(tmp_path, some_heads())
+    assert load_head_scores(tmp_path).reading is None
+
+
+def resave(folder, **changed):
+    """Save the file anew with other tensors, or without those that are None."""
+    path = folder / HEAD_SCORES_NAME
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()} | changed  # noqa: SIM118
+        metadata = file.metadata()
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "tensor",
+    [None, np.ones((3, 4), dtype=np.uint8), np.ones((3, 5), dtype=np.bool_), np.zeros((3, 4), dtype=np.bool_)],
+    ids=["missing", "numbers", "shape", "none"],
+)
+@pytest.mark.usefixtures("reading_heads")
+def test_reading_heads_that_do_not_fit_are_refused(tmp_path, name, tensor):
+    resave(tmp_path, **{name: tensor})
+    with pytest.raises(ArtifactError, match="heads that read rows do not fit"):
+        load_head_scores(tmp_path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_reading_heads_that_the_model_has_not_are_refused(tmp_path, name):
+    geometry = HeadGeometry((LayerHeads(2, 1, 8), LayerHeads(), LayerHeads(4, 2, 16)), hidden_size=32)
+    scores_LH = geometry.table(range(6))
+    there = geometry.exists_LH
+    heads = HeadScores(scores_LH, scores_LH > 3, scores_LH[None], "readout", geometry, ReadingHeads(there, there))
+    save_head_scores(tmp_path, heads)
+    assert load_head_scores(tmp_path).reading.depths == (3, 3)
+    resave(tmp_path, **{name: np.ones_like(there)})
+    with pytest.raises(ArtifactError, match="heads that read rows do not fit"):
         load_head_scores(tmp_path)
 
 

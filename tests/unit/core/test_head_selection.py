@@ -19,6 +19,7 @@ from p2d_cli.core.head_selection import (
     head_levels,
     jaccard,
     repeatability,
+    select_readers,
     select_spread,
     select_top,
     select_uniform,
@@ -276,3 +277,113 @@ def test_levels_follow_the_scores(scores):
     levels = [int(level) for level in head_levels(flat.reshape(4, 6), np.ones((4, 6), dtype=bool))]
     for one in range(flat.size):
         assert levels[one] == 10 * int((flat < flat[one]).sum()) // flat.size
+
+
+# --- heads that read rows, and layers to train
+
+
+def hybrid(layers, heads, every_other):
+    """Return heads that every so many layers have alone, the last of each group."""
+    exists_LH = np.zeros((layers, heads), dtype=bool)
+    exists_LH[every_other - 1 :: every_other] = True
+    return exists_LH
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "depths"),
+    [(4, 8, (1, 3)), (12, 12, (2, 8)), (30, 9, (3, 20)), (80, 64, (8, 54)), (4, 2, (4, 4)), (6, 1, (6, 6))],
+)
+def test_readers_of_a_tenth_and_two_thirds_of_the_layers(layers, heads, depths):
+    """More layers where these have fewer than eight heads."""
+    scores_LH = np.random.default_rng(0).random((layers, heads))
+    groups_L = grouped(layers, heads, heads)
+    found = select_readers(scores_LH, "auto", every(scores_LH), groups_L)
+    shallow, deep = depths
+    assert not found.shallow_LH[shallow:].any()
+    assert not found.deep_LH[deep:].any()
+    assert found.shallow_LH.sum() == min(32, shallow * heads)
+    assert found.deep_LH.sum() == math.ceil(0.1 * layers * heads)
+    counts_L = found.shallow_LH[:shallow].sum(axis=1)
+    assert counts_L.max() - counts_L.min() <= 1
+    candidates_LH = np.arange(layers)[:, None] < deep
+    expected = select_spread(scores_LH, int(found.deep_LH.sum()), every(scores_LH) & candidates_LH, groups_L)
+    assert (found.deep_LH == expected).all()
+
+
+def test_the_first_readers_do_not_depend_on_the_task():
+    one, other = (
+        select_readers(np.random.default_rng(seed).random((12, 8)), "auto", np.ones((12, 8), bool), grouped(12, 8, 4))
+        for seed in (0, 1)
+    )
+    assert (one.shallow_LH == other.shallow_LH).all()
+    assert (one.deep_LH != other.deep_LH).any()
+
+
+@pytest.mark.parametrize(
+    ("exists_LH", "depths"),
+    [
+        (hybrid(24, 8, 4), (4, 16)),
+        (hybrid(24, 16, 8), (8, 16)),
+        (hybrid(40, 4, 6), (12, 27)),
+        (hybrid(8, 3, 8), (8, 8)),
+    ],
+    ids=["a-quarter", "an-eighth", "few-heads", "the-last-alone"],
+)
+def test_readers_of_layers_that_have_heads(exists_LH, depths):
+    heads = exists_LH.shape[1]
+    groups_L = tuple(LayerHeads(heads, 1, 8) if has.any() else LayerHeads() for has in exists_LH)
+    scores_LH = np.where(exists_LH, 1.0, np.nan)
+    found = select_readers(scores_LH, "auto", exists_LH, groups_L)
+    for heads_LH, depth in zip((found.shallow_LH, found.deep_LH), depths, strict=True):
+        assert heads_LH.any()
+        assert not (heads_LH & ~exists_LH).any()
+        assert not heads_LH[depth:].any()
+    assert found.shallow_LH.sum() == min(32, exists_LH[: depths[0]].sum())
+    assert found.shallow_LH.sum() >= min(8, exists_LH.sum())
+
+
+def test_depths_that_are_given():
+    exists_LH = np.ones((10, 4), dtype=bool)
+    rising_LH = np.arange(40.0).reshape(10, 4)
+    found = select_readers(rising_LH, "2,5", exists_LH, grouped(10, 4, 4))
+    assert found.depths == (2, 5)
+    assert select_readers(rising_LH, "10,10", exists_LH, grouped(10, 4, 4)).depths == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("depths", "told"),
+    [
+        ("2,11", "the model has 10 layers, and the first 2 of them 0 heads"),
+        ("11,12", "the model has 10 layers, and the first 10 of them 8 heads"),
+        ("4,6", "the first 4 of them 0 heads"),
+    ],
+)
+def test_depths_that_the_model_has_not(depths, told):
+    exists_LH = hybrid(10, 4, 5)
+    groups_L = tuple(LayerHeads(4, 1, 8) if has.any() else LayerHeads() for has in exists_LH)
+    with pytest.raises(UsageError, match=told) as problem:
+        select_readers(np.zeros(exists_LH.shape), depths, exists_LH, groups_L)
+    assert problem.value.hint == "give numbers up to 10, the first of which is at least 5"
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "count", "first"),
+    [(4, 8, 4, 2), (5, 8, 4, 2), (12, 12, 15, 6), (30, 9, 27, 15), (80, 64, 512, 40), (4, 8, 24, 1), (4, 8, 99, 0)],
+)
+def test_the_upper_half_or_as_many_layers_as_have_enough_heads(layers, heads, count, first):
+    found = candidate_heads("upper", np.ones((layers, heads), dtype=bool), count)
+    assert found[first:].all()
+    assert not found[:first].any()
+
+
+@pytest.mark.parametrize("count", range(1, 30))
+@pytest.mark.parametrize("every_other", [2, 3, 7])
+def test_the_upper_layers_that_have_heads(every_other, count):
+    """Against a plain search: the highest layer from which there are enough heads on, but no higher than the middle."""
+    exists_LH = hybrid(14, 4, every_other)
+    found = candidate_heads("upper", exists_LH, count)
+    enough = [first for first in range(14) if exists_LH[first:].sum() >= min(count, exists_LH.sum())]
+    first = min(7, max(enough))
+    assert (found[first:] == exists_LH[first:]).all()
+    assert not found[:first].any()
+    assert found.sum() >= min(count, exists_LH.sum())

@@ -73,3 +73,34 @@ def test_target_rows_take_turns_as_in_a_slow_plain_version(shape: tuple[int, int
         expected.append(max(left, key=lambda row: (likeness[row, asking], -row)))
         left.remove(expected[-1])
     assert round_robin(likeness).tolist() == expected
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([-1.0, 0.0, 2.5, math.inf, math.nan]), st.sampled_from([-2.0, 0.0, 1.0])),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_rows_without_a_score_are_ordered_by_a_first_look(rows):
+    scores, first = (list(part) for part in zip(*rows, strict=True))
+    if all(math.isnan(score) for score in scores):
+        with pytest.raises(DataError):
+            rank_rows(scores, first)
+        return
+    left = list(range(len(scores)))
+    expected = []
+    while left:
+        known = [row for row in left if not math.isnan(scores[row])]
+        by, among = (scores, known) if known else (first, left)
+        best = max(by[row] for row in among)
+        expected.append(next(row for row in among if by[row] == best))
+        left.remove(expected[-1])
+    assert np.argsort(rank_rows(scores, first)).tolist() == expected
+
+
+def test_a_first_look_moves_no_row_that_has_a_score():
+    scores = [0.5, math.nan, 0.7, math.nan, 0.5]
+    assert rank_rows(scores, [9, 1, 0, 2, 99]).tolist() == [1, 4, 0, 3, 2]
+    assert rank_rows(scores).tolist() == [1, 3, 0, 4, 2]
