@@ -65,8 +65,8 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     above = int((scored.scores >= floor).sum())
     if not above:
         raise DataError(
-            f"no row of the pool scores {floor:.2f}, and of the task's own rows {scored.notes['floor_quantile']:g} would"
-            " score lower: the pool seems to hold none of the task",
+            f"no row of the pool scores {floor:.2f}, below which {scored.notes['floor_quantile']:g} of the task's own rows"
+            " would lie: the pool seems to hold none of the task",
             hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
         )
     job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
