@@ -3,9 +3,8 @@
 Where a heads artifact has heads of its own for reading, rows are read in two stages. Heads of the first layers read all
 rows; the best of these are read on by deeper heads, and ranked. The others keep no score.
 
-The background that the deeper heads tell target rows from is a stratified sample of the pool: the rows that were read
-on, few of which a random sample would hold, and a random sample of the others, each with the weight of what it stands
-for.
+The deeper heads tell the target's rows from a random sample of the pool, and from near misses: rows that were read on
+though most of the target's rows are more like the target. In a pool whose look-alikes are few a random sample has none.
 
 No row is read twice: a heads artifact keeps what its heads made of the target's rows and of a sample of the pool
 (`methods.known_rows`), an index what heads of the first layers made of a pool (`methods.indexed_rows`).
@@ -35,8 +34,11 @@ FEWEST_READ_ON, MOST_READ_ON = 0.04, 3
 """At least so much of the pool is read on, and at most so many times the rows that may be kept, if that is more."""
 FIRST_LEVEL = 0.05
 """Between these bounds, all rows but so small a share of the task's are read on."""
-LOCAL_ROWS = 2000
-"""Rows that are read on and told the target's from: what of them the heads put out is held."""
+NEAR_ROWS = 2000
+"""The most near misses: what the heads put out on them is held."""
+NEAR_WEIGHT, NEAR_HALF = 0.3, 50
+"""Their weight in the background, where they are many; with so many of them it is half of that. With more of it fewer
+rows are found where a third of what is read on is of the task, with less where look-alikes are many."""
 ONE_TASK = 0.7
 """Area under the ROC curve, of target rows among the pool's, below which the pool is of one task: where all of a share
 `p` of it were of the task, the area would be `1 - p / 2`. Pools of one task had 0.07 to 0.63, mixed ones 0.79 to 1."""
@@ -62,8 +64,8 @@ class ReadoutMethod(RowMethod):
             self._indexed = IndexedRows(task, self._first_LH)
         self._first_M = np.full(task.pool.size, np.nan)
         """Affinities to the first heads, where there are two stages."""
-        self._local: dict[int, NDArray[np.float32]] = {}
-        """What the deeper heads put out on rows that were read on, by their positions."""
+        self._near: dict[int, NDArray[np.float32]] = {}
+        """What the deeper heads put out on near misses, by their positions."""
         self._truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
 
     # --- what is read
@@ -81,10 +83,9 @@ class ReadoutMethod(RowMethod):
             yield from self._indexed.passes()
         if self._is_one_task:
             return
-        local_M = self._local_M
-        yield from self._read(local_M, self._deep_LH, work="read on", kept=self._local)
-        if (rest_M := self._best_M & ~local_M).any():
-            yield from self._score(rest_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read on the rest")
+        near_M = self._near_M
+        yield from self._keep(near_M, self._deep_LH, self._near, work="read on", part="near misses ")
+        yield from self._score(self._best_M & ~near_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read on")
 
     def _score(
         self,
@@ -105,8 +106,14 @@ class ReadoutMethod(RowMethod):
 
         yield from self._passes(wanted_M, heads_LH, options, work)
 
-    def _read(
-        self, wanted_M: NDArray[np.bool_], heads_LH: NDArray[np.bool_], *, work: str, kept: dict[int, Any]
+    def _keep(
+        self,
+        wanted_M: NDArray[np.bool_],
+        heads_LH: NDArray[np.bool_],
+        kept: dict[int, NDArray[np.float32]],
+        *,
+        work: str,
+        part: str,
     ) -> Iterator[Pass]:
         """Yield passes that keep what the heads put out on wanted rows, but those of the sample."""
 
@@ -116,7 +123,7 @@ class ReadoutMethod(RowMethod):
 
             return {"take": take}
 
-        yield from self._passes(wanted_M, heads_LH, options, work)
+        yield from self._passes(wanted_M, heads_LH, options, work, part)
 
     def _passes(
         self,
@@ -124,6 +131,7 @@ class ReadoutMethod(RowMethod):
         heads_LH: NDArray[np.bool_],
         options: Callable[[NDArray[np.int64]], dict[str, Any]],
         work: str,
+        part: str = "",
     ) -> Iterator[Pass]:
         reader = self.task.reader
         for chunk in self.task.chunks():
@@ -138,7 +146,7 @@ class ReadoutMethod(RowMethod):
                 examples,
                 heads_LH,
                 work=work,
-                part=chunk.part,
+                part=f"{part}{chunk.part}".strip(),
                 name=lambda row, records=records: records[row].where,
                 **options(chunk.start + rows),
             )
@@ -176,15 +184,12 @@ class ReadoutMethod(RowMethod):
     @cached_property
     def _area(self) -> float:
         """How well target rows that the readout has not seen can be told from the pool's rows, in [0, 1]."""
-        heads_LH = self._deep_LH if self._first_LH is None else self._first_LH
-        with self.task.job.timer.phase("fit"):
-            held_out_Q = held_out_affinity(self._known.target(heads_LH), self._sample_background(heads_LH))
-        return float(np.mean([(self._affinities_M < value).mean() for value in held_out_Q]))
+        return float(np.mean([(self._affinities_M < value).mean() for value in self._held_out_Q]))
 
     @property
     def _is_one_task(self) -> bool:
         """Whether target and pool can hardly be told apart, and nobody asked for those most like the target."""
-        if self.task.config.pick == "top" or len(self.task.target) < 2 or not self._known.is_read:
+        if self.task.config.pick == "top" or not len(self._held_out_Q):
             return False
         return not np.isnan(self._affinities_M).any() and self._area < ONE_TASK
 
@@ -195,17 +200,28 @@ class ReadoutMethod(RowMethod):
         if np.isnan(self._affinities_M).any():
             return evenly_M(count, size)
         if self.task.config.refine is None and self._sets_floor and self._first_LH is not None:
-            floor = self._floor(self._first_LH, self._sample_background(self._first_LH), FIRST_LEVEL)
+            floor = floor_below(self._held_out_Q, FIRST_LEVEL)
             count = min(count, max(int((self._affinities_M >= floor).sum()), math.ceil(FEWEST_READ_ON * size)))
         return rank_rows(self._affinities_M) < count
 
     @cached_property
-    def _local_M(self) -> NDArray[np.bool_]:
-        """Which of them are told the target's rows from, beside being scored."""
-        local_M = np.zeros(self.task.pool.size, dtype=np.bool_)
+    def _near_M(self) -> NDArray[np.bool_]:
+        """Which of them are near misses: less like the target than half of its own rows, by the first heads."""
         best = np.flatnonzero(self._best_M)
-        local_M[best[evenly_M(min(LOCAL_ROWS, len(best)), len(best))]] = True
-        return local_M
+        if self._first_LH is not None and len(self._held_out_Q) and not np.isnan(self._affinities_M).any():
+            best = best[self._affinities_M[best] < np.median(self._held_out_Q)]
+        near_M = np.zeros(self.task.pool.size, dtype=np.bool_)
+        near_M[best[evenly_M(min(NEAR_ROWS, len(best)), len(best))]] = True
+        return near_M
+
+    @cached_property
+    def _held_out_Q(self) -> NDArray[np.float64]:
+        """The affinities of target rows to the heads that read all, by readouts that were fitted without them."""
+        if len(self.task.target) < 2 or not self._known.is_read:
+            return np.empty(0)
+        heads_LH = self._deep_LH if self._first_LH is None else self._first_LH
+        with self.task.job.timer.phase("fit"):
+            return held_out_affinity(self._known.target(heads_LH), self._sample_background(heads_LH))
 
     # --- readouts
 
@@ -225,15 +241,14 @@ class ReadoutMethod(RowMethod):
 
     @cached_property
     def _deep_background(self) -> Background:
-        """The sample, and of two strata, the rows that are read on and the others, each with its own share."""
-        if self._first_LH is None:
+        """The sample, and near misses if there are any."""
+        near = sorted(self._near)
+        if self._first_LH is None or not near:
             return self._sample_background(self._deep_LH)
-        local_SKd = np.array([self._local[row] for row in sorted(self._local)], dtype=np.float32)
         sample_SKd = self._known.background(self._deep_LH)
-        outputs_SKd = np.concatenate([sample_SKd, local_SKd.reshape(-1, *sample_SKd.shape[1:])])
-        is_best_S = np.concatenate([self._best_M[self._known.sample], np.ones(len(self._local), dtype=np.bool_)])
-        best, size = int(self._best_M.sum()), self.task.pool.size
-        weights_S = np.where(is_best_S, best / max(is_best_S.sum(), 1), (size - best) / max((~is_best_S).sum(), 1))
+        outputs_SKd = np.concatenate([sample_SKd, np.stack([self._near[row] for row in near])])
+        share = NEAR_WEIGHT * len(near) / (len(near) + NEAR_HALF)
+        weights_S = np.repeat([(1 - share) / len(sample_SKd), share / len(near)], [len(sample_SKd), len(near)])
         return Background.of(outputs_SKd, weights_S, dims_K=self._known.dims(self._deep_LH))
 
     @property
@@ -241,12 +256,14 @@ class ReadoutMethod(RowMethod):
         """Whether rows that score too low are left out: a single target row does not tell what is too low."""
         return self.task.config.has_floor and len(self.task.target) > 1
 
-    def _floor(self, heads_LH: NDArray[np.bool_], background: Background, level: float) -> float:
-        """Return the affinity below which so small a share of the task's rows is to be expected."""
+    @property
+    def _floor(self) -> float:
+        """The affinity to the deeper heads that a share of the task's rows lies below."""
         with self.task.job.timer.phase("fit"):
-            return floor_below(held_out_affinity(self._known.target(heads_LH), background), level)
+            held_out_Q = held_out_affinity(self._known.target(self._deep_LH), self._deep_background)
+        return floor_below(held_out_Q, self.task.config.resolved_floor)
 
-    # --- what comes out
+    # --- what a plan and a summary say
 
     def caveats(self) -> tuple[str, ...]:
         """Say where fewer rows may be read on than is planned."""
@@ -281,10 +298,10 @@ class ReadoutMethod(RowMethod):
         if self._first_LH is not None:
             self.scores_M[~self._best_M] = np.nan
             read_on = int(self._best_M.sum())
-            notes |= {"rows_read_on": read_on, "rows_not_read_on": size - read_on}
+            notes |= {"rows_read_on": read_on, "rows_not_read_on": size - read_on, "near_misses": len(self._near)}
         if self._sets_floor:
             notes["floor_quantile"] = self.task.config.resolved_floor
-            notes["floor_score"] = self._floor(self._deep_LH, self._deep_background, self.task.config.resolved_floor)
+            notes["floor_score"] = self._floor
         first_M = None if self._first_LH is None else self._first_M
         return RowScores(self.scores_M, np.isfinite(self.scores_M).astype(np.int64), notes, first_M)
 
@@ -292,9 +309,9 @@ class ReadoutMethod(RowMethod):
         """Give the rows that are held their affinity to the deeper heads, and tell the target's."""
         known = self._known
         self.scores_M[known.sample] = self._deep.affinity(known.background(self._deep_LH))
-        if self._local:
-            rows = sorted(self._local)
-            self.scores_M[rows] = self._deep.affinity(np.stack([self._local[row] for row in rows]))
+        if self._near:
+            rows = sorted(self._near)
+            self.scores_M[rows] = self._deep.affinity(np.stack([self._near[row] for row in rows]))
         notes["target_affinity"] = float(self._deep.affinity(known.target(self._deep_LH)).mean())
 
 

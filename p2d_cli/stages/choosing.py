@@ -65,7 +65,7 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     above = int((scored.scores >= floor).sum())
     if not above:
         raise DataError(
-            f"no row of the pool scores {floor:.2f}, below which {scored.notes['floor_quantile']:g} of the task's own rows"
+            f"no row of the pool scores {floor:.2f}, below which {scored.notes['floor_quantile']:g} of the task's rows"
             " would lie: the pool seems to hold none of the task",
             hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
         )
