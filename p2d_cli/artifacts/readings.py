@@ -9,7 +9,7 @@ Axes: n rows, K heads in (layer, head) order, d head_dim.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,19 @@ class Readings:
     outputs_nKd: NDArray[np.float32]
     heads_LH: NDArray[np.bool_]
     """The heads, bool [L, H]."""
+    targets: int = 0
+    """How many of the rows, the first ones, are of a target; the others are a random sample of a pool."""
+    pool: str = ""
+    """Digest of that pool."""
 
     def of(self, heads_LH: NDArray[np.bool_]) -> Readings:
         """Return the readings of some of the heads alone."""
-        return Readings(self.context, self.digests_n2, self.outputs_nKd[:, heads_LH[self.heads_LH]], heads_LH)
+        return replace(self, outputs_nKd=self.outputs_nKd[:, heads_LH[self.heads_LH]], heads_LH=heads_LH)
+
+    @property
+    def sample_n2(self) -> Digests:
+        """The digests of the pool's rows."""
+        return self.digests_n2[self.targets :]
 
     def find(self, digests_M2: Digests) -> NDArray[np.int64]:
         """Return where each of these rows stands among those that were read, -1 for one that was not."""
@@ -57,6 +66,7 @@ def find_rows(known_n2: Digests, asked_M2: Digests) -> NDArray[np.int64]:
 
 def save_readings(folder: Path, readings: Readings) -> None:
     """Write `readings.safetensors`; equal readings give equal bytes."""
+    described = {"context": readings.context, "targets": readings.targets, "pool": readings.pool}
     save_file(
         {
             "digests": np.ascontiguousarray(readings.digests_n2),
@@ -64,7 +74,7 @@ def save_readings(folder: Path, readings: Readings) -> None:
             "heads": np.ascontiguousarray(readings.heads_LH),
         },
         folder / READINGS_NAME,
-        metadata={_METADATA_KEY: json.dumps({"context": readings.context})},
+        metadata={_METADATA_KEY: json.dumps(described, sort_keys=True)},
     )
 
 
@@ -79,7 +89,8 @@ def load_readings(folder: Path) -> Readings | None:
         return None
     try:
         with safe_open(path, framework="numpy") as file:
-            context = str(json.loads((file.metadata() or {})[_METADATA_KEY])["context"])
+            described = json.loads((file.metadata() or {})[_METADATA_KEY])
+            context, targets, pool = str(described["context"]), int(described["targets"]), str(described["pool"])
             digests, outputs, heads = (file.get_tensor(name) for name in ("digests", "outputs", "heads"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
@@ -88,7 +99,8 @@ def load_readings(folder: Path) -> Readings | None:
         and heads.dtype == np.bool_
         and digests.shape == (len(outputs), 2)
         and outputs.shape[1] == heads.sum()
+        and 0 <= targets <= len(outputs)
     )
     if not fits or not np.isfinite(outputs).all():
         raise ArtifactError(f"{path}: the readings do not fit together", hint="rerun p2d score-heads")
-    return Readings(context, digests, outputs, heads)
+    return Readings(context, digests, outputs, heads, targets, pool)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.artifacts.readings import Readings
+from p2d_cli.artifacts.readings import Readings, find_rows
 from p2d_cli.engine.passes import Pass
 from p2d_cli.engine.readings import context_of, digests_of, head_outputs_pass
 from p2d_cli.methods.row_method import PoolTask
@@ -87,13 +87,13 @@ class KnownRows:
         return kept.of(self._heads_LH) if kept.context == context_of(self._task.reader) else None
 
     def _draw(self, kept: Readings | None) -> None:
-        """Choose the sample: rows of the pool that were read before, and others at random."""
+        """Choose the sample at random: rows that were, for the same pool, and have been read; and others."""
         task = self._task
         order = generator(task.config.seed, "mine-data", "background").permutation(task.pool.size)
-        if kept is not None:
+        if kept is not None and kept.pool == task.job.inputs.entries["pool"].digest:
             was_read_M = np.zeros(task.pool.size, dtype=np.bool_)
             for chunk in task.pool.chunks():
-                was_read_M[chunk.places] = kept.find(digests_of(chunk.records)) >= 0
+                was_read_M[chunk.places] = find_rows(kept.sample_n2, digests_of(chunk.records)) >= 0
             order = order[np.argsort(~was_read_M[order], kind="stable")]
         self.sample = np.sort(order[: self._size])
         self.is_known_M[self.sample] = True

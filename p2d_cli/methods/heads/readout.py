@@ -57,7 +57,14 @@ class Readout(HeadMethod):
             scores_K = separation(self._outputs[:target], self._outputs[target:], dims_K=shape.dims(shape.exists_LH))
         notes = {"rows": target, "rows_background": len(self._background), "best_separation": float(scores_K.max())}
         rows = [*self._target, *self._background]
-        readings = Readings(context_of(self.task.reader), digests_of(rows), self._outputs, shape.exists_LH)
+        readings = Readings(
+            context=context_of(self.task.reader),
+            digests_n2=digests_of(rows),
+            outputs_nKd=self._outputs,
+            heads_LH=shape.exists_LH,
+            targets=target,
+            pool=self.task.job.inputs.entries["pool"].digest,
+        )
         return RepeatScores(shape.table(scores_K), notes, readings)
 
     def _draw_background(self) -> Sequence[Record]:

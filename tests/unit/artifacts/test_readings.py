@@ -20,13 +20,15 @@ def heads_LH():
 def readings(heads_LH):
     rng = np.random.default_rng(0)
     outputs_nKd = rng.normal(size=(N, int(heads_LH.sum()), D)).astype(np.float32)
-    return Readings("abc", rng.integers(0, 2**64, size=(N, 2), dtype=np.uint64), outputs_nKd, heads_LH)
+    digests_n2 = rng.integers(0, 2**64, size=(N, 2), dtype=np.uint64)
+    return Readings("abc", digests_n2, outputs_nKd, heads_LH, targets=2, pool="def")
 
 
 def test_they_come_back_as_they_were_saved(tmp_path, readings):
     save_readings(tmp_path, readings)
     found = load_readings(tmp_path)
-    assert found.context == "abc"
+    assert (found.context, found.targets, found.pool) == ("abc", 2, "def")
+    np.testing.assert_array_equal(found.sample_n2, readings.digests_n2[2:])
     for name in ("digests_n2", "outputs_nKd", "heads_LH"):
         one, other = getattr(found, name), getattr(readings, name)
         assert one.dtype == other.dtype
@@ -50,7 +52,7 @@ def test_the_readings_of_some_heads_are_theirs(readings, heads_LH):
     some = readings.of(some_LH)
     np.testing.assert_array_equal(some.outputs_nKd, readings.outputs_nKd[:, [1, 2]])
     np.testing.assert_array_equal(some.heads_LH, some_LH)
-    assert some.context == readings.context
+    assert (some.context, some.targets, some.pool) == (readings.context, readings.targets, readings.pool)
 
 
 @pytest.mark.parametrize("most", [3, 2**64])
