@@ -513,7 +513,7 @@ class MineDataConfig(RowOptions):
             "affinity": affinity,
             "background": self.background if affinity == "readout" else FORMER_BACKGROUND,
             "floor_quantile": None if self.keeps_floor else self.resolved_floor,
-            "pick": self.pick if ROW_METHODS[self.method].sets_floor else "top",
+            "pick": self.pick if affinity == "readout" or self.scores is not None else "top",
         }
 
     @model_validator(mode="after")

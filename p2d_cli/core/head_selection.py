@@ -23,6 +23,8 @@ SHALLOW_SHARE, DEEP_SHARE = 0.1, 2 / 3
 """Of the layers, those by whose heads all rows are read, and the best of them."""
 READING_SHARE = 0.1
 """Of the heads, those that read the best rows."""
+FEWEST_LAYERS = 2
+"""A single layer relates no word of the answer to what another one has found."""
 SHALLOW_HEADS, FEWEST_SHALLOW = 32, 8
 """The most and the fewest heads by which all rows are read."""
 NO_HEAD = "."
@@ -120,7 +122,7 @@ def _depths(text: str, exists_LH: NDArray[np.bool_]) -> tuple[int, int]:
     layers, counts_L = len(exists_LH), exists_LH.sum(axis=1).cumsum()
     if text == "auto":
         enough = 1 + int(np.searchsorted(counts_L, min(FEWEST_SHALLOW, int(counts_L[-1]))))
-        shallow = max(math.ceil(layers * SHALLOW_SHARE), enough)
+        shallow = max(math.ceil(layers * SHALLOW_SHARE), enough, min(FEWEST_LAYERS, layers))
         return shallow, max(math.ceil(layers * DEEP_SHARE), shallow)
     shallow, deep = (int(part) for part in text.split(","))
     if deep > layers or not counts_L[min(shallow, layers) - 1]:

@@ -60,7 +60,7 @@ def test_it_is_stale_for_another_and_the_message_names_what_differs_alone(p2d, c
     ("kind", "difference"),
     [
         ("heads", "setting background, setting depth, setting layers, setting method, setting selection"),
-        ("subset", "setting affinity, setting background, setting floor_quantile"),
+        ("subset", "setting affinity, setting background, setting floor_quantile, setting pick"),
     ],
 )
 def test_a_default_that_changed_since_makes_it_stale(p2d, commands, kind, difference):

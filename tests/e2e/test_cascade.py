@@ -40,7 +40,16 @@ def work(p2d, tiny_folder, rows, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
     done = p2d(
         *("score-heads", "--model", tiny_folder, "--dtype", "float32", "--background", SAMPLE),
-        *("--target", folder / "target.jsonl", "--pool", folder / "pool.jsonl", "--out", folder / "heads"),
+        *(
+            "--depth",
+            "1,3",
+            "--target",
+            folder / "target.jsonl",
+            "--pool",
+            folder / "pool.jsonl",
+            "--out",
+            folder / "heads",
+        ),
     )
     assert done.code == 0, done.said
     return folder

@@ -225,7 +225,7 @@ def test_a_pool_smaller_than_an_episode(score, p2d, pipeline, tiny_folder, tmp_p
 def test_a_pool_too_small_to_tell_the_target_from(score, p2d, pipeline, tiny_folder, few, tmp_path):
     path = write_rows(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": "b"}])
     mine = ("mine-data", "--model", tiny_folder, "--heads", pipeline / "heads", "--target", few["target"])
-    refused(p2d(*mine, "--pool", path, "--out", tmp_path / "s"), 65, "at least 2 pool rows", "found 12 and 1")
+    refused(p2d(*mine, "--pool", path, "--out", tmp_path / "s"), 65, "at least 2 pool rows", "found 1")
     refused(score(pool=path, method="readout"), 65, "4 pool rows", "found 12 and 1")
 
 

@@ -144,8 +144,8 @@ def payload(out):
     if (out / "metrics.json").exists():
         rows = pq.read_table(out / "predictions.parquet").drop_columns(["log_likelihood"]).to_pylist()
         return {"metrics": json.loads((out / "metrics.json").read_text()), "rows": rows}
-    [tensors] = out.glob("*.safetensors")
-    return {name: tensor.tolist() for name, tensor in load_file(tensors).items()}
+    files = sorted(out.glob("*.safetensors"))  # scored heads have their readings beside them
+    return {f"{path.name} {name}": tensor.tolist() for path in files for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

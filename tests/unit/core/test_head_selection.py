@@ -291,7 +291,15 @@ def hybrid(layers, heads, every_other):
 
 @pytest.mark.parametrize(
     ("layers", "heads", "depths"),
-    [(4, 8, (1, 3)), (12, 12, (2, 8)), (30, 9, (3, 20)), (80, 64, (8, 54)), (4, 2, (4, 4)), (6, 1, (6, 6))],
+    [
+        (1, 8, (1, 1)),
+        (4, 8, (2, 3)),
+        (12, 12, (2, 8)),
+        (30, 9, (3, 20)),
+        (80, 64, (8, 54)),
+        (4, 2, (4, 4)),
+        (6, 1, (6, 6)),
+    ],
 )
 def test_readers_of_a_tenth_and_two_thirds_of_the_layers(layers, heads, depths):
     """More layers where these have fewer than eight heads."""

@@ -30,6 +30,7 @@ OTHER_VALUES = {
     "layers": "0-1",
     "depth": "3,15",
     "refine": 0.5,
+    "pick": "cover",
     "selection": "spread",
     "affinity": "readout",
     "shortlist": 0.5,

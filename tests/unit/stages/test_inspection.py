@@ -4,11 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from p2d_cli.artifacts.pool_index import INDEX_NAME, IndexFound, PoolIndex
 from p2d_cli.cli import render
-from p2d_cli.cli.app import app
 from p2d_cli.errors import ArtifactError
 from p2d_cli.stages.inspection import inspect
 
@@ -39,14 +37,14 @@ def test_an_index_says_what_it_holds(index):
     assert found.source == {"model": 64 * "d", "longest": 2048}
 
 
-def test_the_command_shows_an_index(index):
-    done = CliRunner().invoke(app, ["inspect", str(index)])
-    assert done.exit_code == 0
-    text = " ".join(done.stdout.split())
+def test_the_command_shows_an_index(p2d, index):
+    done = p2d("inspect", index)
+    assert done.code == 0
+    text = " ".join(done.out.split())
     assert f"7 rows by 3 heads of the first 3 layers, {render.bytes_text(inspect(index).bytes)}" in text
     assert "cost 1.75 s and 140 tokens; used for 3 subsets" in text
     assert "longest 2048" in text
-    document = json.loads(CliRunner().invoke(app, ["inspect", str(index), "--json"]).stdout)
+    document = p2d("inspect", index, "--json").json
     assert (document["kind"], document["verified"], document["rows"], document["targets"]) == ("index", True, 7, 3)
 
 
