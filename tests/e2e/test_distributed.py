@@ -143,7 +143,7 @@ def sharded(work, few, tmp_path_factory):
     """Two processes that each hold half of the model; the last command loses one of them."""
     folder = tmp_path_factory.mktemp("sharded")
     steps = work(folder)
-    commands = [(steps["best"], None), (steps["full"], None), (steps["subset"], ("kill", 3))]
+    commands = [(steps["best"], None), (steps["full"], None), (steps["subset"], ("kill", 2))]
     config = folder / "fsdp.yaml"
     config.write_text(ACCELERATE_CONFIG)
     with socket.socket() as found:
@@ -165,7 +165,7 @@ def close(found, expected, tolerance):
 
 def same_weights(found, expected):
     for path in expected.glob("*model.safetensors"):
-        close(load_file(found / path.name), load_file(path), 1e-5)
+        close(load_file(found / path.name), load_file(path), 2e-5)
     assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in expected.iterdir())
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from p2d_cli.data.chat_templates import resolve_template
@@ -89,6 +89,8 @@ WRITERS = {
 @PROPERTY
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 def test_every_format_gives_the_same_records(tmp_path, name, rows):
+    # A cell at the start of a line cannot begin so: it is taken for the seam of two files that were joined.
+    assume(not name.endswith(("csv", "tsv")) or not any((row["system"] or "").startswith("\ufeff") for row in rows))
     WRITERS[name](tmp_path / name, rows)
     found = read_records(locate(str(tmp_path / name))).records
     assert len(found) == len(rows)
