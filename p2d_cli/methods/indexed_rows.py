@@ -20,6 +20,7 @@ from p2d_cli.core.readout import Readout
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.readings import context_of, describe_context, digests_of, head_outputs_pass
+from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask
 from p2d_cli.runtime import distributed
 
@@ -30,11 +31,13 @@ class IndexedRows:
     Args:
         task: the pool; its settings name the index.
         heads_LH: the heads that read all rows, bool [L, H].
+        known: rows that have been read already.
     """
 
-    def __init__(self, task: PoolTask, heads_LH: NDArray[np.bool_]) -> None:
+    def __init__(self, task: PoolTask, heads_LH: NDArray[np.bool_], known: KnownRows) -> None:
         self._task = task
         self._heads_LH = heads_LH
+        self._known = known
         self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
         self.truncated = 0
         """Rows that were too long, of those that were added."""
@@ -88,30 +91,34 @@ class IndexedRows:
         return lacking_M & (self._index.find(self._digests_M2) < 0)
 
     def _read(self, lacking_M: NDArray[np.bool_]) -> Iterator[Pass]:
-        job, reader = self._task.job, self._task.reader
+        job, reader, known = self._task.job, self._task.reader, self._known
         dims_K = reader.shape.dims(self._heads_LH)
         for chunk in self._task.chunks():
             rows = np.flatnonzero(lacking_M[chunk.places])
-            if not rows.size:
-                continue
-            records = [chunk.records[row] for row in rows]
-            examples = reader.examples(records)
-            self.truncated += sum(example.truncated > 0 for example in examples)
             outputs_nKd = np.empty((len(rows), len(dims_K), dims_K.max()), dtype=np.float16)
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
-            yield head_outputs_pass(
-                reader,
-                examples,
-                self._heads_LH,
-                work="read rows",
-                part=chunk.part,
-                take=scatter(outputs_nKd, "outputs"),
-                name=lambda row, records=records: records[row].where,
-            )
-            if isinstance(reader, ModelReader):  # and not one that only counts
+            is_known_n = known.is_known_M[chunk.start + rows]
+            unread = np.flatnonzero(~is_known_n)
+            if unread.size:
+                records = [chunk.records[row] for row in rows[unread]]
+                examples = reader.examples(records)
+                self.truncated += sum(example.truncated > 0 for example in examples)
+                yield head_outputs_pass(
+                    reader,
+                    examples,
+                    self._heads_LH,
+                    work="read rows",
+                    part=chunk.part,
+                    take=scatter(outputs_nKd, "outputs", unread),
+                    name=lambda row, records=records: records[row].where,
+                )
+            if rows.size and isinstance(reader, ModelReader):  # and not one that only counts
+                places = np.searchsorted(known.sample, chunk.start + rows[is_known_n])
+                outputs_nKd[is_known_n] = known.background(self._heads_LH)[places]
                 self._add(self._digests_M2[chunk.start + rows], outputs_nKd, *before)
 
     def _add(self, digests_n2: Digests, outputs_nKd: NDArray[np.float16], seconds: float, tokens: int) -> None:
+        """Add rows to the index; `seconds` and `tokens` are those spent before they were read."""
         job, reader = self._task.job, self._task.reader
         assert isinstance(reader, ModelReader), "rows were read"
         spent, read = job.timer.seconds.get("score", 0.0) - seconds, reader.tokens - tokens

@@ -61,7 +61,10 @@ class ReadoutMethod(RowMethod):
         self._known = KnownRows(task, heads_LH, task.config.background or size)
         self._indexed = None
         if self._first_LH is not None and task.config.index is not None:
-            self._indexed = IndexedRows(task, self._first_LH)
+            self._indexed = IndexedRows(task, self._first_LH, self._known)
+        for flag, value in (("--index", task.config.index), ("--refine", task.config.refine)):
+            if self._first_LH is None and value is not None:
+                task.job.progress.note(f"{flag} is of no use here: all rows are read as deep as the best")
         self._first_M = np.full(task.pool.size, np.nan)
         """Affinities to the first heads, where there are two stages."""
         self._near: dict[int, NDArray[np.float32]] = {}
