@@ -67,7 +67,8 @@ class IndexedRows:
         for chunk in self._task.chunks():
             self._digests_M2[chunk.places] = digests_of(chunk.records)
         lacking_M = self._lacking_M()
-        self.notes = {"rows_found": int((~lacking_M).sum()), "rows_added": int(lacking_M.sum())}
+        found = int((index.find(self._digests_M2) >= 0).sum())
+        self.notes = {"rows_found": found, "rows_added": int(lacking_M.sum())}
         if job.options.dry_run:
             yield from self._read(lacking_M)
             return

@@ -11,7 +11,8 @@ number of examples is drawn `--draws` times, one behind the other. OUT/rules.jso
 - `first`: heads of the first layers, by shrinkage: fixed, OAS, Ledoit and Wolf's, p2d's rule; 250 or 1,000 other rows
 - `deep`: two stages, by the weight of the rows that are read on in the background: of all of them, or of near misses
 - `floor`: precision and recall above the floor, by a quantile of held-out target rows and by Student's bound
-- `read_on`: share of the pool and of the relevant rows that pass a floor by the first heads, by level
+- `read_on`: share of the pool and of the relevant rows that pass a floor by the first heads, by level; and the area under
+  the ROC curve of held-out target rows among the pool's
 """
 
 from __future__ import annotations
@@ -209,7 +210,9 @@ def judge_deep(
     held_out = held_out_affinity(rows[:, columns], background)
     for level in LEVELS:
         passed = first >= floor_below(held_out, level)
-        figures = {"share": float(passed.mean()), "recall": float(relevant[passed].sum() / relevant.sum())}
+        area = float(np.mean([(first < value).mean() for value in held_out]))
+        recall = float(relevant[passed].sum() / relevant.sum())
+        figures = {"share": float(passed.mean()), "recall": recall, "area": area}
         results["read_on"].append(where | {"level": level} | figures)
     best = np.argsort(-first, kind="stable")[: max(3 * int(relevant.sum()), round(0.04 * len(first)))]
     table_LH = np.full(bench.deep_LH.shape, -np.inf)
@@ -257,7 +260,7 @@ def show(results: Results) -> None:
     }
     for part, keys in named.items():
         examples = sorted({row["examples"] for row in results[part]})
-        values = [key for key in ("share", "precision", "recall") if key in results[part][0]]
+        values = [key for key in ("share", "precision", "recall", "area") if key in results[part][0]]
         print(f"\n{part}: {' / '.join(values)}, with {', '.join(map(str, examples))} examples")
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in results[part]:

@@ -88,8 +88,8 @@ class Readout(HeadMethod):
         if summary.get("area") is not None:
             low, high = summary["area_low"], summary["area_high"]
             lines.append(
-                f"the heads that read, together, place target rows that they have not seen above {summary['area']:.3f}"
-                f" [{low:.3f}, {high:.3f}] of the pool, over {summary['rows']} target rows"
+                f"the heads that read, together, place target rows that were held out of their fit above"
+                f" {summary['area']:.3f} [{low:.3f}, {high:.3f}] of the pool, over {summary['rows']} target rows"
             )
         if summary["rows"] < FEW_ROWS:
             lines.append(
