@@ -32,7 +32,7 @@ from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
 
 FEWEST_READ_ON, MOST_READ_ON = 0.04, 3
 """At least so much of the pool is read on, and at most so many times the rows that may be kept, if that is more."""
-FIRST_LEVEL = 0.05
+FIRST_LEVEL = 0.02
 """Between these bounds, all rows but so small a share of the task's are read on."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""

@@ -11,8 +11,8 @@ number of examples is drawn `--draws` times, one behind the other. OUT/rules.jso
 - `first`: heads of the first layers, by shrinkage: fixed, OAS, Ledoit and Wolf's, p2d's rule; 250 or 1,000 other rows
 - `deep`: two stages, by the weight of the rows that are read on in the background: of all of them, or of near misses
 - `floor`: precision and recall above the floor, by a quantile of held-out target rows and by Student's bound
-- `read_on`: share of the pool and of the relevant rows that pass a floor by the first heads, by level; and the area under
-  the ROC curve of held-out target rows among the pool's
+- `read_on`: share of the pool and of the relevant rows that pass a floor by the first heads, by level; and the area
+  under the ROC curve of held-out target rows among the pool's
 """
 
 from __future__ import annotations

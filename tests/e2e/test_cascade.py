@@ -26,7 +26,7 @@ from p2d_cli.modeling.layouts import model_layout
 
 POOL, TARGET, SAMPLE, COUNT = 160, 12, 40, 10
 READ_ON = 3 * COUNT
-FLOOR_OF_FIRST = 0.05
+FLOOR_OF_FIRST = 0.02
 SHAPE = (4, 8)
 
 
