@@ -7,8 +7,9 @@ QUERY are rows of the target, of which the first `--examples` are given, RELEVAN
 the ids of the pool rows of the same task; R is their number. Everything goes through the command line with defaults,
 but for `--count R`. Precision at R is that of the R best rows; what the default cut keeps is told beside it. `--index`
 keeps the pool's readings in OUT/index, so that the targets after the first one do not read it; `--bare` times every
-50th batch of a forward pass through the layers, and takes the whole pass from its tokens. OUT/compass.json grows as
-results come, and what is there is not measured again. Nothing that selects reads RELEVANCE.
+50th batch of a forward pass through the layers, and takes the whole pass from its tokens. `rds` reads the pool once,
+with the rows of all targets, and each target takes its turns by itself; its seconds are those of that one run.
+OUT/compass.json grows as results come, and what is there is not measured again. Nothing that selects reads RELEVANCE.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 EVERY = 50
@@ -40,7 +42,10 @@ def main() -> None:
             for method in options.methods:
                 if any((row["target"], row["examples"], row["method"]) == (name, examples, method) for row in results):
                     continue
-                found = mine(options, f"{name}-{examples}-{method}", method, given, relevant)
+                if method == "rds":
+                    found = take_turns(options, name, examples, relevant)
+                else:
+                    found = mine(options, f"{name}-{examples}-{method}", method, given, relevant)
                 results.append({"target": name, "examples": examples, "method": method} | found)
                 path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
                 print(json.dumps(results[-1]), flush=True)
@@ -92,6 +97,52 @@ def mine(options: argparse.Namespace, name: str, method: str, given: Path, relev
         "peak_gib": [cost["peak_memory_gib"]["host"] for cost in costs],
         "summary": {key: value for key, value in costs[-1]["summary"].items() if key != "template"},
     }
+
+
+def take_turns(options: argparse.Namespace, target: str, examples: int, relevant: set[str]) -> dict[str, Any]:
+    """Let the first rows of a target take rows of the pool in turns, by what one run of rds read for all targets."""
+    from p2d_cli.core.subset_selection import round_robin
+
+    out, columns, start = options.out / "rds", [], 0
+    if not (out / "manifest.json").exists():
+        embed_for_rds(options, out)
+    for name, query, _ in options.target:
+        rows = Path(query).read_text(encoding="utf-8").count("\n")
+        columns += range(start, start + min(examples, rows)) if name == target else []
+        start += rows
+    order = round_robin(np.ascontiguousarray(np.load(options.out / "likeness.npy")[:, columns]))
+    ids = pq.read_table(out / "pool_scores.parquet", columns=["id"])["id"].to_pylist()
+    best = order[: len(relevant)]
+    precision = sum(ids[row] in relevant for row in best) / len(relevant)
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        "precision": precision,
+        "relevant": len(relevant),
+        "kept": len(relevant),
+        "kept_precision": precision,
+        "kept_recall": precision,
+        "tokens": [manifest["tokens"]],
+        "seconds": [manifest["seconds"]],
+        "peak_gib": [manifest["peak_memory_gib"]["host"]],
+    }
+
+
+def embed_for_rds(options: argparse.Namespace, out: Path) -> None:
+    """Run rds with the rows of all targets, and keep how like each of them every row of the pool is."""
+    from p2d_cli.config import MineDataConfig, resolve
+    from p2d_cli.methods.row_method import RowScores
+    from p2d_cli.methods.rows.rds import Rds
+    from p2d_cli.stages.mine_data import run
+
+    def score(method: Rds) -> RowScores:
+        np.save(options.out / "likeness.npy", method._likeness_MQ)
+        return method_score(method)
+
+    given = options.out / "all.jsonl"
+    given.write_text("".join(Path(query).read_text(encoding="utf-8") for _, query, _ in options.target), "utf-8")
+    method_score, Rds.score = Rds.score, score  # type: ignore[method-assign]
+    flags = {"model": options.model, "pool": options.pool, "target": str(given), "method": "rds", "out": out}
+    run(resolve(MineDataConfig, flags=flags, environ={}))
 
 
 def p2d(options: argparse.Namespace, stage: str, *words: str, out: Path) -> dict[str, Any]:
