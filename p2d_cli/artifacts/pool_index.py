@@ -1,15 +1,17 @@
 """An index of a pool: what its rows make of some heads, which no target changes, so that a second target reads none.
 
 A folder: `index.json`, written last, and shards, each two NumPy files that are memory-mapped: `<number>.outputs.npy`,
-float16 [n, K, d], and `<number>.rows.npy`, the rows' digests, uint64 [n, 2]. Rows are only ever added, a shard at a
+float16 [n, K, P, d], and `<number>.rows.npy`, the rows' digests, uint64 [n, 2]. Rows are only ever added, a shard at a
 time; a shard that was being written when a process died is not listed, and written over. In `users` each artifact that
 was made with the index has an empty file, by its key.
 
-Axes: n rows of a shard, N rows of the index, M rows asked for, K heads in (layer, head) order, d head_dim.
+Axes: n rows of a shard, N rows of the index, M rows asked for, K heads in (layer, head) order, P places (answer and
+prompt), d head_dim.
 """
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.flushing import flush_directory, flush_file
 from p2d_cli.artifacts.locking import write_lock
-from p2d_cli.artifacts.readings import Digests, find_rows
+from p2d_cli.artifacts.readings import PLACES, Digests, find_rows
 from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 
 INDEX_NAME = "index.json"
@@ -139,7 +141,7 @@ class PoolIndex:
     @property
     def row_bytes(self) -> int:
         """Bytes that a row takes."""
-        return len(self._described.heads) * self._described.head_dim * FLOAT16 + 16
+        return math.prod(self._shape) * FLOAT16 + self._rows_N2.itemsize * 2
 
     def find(self, digests_M2: Digests) -> NDArray[np.int64]:
         """Return where in the index each of these rows stands, -1 for one that is not there."""
@@ -148,8 +150,8 @@ class PoolIndex:
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.float16]]]:
         """Yield the outputs of each shard, with the places of its rows."""
         start = 0
-        for shard, outputs_nKd in zip(self.shards, self._outputs, strict=True):
-            yield slice(start, start + shard.rows), outputs_nKd
+        for shard, outputs_nKPd in zip(self.shards, self._outputs, strict=True):
+            yield slice(start, start + shard.rows), outputs_nKPd
             start += shard.rows
 
     @contextmanager
@@ -172,22 +174,22 @@ class PoolIndex:
                 self._write(self._described)
             yield
 
-    def add(self, digests_n2: Digests, outputs_nKd: NDArray[Any], *, seconds: float, tokens: int, by: str) -> None:
+    def add(self, digests_n2: Digests, outputs_nKPd: NDArray[Any], *, seconds: float, tokens: int, by: str) -> None:
         """Write a shard.
 
         Raises:
             DataError: an output is too large for float16.
         """
         with np.errstate(over="ignore"):
-            halves_nKd = outputs_nKd.astype(np.float16)
-        if not np.isfinite(halves_nKd).all():
+            halves_nKPd = outputs_nKPd.astype(np.float16)
+        if not np.isfinite(halves_nKPd).all():
             raise DataError(
                 f"--index {self.folder}: a head of this model puts out values beyond those of float16",
                 hint="leave --index out",
             )
         name = f"{len(self.shards):05}"
         digests = {}
-        for part, array in (("outputs", halves_nKd), ("rows", digests_n2)):
+        for part, array in (("outputs", halves_nKPd), ("rows", digests_n2)):
             path = self.folder / f"{name}.{part}.npy"
             aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npy")
             np.save(aside, array, allow_pickle=False)
@@ -246,8 +248,8 @@ class PoolIndex:
         return noted | {shard.by for shard in self.shards}
 
     @property
-    def _shape(self) -> tuple[int, int]:
-        return len(self._described.heads), self._described.head_dim
+    def _shape(self) -> tuple[int, int, int]:
+        return len(self._described.heads), PLACES, self._described.head_dim
 
     @cached_property
     def _rows_N2(self) -> Digests:

@@ -3,7 +3,7 @@
 Rows are known by a digest of what a template shows of them; what else decides a reading (model, tokenizer, template,
 precision) has a digest of its own, the context, and readings of another context are of no use.
 
-Axes: n rows, K heads in (layer, head) order, d head_dim.
+Axes: n rows, K heads in (layer, head) order, P places (answer and prompt), d head_dim.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from p2d_cli.errors import ArtifactError
 
 READINGS_NAME = "readings.safetensors"
 _METADATA_KEY = "p2d"
+PLACES = 2
+"""Heads are read over a row's answer, and over its prompt."""
 Digests = NDArray[np.uint64]
 """128 bits a row, `[n, 2]`."""
 
 
 @dataclass(frozen=True)
 class Readings:
-    """Mean outputs of some heads over the answers of rows."""
+    """Mean outputs of some heads over the answers and over the prompts of rows."""
 
     context: str
     digests_n2: Digests
-    outputs_nKd: NDArray[np.float32]
+    outputs_nKPd: NDArray[np.float32]
     heads_LH: NDArray[np.bool_]
     """The heads, bool [L, H]."""
     targets: int = 0
@@ -41,7 +43,7 @@ class Readings:
 
     def of(self, heads_LH: NDArray[np.bool_]) -> Readings:
         """Return the readings of some of the heads alone."""
-        return replace(self, outputs_nKd=self.outputs_nKd[:, heads_LH[self.heads_LH]], heads_LH=heads_LH)
+        return replace(self, outputs_nKPd=self.outputs_nKPd[:, heads_LH[self.heads_LH]], heads_LH=heads_LH)
 
     @property
     def sample_n2(self) -> Digests:
@@ -70,7 +72,7 @@ def save_readings(folder: Path, readings: Readings) -> None:
     save_file(
         {
             "digests": np.ascontiguousarray(readings.digests_n2),
-            "outputs": np.ascontiguousarray(readings.outputs_nKd, dtype=np.float32),
+            "outputs": np.ascontiguousarray(readings.outputs_nKPd, dtype=np.float32),
             "heads": np.ascontiguousarray(readings.heads_LH),
         },
         folder / READINGS_NAME,
@@ -95,10 +97,10 @@ def load_readings(folder: Path) -> Readings | None:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as problem:
         raise ArtifactError(f"{path} cannot be read: {problem}", hint="rerun p2d score-heads") from None
     fits = (
-        (digests.dtype, digests.ndim, outputs.dtype, outputs.ndim) == (np.uint64, 2, np.float32, 3)
+        (digests.dtype, digests.ndim, outputs.dtype, outputs.ndim) == (np.uint64, 2, np.float32, 4)
         and heads.dtype == np.bool_
         and digests.shape == (len(outputs), 2)
-        and outputs.shape[1] == heads.sum()
+        and outputs.shape[1:3] == (heads.sum(), PLACES)
         and 0 <= targets <= len(outputs)
     )
     if not fits or not np.isfinite(outputs).all():

@@ -1,15 +1,17 @@
 """Telling a task's rows from other rows by what single attention heads put out, and weighing all rows by that.
 
-p2d's own. Each head gets a linear readout of its mean output over a row's completion: the direction in which the
-target's rows lie from a sample of the pool, in units of the pool's own spread (Fisher's linear discriminant, with the
-covariance of the pool sample, shrunk towards its mean variance). A row's affinity is the mean over the chosen heads of
-their standardised readouts, so that no head counts more for being loud. Nothing is tuned, nothing iterates: the fit is
-one small eigenvalue problem a head.
+p2d's own. Each head gets a linear readout of its mean output over a row's answer, and another over its prompt: the
+direction in which the target's rows lie from a sample of the pool, in units of the pool's own spread (Fisher's linear
+discriminant, with the covariance of the pool sample, shrunk towards its mean variance). A row's affinity is the mean
+over the chosen heads of their standardised readouts, so that no head counts more for being loud. Nothing is tuned,
+nothing iterates: the fit is one small eigenvalue problem a head and place.
 
 The pool sample holds rows of the task itself, in the share that the pool has; that shifts all means alike, and
 changes directions by a factor only.
 
-Axes: Q target rows, M background rows (a sample of the pool), B rows, K heads in (layer, head) order, d head_dim.
+Axes: Q target rows, M background rows (a sample of the pool), B rows, K heads in (layer, head) order, d head_dim,
+P places: answer and prompt, or the answer alone, for which the axis may be left out; J = K * P readings, those of a
+head side by side.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from p2d_cli.errors import DataError, NonFiniteError
 SHRINKAGE = 0.4
 """See `shrinkage_for`; found on five targets of a mixed pool, with 2 to 64 target rows and 250 and 1,000 others."""
 MOST_SHRINKAGE = 0.9
+SHARES = (0.7, 0.3)
+"""How much the readouts of answer and prompt count. Half for the prompt is better with 64 target rows, worse with 8."""
 FOLDS = 8
 _SILENT = 1e-14
 """Of a head's mean square, a variance that is nothing but rounding."""
@@ -37,19 +41,21 @@ _HEADS_AT_A_TIME = 64  # whose outputs are held in float64
 class Background:
     """What the pool is like to each head: the centre of its outputs, and the axes and variances of their covariance."""
 
-    centre_Kd: NDArray[np.float64]
-    axes_Kdd: NDArray[np.float64]
+    centre_Jd: NDArray[np.float64]
+    axes_Jdd: NDArray[np.float64]
     """In columns."""
-    variances_Kd: NDArray[np.float64]
-    dims_K: NDArray[np.int64]
+    variances_Jd: NDArray[np.float64]
+    dims_J: NDArray[np.int64]
     """Size of each head; outputs of smaller ones are filled up with zeros, which changes no readout."""
+    places: int
+    """P."""
     rows: float
     """How many rows of equal weight would tell as much."""
 
     @classmethod
     def of(
         cls,
-        outputs_MKd: ArrayLike,
+        outputs_MKPd: ArrayLike,
         weights_M: NDArray[np.float64] | None = None,
         *,
         dims_K: NDArray[np.int64] | None = None,
@@ -57,7 +63,7 @@ class Background:
         """Take a sample of the pool, in which each row may stand for another number of rows.
 
         Args:
-            outputs_MKd: mean head outputs, M at least 2.
+            outputs_MKPd: mean head outputs, M at least 2.
             weights_M: how many rows of the pool each stands for; all for the same without it.
             dims_K: size of each head, d without it.
 
@@ -65,20 +71,21 @@ class Background:
             DataError: fewer than two rows.
             NonFiniteError: an output is nan or infinite.
         """
-        outputs = _checked(outputs_MKd, "pool rows", fewest=2)
+        outputs, places = _checked(outputs_MKPd, "pool rows", fewest=2)
         weights = np.ones(len(outputs)) if weights_M is None else weights_M
         shares_M = weights / weights.sum()
-        centre_Kd = np.einsum("M,MKd->Kd", shares_M, outputs)
-        rows_KMd = (outputs - centre_Kd).transpose(1, 0, 2)
-        covariance_Kdd = (rows_KMd * shares_M[:, None]).transpose(0, 2, 1) @ rows_KMd
-        variances_Kd, axes_Kdd = np.linalg.eigh(covariance_Kdd)
-        loudness_K1 = np.einsum("M,MKd->K", shares_M, outputs**2)[:, None]
-        size = outputs.shape[2]
+        centre_Jd = np.einsum("M,MJd->Jd", shares_M, outputs)
+        rows_JMd = (outputs - centre_Jd).transpose(1, 0, 2)
+        covariance_Jdd = (rows_JMd * shares_M[:, None]).transpose(0, 2, 1) @ rows_JMd
+        variances_Jd, axes_Jdd = np.linalg.eigh(covariance_Jdd)
+        loudness_J1 = np.einsum("M,MJd->J", shares_M, outputs**2)[:, None]
+        _, readings, size = outputs.shape
         return cls(
-            centre_Kd=centre_Kd,
-            axes_Kdd=axes_Kdd,
-            variances_Kd=np.where(variances_Kd > _SILENT * loudness_K1, variances_Kd, 0.0),
-            dims_K=np.full(outputs.shape[1], size) if dims_K is None else dims_K,
+            centre_Jd=centre_Jd,
+            axes_Jdd=axes_Jdd,
+            variances_Jd=np.where(variances_Jd > _SILENT * loudness_J1, variances_Jd, 0.0),
+            dims_J=np.full(readings, size) if dims_K is None else np.repeat(dims_K, places),
+            places=places,
             rows=1 / float((shares_M**2).sum()),
         )
 
@@ -87,70 +94,76 @@ class Background:
 class Readout:
     """A fitted readout of K heads."""
 
-    weights_Kd: NDArray[np.float64]
-    offsets_K: NDArray[np.float64]
+    weights_Jd: NDArray[np.float64]
+    offsets_J: NDArray[np.float64]
+    places: int
 
-    def values(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
-        """Return each head's standardised readout, float64 `[B, K]`: mean 0, variance 1 over the background."""
-        outputs = np.asarray(outputs_BKd, dtype=np.float64)
-        return np.asarray(np.einsum("BKd,Kd->BK", outputs, self.weights_Kd) - self.offsets_K)
+    def values(self, outputs_BKPd: ArrayLike) -> NDArray[np.float64]:
+        """Return each head's readout, float64 `[B, K]`.
 
-    def affinity(self, outputs_BKd: ArrayLike) -> NDArray[np.float64]:
+        It is the mean, by `SHARES`, of those of its places, each with mean 0 and variance 1 over the background.
+        """
+        outputs, _ = _by_reading(outputs_BKPd)
+        values_BJ = np.einsum("BJd,Jd->BJ", outputs, self.weights_Jd) - self.offsets_J
+        shares_P = np.array(SHARES[: self.places])
+        return np.asarray(values_BJ.reshape(len(outputs), -1, self.places) @ (shares_P / shares_P.sum()))
+
+    def affinity(self, outputs_BKPd: ArrayLike) -> NDArray[np.float64]:
         """Return the mean readout over heads, float64 `[B]`; higher is more like the target."""
-        return np.asarray(self.values(outputs_BKd).mean(axis=1))
+        return np.asarray(self.values(outputs_BKPd).mean(axis=1))
 
 
-def shrinkage_for(dims_K: NDArray[np.int64], background_rows: float, target_rows: int) -> NDArray[np.float64]:
-    """Return the share of each head's covariance that its mean variance takes the place of, `[K]`, in (0, 0.9].
+def shrinkage_for(dims_J: NDArray[np.int64], background_rows: float, target_rows: int) -> NDArray[np.float64]:
+    """Return the share of each reading's covariance that its mean variance takes the place of, `[J]`, in (0, 0.9].
 
     `0.4 * (sqrt(d / M) + sqrt(1 / Q))`: about proportional to how wrong a covariance of size d from M rows is (the
     spread of its eigenvalues, Marchenko and Pastur 1967), and a mean of Q rows in units of their own spread. Ledoit
     and Wolf's shrinkage and OAS know the first alone, and shrink too little for few target rows; held-out target rows,
     as few as they are, choose none that is better than chance.
     """
-    shrinkage_K = SHRINKAGE * (np.sqrt(dims_K / background_rows) + math.sqrt(1 / target_rows))
-    return np.asarray(np.minimum(shrinkage_K, MOST_SHRINKAGE))
+    shrinkage_J = SHRINKAGE * (np.sqrt(dims_J / background_rows) + math.sqrt(1 / target_rows))
+    return np.asarray(np.minimum(shrinkage_J, MOST_SHRINKAGE))
 
 
 def fit_readout(
-    target_QKd: ArrayLike, background: Background, *, shrinkage: float | NDArray[np.float64] | None = None
+    target_QKPd: ArrayLike, background: Background, *, shrinkage: float | NDArray[np.float64] | None = None
 ) -> Readout:
-    """Fit one linear discriminant a head.
+    """Fit one linear discriminant a head and place.
 
     Args:
-        target_QKd: mean head outputs of the target's rows, Q at least 1.
+        target_QKPd: mean head outputs of the target's rows, Q at least 1.
         background: the same heads' on a sample of the pool.
-        shrinkage: share of the covariance that is replaced by its mean variance, in (0, 1], for all heads or each; by
-            default that of `shrinkage_for`.
+        shrinkage: share of the covariance that is replaced by its mean variance, in (0, 1], for all readings or each;
+            by default that of `shrinkage_for`.
 
     Raises:
         DataError: no target rows.
         NonFiniteError: an output is nan or infinite.
     """
-    target = _checked(target_QKd, "target rows", fewest=1)
+    target, _ = _checked(target_QKPd, "target rows", fewest=1)
     if shrinkage is None:
-        shrinkage = shrinkage_for(background.dims_K, background.rows, len(target))
-    shrinkage_K1 = np.broadcast_to(shrinkage, len(background.dims_K))[:, None]
-    variances_Kd = background.variances_Kd
-    mean_K1 = (variances_Kd.sum(axis=1) / background.dims_K)[:, None]
+        shrinkage = shrinkage_for(background.dims_J, background.rows, len(target))
+    shrinkage_J1 = np.broadcast_to(shrinkage, len(background.dims_J))[:, None]
+    variances_Jd = background.variances_Jd
+    mean_J1 = (variances_Jd.sum(axis=1) / background.dims_J)[:, None]
     # A head that never varies has the identity for its covariance.
-    shrunk_Kd = (1 - shrinkage_K1) * variances_Kd + shrinkage_K1 * np.where(mean_K1 > 0, mean_K1, 1.0)
-    shift_Kd = np.einsum("Kde,Kd->Ke", background.axes_Kdd, target.mean(axis=0) - background.centre_Kd)
-    along_Kd = shift_Kd / shrunk_Kd
-    deviation_K = np.sqrt((along_Kd**2 * variances_Kd).sum(axis=1))
+    shrunk_Jd = (1 - shrinkage_J1) * variances_Jd + shrinkage_J1 * np.where(mean_J1 > 0, mean_J1, 1.0)
+    shift_Jd = np.einsum("Jde,Jd->Je", background.axes_Jdd, target.mean(axis=0) - background.centre_Jd)
+    along_Jd = shift_Jd / shrunk_Jd
+    deviation_J = np.sqrt((along_Jd**2 * variances_Jd).sum(axis=1))
     # A head that puts out the same for all rows has no direction: its readout is 0.
-    scale_K = np.divide(1.0, deviation_K, out=np.zeros_like(deviation_K), where=deviation_K > 0)
-    weights_Kd = np.einsum("Kde,Ke->Kd", background.axes_Kdd, along_Kd) * scale_K[:, None]
-    return Readout(weights_Kd, (background.centre_Kd * weights_Kd).sum(axis=1))
+    scale_J = np.divide(1.0, deviation_J, out=np.zeros_like(deviation_J), where=deviation_J > 0)
+    weights_Jd = np.einsum("Jde,Je->Jd", background.axes_Jdd, along_Jd) * scale_J[:, None]
+    return Readout(weights_Jd, (background.centre_Jd * weights_Jd).sum(axis=1), background.places)
 
 
-def held_out_affinity(target_QKd: ArrayLike, background: Background, *, folds: int = FOLDS) -> NDArray[np.float64]:
+def held_out_affinity(target_QKPd: ArrayLike, background: Background, *, folds: int = FOLDS) -> NDArray[np.float64]:
     """Return each target row's affinity by a readout that was fitted without it, float64 `[Q]`.
 
     That is how a row of the task scores that the readout has not seen, such as one in the pool.
 
     Args:
-        target_QKd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
+        target_QKPd: as for `fit_readout`; Q at least 2. Row `i` is in fold `i % folds`.
         background: likewise.
         folds: parts that are left out in turn, at most Q of them.
 
@@ -158,7 +171,8 @@ def held_out_affinity(target_QKd: ArrayLike, background: Background, *, folds: i
         DataError: fewer than two target rows.
         NonFiniteError: an output is nan or infinite.
     """
-    target = _checked(target_QKd, "target rows, to score each by the others", fewest=2)
+    target = np.asarray(target_QKPd, dtype=np.float64)
+    _checked(target, "target rows, to score each by the others", fewest=2)
     affinity_Q = np.empty(len(target))
     for is_out_Q in _folds(len(target), folds):
         affinity_Q[is_out_Q] = fit_readout(target[~is_out_Q], background).affinity(target[is_out_Q])
@@ -192,7 +206,7 @@ class Area:
 
 
 def held_out_area(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None, level: float = 0.95
+    target_QKPd: ArrayLike, background_MKPd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None, level: float = 0.95
 ) -> Area:
     """Return how well all heads together tell a target row that they have not seen from background rows.
 
@@ -201,8 +215,8 @@ def held_out_area(
     where all of a few rows lie on top (Wilson 1927).
 
     Args:
-        target_QKd: as for `fit_readout`; Q at least 2.
-        background_MKd: mean head outputs of a sample of the pool, M at least 4.
+        target_QKPd: as for `fit_readout`; Q at least 2.
+        background_MKPd: mean head outputs of a sample of the pool, M at least 4.
         dims_K: as for `Background.of`.
         level: of the interval.
 
@@ -210,7 +224,7 @@ def held_out_area(
         DataError: too few rows.
         NonFiniteError: an output is nan or infinite.
     """
-    target, rows = np.asarray(target_QKd, dtype=np.float64), np.asarray(background_MKd, dtype=np.float64)
+    target, rows = np.asarray(target_QKPd, dtype=np.float64), np.asarray(background_MKPd, dtype=np.float64)
     require_halves(len(target), len(rows))
     above: list[float] = []
     for half in (0, 1):
@@ -228,15 +242,15 @@ def held_out_area(
 
 
 def separation(
-    target_QKd: ArrayLike, background_MKd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None
+    target_QKPd: ArrayLike, background_MKPd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
     """Return how well each head alone tells target rows from background rows that its readout was not fitted on.
 
     Both sets of rows are halved; the readout of one half is judged on the other, and the other way round.
 
     Args:
-        target_QKd: as for `fit_readout`, in random order; Q at least 2.
-        background_MKd: as for `held_out_area`.
+        target_QKPd: as for `fit_readout`, in random order; Q at least 2.
+        background_MKPd: as for `held_out_area`.
         dims_K: as for `Background.of`.
 
     Returns:
@@ -246,16 +260,16 @@ def separation(
         DataError: too few rows for two halves.
         NonFiniteError: an output is nan or infinite.
     """
-    target, background = np.asarray(target_QKd), np.asarray(background_MKd)
+    target, background = np.asarray(target_QKPd), np.asarray(background_MKPd)
     require_halves(len(target), len(background))
-    dims_K = np.full(target.shape[1], target.shape[2]) if dims_K is None else dims_K
+    dims_K = np.full(target.shape[1], target.shape[-1]) if dims_K is None else dims_K
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
     return np.concatenate([_separation(target[:, block], background[:, block], dims_K[block]) for block in blocks])
 
 
-def _separation(target_QKd: ArrayLike, background_MKd: ArrayLike, dims_K: NDArray[np.int64]) -> NDArray[np.float64]:
-    target = np.asarray(target_QKd, dtype=np.float64)
-    background = np.asarray(background_MKd, dtype=np.float64)
+def _separation(target_QKPd: ArrayLike, background_MKPd: ArrayLike, dims_K: NDArray[np.int64]) -> NDArray[np.float64]:
+    target = np.asarray(target_QKPd, dtype=np.float64)
+    background = np.asarray(background_MKPd, dtype=np.float64)
     areas = []
     for half in (0, 1):
         readout = fit_readout(target[half::2], Background.of(background[half::2], dims_K=dims_K))
@@ -292,12 +306,19 @@ def require_halves(target: int, background: int) -> None:
         )
 
 
-def _checked(outputs: ArrayLike, what: str, *, fewest: int) -> NDArray[np.float64]:
-    found = np.asarray(outputs, dtype=np.float64)
+def _by_reading(outputs_nKPd: ArrayLike) -> tuple[NDArray[np.float64], int]:
+    """Return the outputs as `[n, J, d]`, and P."""
+    found = np.asarray(outputs_nKPd, dtype=np.float64)
+    places = found.shape[2] if found.ndim == 4 else 1
+    return found.reshape(len(found), found.shape[1] * places, found.shape[-1]), places
+
+
+def _checked(outputs: ArrayLike, what: str, *, fewest: int) -> tuple[NDArray[np.float64], int]:
+    found, places = _by_reading(outputs)
     if len(found) < fewest:
         raise DataError(f"expected at least {fewest} {what}, found {len(found)}", hint="give more rows")
     if not np.isfinite(found).all():
         raise NonFiniteError(
             "reading head outputs: expected finite numbers, found nan or infinity", hint="try --dtype float32"
         )
-    return found
+    return found, places

@@ -324,26 +324,28 @@ class ModelReader(Reader):
         return query_mask_BT, self.pad_flags([episode.segment_ids for episode in episodes], -1)
 
     def head_outputs(self, chosen: Sequence[EncodedExample], heads_LH: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Return the mean output of the heads over each answer's tokens, float32 `[B, K, d]`.
+        """Return the mean output of the heads over each answer's tokens, and over the prompt's, float32 `[B, K, 2, d]`.
 
-        There the heads relate answer to prompt, which tells tasks apart whose prompts look alike. The forward pass
-        ends at the deepest layer that has one of these heads.
+        Behind the prompt the heads relate answer to prompt, which tells tasks apart whose prompts look alike. The
+        forward pass ends at the deepest layer that has one of these heads.
         """
         import torch
 
         from p2d_cli.modeling.head_outputs import mean_head_outputs
 
         input_ids_BT = self.pad([example.input_ids for example in chosen])
-        token_mask_BT = self.pad_flags([_answer_mask(example) for example in chosen], 0)
-        outputs_BKd = mean_head_outputs(
+        masks = [_answer_mask(example) for example in chosen]
+        answer_BT = self.pad_flags(masks, 0)
+        prompt_BT = self.pad_flags([[1 - is_answer for is_answer in mask] for mask in masks], 0)
+        outputs_BKPd = mean_head_outputs(
             self.model,
             self.layout,
             heads_by_layer(heads_LH),
             input_ids_BT,
             torch.ones_like(input_ids_BT),
-            token_mask_BT,
+            torch.stack([answer_BT, prompt_BT], dim=1),
         )
-        return np.asarray(outputs_BKd)
+        return np.asarray(outputs_BKPd)
 
     # --- passes
 

@@ -1,6 +1,6 @@
 """The passes that methods and stages share: answers behind prompts, likelihoods of completions, outputs of heads.
 
-Legend: B rows of a batch, K heads in (layer, head) order, d head_dim.
+Legend: B rows of a batch, K heads in (layer, head) order, P places (answer and prompt), d head_dim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.artifacts.digests import digest_json
 from p2d_cli.artifacts.journal import pack_texts, unpack_texts
-from p2d_cli.artifacts.readings import Digests
+from p2d_cli.artifacts.readings import PLACES, Digests
 from p2d_cli.core.geometry import depth_of
 from p2d_cli.core.turns import TurnFrame
 from p2d_cli.data.prompts import EncodedExample
@@ -114,7 +114,9 @@ def head_outputs_pass(
     keep: Callable[[Arrays], Arrays] | None = None,
     **options: Any,
 ) -> Pass:
-    """Return a pass that gives the mean output of the heads on each row's answer, float32 `[B, K, d]`, as `outputs`.
+    """Return a pass that gives the mean output of the heads on each row's answer and prompt, as `outputs`.
+
+    They are float32 `[B, K, 2, d]`.
 
     Args:
         reader: knows how large a head is.
@@ -123,7 +125,7 @@ def head_outputs_pass(
         keep: what is kept of a batch in place of the outputs, which then need no room.
         options: see `Pass`.
     """
-    each = int(heads_LH.sum()) * int(reader.shape.dims(heads_LH).max()) * FLOAT32
+    each = int(heads_LH.sum()) * PLACES * int(reader.shape.dims(heads_LH).max()) * FLOAT32
 
     def read(model: ModelReader, batch: list[int]) -> Arrays:
         return {"outputs": model.head_outputs([examples[row] for row in batch], heads_LH)}

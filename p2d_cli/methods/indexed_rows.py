@@ -1,6 +1,6 @@
 """Rows of a pool whose readings lie in an index: only those that it lacks are read, and are added to it.
 
-Legend: M rows to choose from, n rows that are read, K heads, d head_dim.
+Legend: M rows to choose from, n rows that are read, K heads, P places, d head_dim.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.pool_index import PoolIndex
-from p2d_cli.artifacts.readings import Digests
+from p2d_cli.artifacts.readings import PLACES, Digests
 from p2d_cli.core.readout import Readout
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.reader import ModelReader
@@ -96,7 +96,7 @@ class IndexedRows:
         dims_K = reader.shape.dims(self._heads_LH)
         for chunk in self._task.chunks():
             rows = np.flatnonzero(lacking_M[chunk.places])
-            outputs_nKd = np.empty((len(rows), len(dims_K), dims_K.max()), dtype=np.float16)
+            outputs_nKPd = np.empty((len(rows), len(dims_K), PLACES, dims_K.max()), dtype=np.float16)
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
             is_known_n = known.is_known_M[chunk.start + rows]
             unread = np.flatnonzero(~is_known_n)
@@ -110,22 +110,22 @@ class IndexedRows:
                     self._heads_LH,
                     work="read rows",
                     part=chunk.part,
-                    take=scatter(outputs_nKd, "outputs", unread),
+                    take=scatter(outputs_nKPd, "outputs", unread),
                     name=lambda row, records=records: records[row].where,
                 )
             if rows.size and isinstance(reader, ModelReader):  # and not one that only counts
                 places = np.searchsorted(known.sample, chunk.start + rows[is_known_n])
-                outputs_nKd[is_known_n] = known.background(self._heads_LH)[places]
-                self._add(self._digests_M2[chunk.start + rows], outputs_nKd, *before)
+                outputs_nKPd[is_known_n] = known.background(self._heads_LH)[places]
+                self._add(self._digests_M2[chunk.start + rows], outputs_nKPd, *before)
 
-    def _add(self, digests_n2: Digests, outputs_nKd: NDArray[np.float16], seconds: float, tokens: int) -> None:
+    def _add(self, digests_n2: Digests, outputs_nKPd: NDArray[np.float16], seconds: float, tokens: int) -> None:
         """Add rows to the index; `seconds` and `tokens` are those spent before they were read."""
         job, reader = self._task.job, self._task.reader
         assert isinstance(reader, ModelReader), "rows were read"
         spent, read = job.timer.seconds.get("score", 0.0) - seconds, reader.tokens - tokens
         with job.timer.phase("save"):
             distributed.from_main(
-                lambda: self._index.add(digests_n2, outputs_nKd, seconds=spent, tokens=read, by=job.key)
+                lambda: self._index.add(digests_n2, outputs_nKPd, seconds=spent, tokens=read, by=job.key)
             )
             self._index.reload()
 
@@ -144,9 +144,9 @@ class IndexedRows:
         if (places_M < 0).any():
             return found_M
         with self._task.job.timer.phase("score"):
-            for block, outputs_nKd in self._index.blocks():
+            for block, outputs_nKPd in self._index.blocks():
                 here = np.flatnonzero((places_M >= block.start) & (places_M < block.stop))
-                found_M[here] = readout().affinity(outputs_nKd)[places_M[here] - block.start]
+                found_M[here] = readout().affinity(outputs_nKPd)[places_M[here] - block.start]
         return found_M
 
 

@@ -3,7 +3,7 @@
 What scoring the heads has read of them is taken from the heads artifact, as far as it was read with the same model and
 shown in the same way; only the others are read.
 
-Legend: n all of these rows, Q of them the target's, M rows to choose from, K heads, d head_dim.
+Legend: n all of these rows, Q of them the target's, M rows to choose from, K heads, P places, d head_dim.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KnownRows:
             self._draw(kept)
             records = [*task.target, *task.pool.take(task.pool.places(self.sample))]
             at_n = np.full(len(records), -1) if kept is None else kept.find(digests_of(records))
-        self._outputs = {row: kept.outputs_nKd[at] for row, at in enumerate(at_n) if kept is not None and at >= 0}
+        self._outputs = {row: kept.outputs_nKPd[at] for row, at in enumerate(at_n) if kept is not None and at >= 0}
         self.found = len(self._outputs)
         is_known_n = at_n >= 0
         if task.readings_planned:  # what is to score the heads will keep them
@@ -105,7 +105,7 @@ class KnownRows:
         return self._task.reader.shape.dims(heads_LH)
 
     def target(self, heads_LH: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Return what these of the heads put out on the target's rows, `[Q, K, d]`."""
+        """Return what these of the heads put out on the target's rows, `[Q, K, P, d]`."""
         return self._of(heads_LH, range(len(self._task.target)))
 
     def background(self, heads_LH: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -116,4 +116,4 @@ class KnownRows:
     def _of(self, heads_LH: NDArray[np.bool_], rows: range) -> NDArray[np.float32]:
         outputs = np.stack([self._outputs[row] for row in rows])
         # Smaller heads are filled up with zeros to the largest of those that were read together.
-        return outputs[:, heads_LH[self._heads_LH], : self.dims(heads_LH).max()]
+        return outputs[:, heads_LH[self._heads_LH], :, : self.dims(heads_LH).max()]

@@ -9,7 +9,8 @@ though most of the target's rows are more like the target. In a pool whose look-
 No row is read twice: a heads artifact keeps what its heads made of the target's rows and of a sample of the pool
 (`methods.known_rows`), an index what heads of the first layers made of a pool (`methods.indexed_rows`).
 
-Legend: B rows of a batch, Q target rows, M rows to choose from, S rows of the sample, K heads, d head_dim.
+Legend: B rows of a batch, Q target rows, M rows to choose from, S rows of the sample, K heads, P places,
+d head_dim.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
 
 FEWEST_READ_ON, MOST_READ_ON = 0.04, 3
 """At least so much of the pool is read on, and at most so many times the rows that may be kept, if that is more."""
-FIRST_LEVEL = 0.02
+FIRST_LEVEL = 0.002
 """Between these bounds, all rows but so small a share of the task's are read on."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""
@@ -248,11 +249,11 @@ class ReadoutMethod(RowMethod):
         near = sorted(self._near)
         if self._first_LH is None or not near:
             return self._sample_background(self._deep_LH)
-        sample_SKd = self._known.background(self._deep_LH)
-        outputs_SKd = np.concatenate([sample_SKd, np.stack([self._near[row] for row in near])])
+        sample_SKPd = self._known.background(self._deep_LH)
+        outputs_SKPd = np.concatenate([sample_SKPd, np.stack([self._near[row] for row in near])])
         share = NEAR_WEIGHT * len(near) / (len(near) + NEAR_HALF)
-        weights_S = np.repeat([(1 - share) / len(sample_SKd), share / len(near)], [len(sample_SKd), len(near)])
-        return Background.of(outputs_SKd, weights_S, dims_K=self._known.dims(self._deep_LH))
+        weights_S = np.repeat([(1 - share) / len(sample_SKPd), share / len(near)], [len(sample_SKPd), len(near)])
+        return Background.of(outputs_SKPd, weights_S, dims_K=self._known.dims(self._deep_LH))
 
     @property
     def _sets_floor(self) -> bool:

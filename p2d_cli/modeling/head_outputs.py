@@ -1,6 +1,6 @@
 """What chosen heads say about a text: their outputs before the output projection mixes them, averaged over tokens.
 
-Axes: B batch, T tokens, K chosen heads in (layer, head) order, d head_dim.
+Axes: B batch, T tokens, K chosen heads in (layer, head) order, P places, d head_dim.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def mean_head_outputs(
     heads: Mapping[int, Sequence[int]],
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor,
-    token_mask_BT: Tensor,
+    token_masks_BPT: Tensor,
 ) -> Tensor:
-    """Read a batch up to the deepest layer of `heads`, and average each head's output over tokens of each row.
+    """Read a batch up to the deepest layer of `heads`, and average each head's output over some tokens of each row.
 
     A head's output is what the output projection reads in the head's columns, so that it works for every attention
     kernel and family whose layout is known.
@@ -39,14 +39,15 @@ def mean_head_outputs(
         heads: layer -> its heads to read, of K heads in all.
         input_ids_BT: token ids.
         attention_mask_BT: all ones will do, and be faster, where the padding is on the right, which no token looks at.
-        token_mask_BT: `[B, T]`, 1 for the tokens to average over. A row without any has the output 0.
+        token_masks_BPT: for each place, such as the answer, 1 for the tokens to average over. Where there is none, the
+            output is 0.
 
     Returns:
-        `[B, K, d]` float32 on the CPU; where layers differ in head size, d is that of the largest of these heads, and
-        the outputs of the smaller ones are filled up with zeros.
+        `[B, K, P, d]` float32 on the CPU; where layers differ in head size, d is that of the largest of these heads,
+        and the outputs of the smaller ones are filled up with zeros.
     """
     plain = plain_model(model)
-    weight_BT = token_mask_BT / token_mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    weights_BPT = token_masks_BPT / token_masks_BPT.sum(dim=2, keepdim=True).clamp(min=1)
     chosen = {layer: tuple(sorted(heads[layer])) for layer in sorted(heads) if heads[layer]}
     largest = max(layout[layer].heads.head_dim for layer in chosen)
     means: dict[int, Tensor] = {}
@@ -54,11 +55,12 @@ def mean_head_outputs(
     def read(layer: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
         output_BTE: Tensor = arguments[0]
         columns = torch.tensor(layout[layer].o.indices(chosen[layer]), device=output_BTE.device)
-        weights = weight_BT.to(device=output_BTE.device, dtype=output_BTE.dtype)
+        weights = weights_BPT.to(device=output_BTE.device, dtype=output_BTE.dtype)
         # Averaged in the model's precision with fp32 accumulation inside the product, a matrix product a row.
-        mean_BE = torch.bmm(weights[:, None], output_BTE)[:, 0]
-        means_BKd = mean_BE[:, columns].float().reshape(len(mean_BE), len(chosen[layer]), -1).cpu()
-        means[layer] = functional.pad(means_BKd, (0, largest - means_BKd.shape[2]))
+        means_BPE = torch.bmm(weights, output_BTE)
+        batch, places, _ = means_BPE.shape
+        means_BPKd = means_BPE[:, :, columns].float().reshape(batch, places, len(chosen[layer]), -1).cpu()
+        means[layer] = functional.pad(means_BPKd.transpose(1, 2), (0, largest - means_BPKd.shape[3]))
         if layer == max(chosen):
             raise ForwardStopped
 

@@ -255,9 +255,9 @@ def _readings(inputs: _Inputs, heads: HeadScores, found: Readings | None) -> Rea
 
 def _sureness(readings: Readings, target: int, shape: HeadGeometry) -> dict[str, Any]:
     """Return how well the reading heads together tell the target's rows from others, with an interval."""
-    outputs_nKd = readings.outputs_nKd
+    outputs_nKPd = readings.outputs_nKPd
     dims_K = shape.dims(readings.heads_LH)
-    found = held_out_area(outputs_nKd[:target], outputs_nKd[target:], dims_K=dims_K)
+    found = held_out_area(outputs_nKPd[:target], outputs_nKPd[target:], dims_K=dims_K)
     return {"area": found.value, "area_low": found.low, "area_high": found.high}
 
 

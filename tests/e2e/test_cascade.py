@@ -26,7 +26,7 @@ from p2d_cli.modeling.layouts import model_layout
 
 POOL, TARGET, SAMPLE, COUNT = 160, 12, 40, 10
 READ_ON = 3 * COUNT
-FLOOR_OF_FIRST = 0.02
+FLOOR_OF_FIRST = 0.002
 SHAPE = (4, 8)
 
 
@@ -121,7 +121,7 @@ def records_in(path):
 
 
 def read_alone(tiny_folder, path):
-    """What every head puts out on each row, read one at a time, `[n, L, H, d]`."""
+    """What every head puts out on each row's answer and prompt, read one at a time, `[n, L, H, 2, d]`."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     tokenizer, template = AutoTokenizer.from_pretrained(tiny_folder), PromptTemplate("plain")
     layout = model_layout(model)
@@ -130,27 +130,36 @@ def read_alone(tiny_folder, path):
     for record in records_in(path):
         example = template.encode_example(tokenizer, record, 1024)
         ids = torch.tensor([example.input_ids])
-        tokens = (torch.arange(ids.shape[1]) >= example.answer_start).long()[None]
-        outputs.append(mean_head_outputs(model, layout, heads, ids, torch.ones_like(ids), tokens)[0].numpy())
-    return np.stack(outputs).reshape(len(outputs), *SHAPE, -1).astype(float)
+        is_answer = (torch.arange(ids.shape[1]) >= example.answer_start).long()
+        places = torch.stack([is_answer, 1 - is_answer])[None]
+        outputs.append(mean_head_outputs(model, layout, heads, ids, torch.ones_like(ids), places)[0].numpy())
+    return np.stack(outputs).reshape(len(outputs), *SHAPE, 2, -1).astype(float)
 
 
 def readout(target, background, weights):
-    """Affinity of a row `[K, d]` by discriminants that are fitted by solving, head by head."""
+    """Affinity of a row `[K, 2, d]` by discriminants that are fitted by solving, head by head and place by place."""
     directions, offsets = [], []
     many = weights.sum() ** 2 / (weights**2).sum()
-    for head in range(target.shape[1]):
-        seen = background[:, head]
+    places = [(head, place) for head in range(target.shape[1]) for place in (0, 1)]
+    for at in places:
+        seen = background[:, *at]
         centre = np.average(seen, axis=0, weights=weights)
         covariance = np.cov(seen.T, aweights=weights, ddof=0)
         size = len(centre)
         share = min(0.4 * (np.sqrt(size / many) + np.sqrt(1 / len(target))), 0.9)
         shrunk = (1 - share) * covariance + share * np.trace(covariance) / size * np.eye(size)
-        direction = np.linalg.solve(shrunk, target[:, head].mean(axis=0) - centre)
+        direction = np.linalg.solve(shrunk, target[:, *at].mean(axis=0) - centre)
         direction /= np.sqrt(direction @ covariance @ direction)
         directions.append(direction)
         offsets.append(direction @ centre)
-    return lambda row: np.mean([row[head] @ directions[head] - offsets[head] for head in range(len(directions))])
+
+    def affinity(row):
+        values = [
+            row[at] @ direction - offset for at, direction, offset in zip(places, directions, offsets, strict=True)
+        ]
+        return np.mean([0.7 * answer + 0.3 * prompt for answer, prompt in zip(values[::2], values[1::2], strict=True)])
+
+    return affinity
 
 
 def held_out(target, background, weights):
@@ -171,7 +180,7 @@ def floor(values, level):
 
 
 class Plain:
-    """Both stages over rows `[n, L, H, d]` that were read alone, with a sample of the pool, bool [n]."""
+    """Both stages over rows `[n, L, H, 2, d]` that were read alone, with a sample of the pool, bool [n]."""
 
     def __init__(self, target, pool, readers, is_sample, most=READ_ON, fewest=0):
         first, deep = readers

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from p2d_cli.artifacts.readings import Readings
+from p2d_cli.artifacts.readings import PLACES, Readings
 from p2d_cli.core.readout import require_halves, separation
 from p2d_cli.data.episodes import duplicate_groups
 from p2d_cli.data.records import Record
@@ -32,14 +32,14 @@ class Readout(HeadMethod):
         with task.job.timer.phase("prepare"):
             self._background = self._draw_background()
             require_halves(len(self._target), len(self._background))
-        self._outputs = np.empty((0, 0, 0), dtype=np.float32)
+        self._outputs = np.empty((0, 0, 0, 0), dtype=np.float32)
 
     def passes(self) -> Iterator[Pass]:
         """Read each row once."""
         reader, rows = self.task.reader, [*self._target, *self._background]
         examples = reader.examples(rows)
         shape = reader.shape
-        self._outputs = np.empty((len(rows), shape.total_heads, shape.head_dim), dtype=np.float32)
+        self._outputs = np.empty((len(rows), shape.total_heads, PLACES, shape.head_dim), dtype=np.float32)
         yield head_outputs_pass(
             reader,
             examples,
@@ -60,7 +60,7 @@ class Readout(HeadMethod):
         readings = Readings(
             context=context_of(self.task.reader),
             digests_n2=digests_of(rows),
-            outputs_nKd=self._outputs,
+            outputs_nKPd=self._outputs,
             heads_LH=shape.exists_LH,
             targets=target,
             pool=self.task.job.inputs.entries["pool"].digest,

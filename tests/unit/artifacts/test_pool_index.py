@@ -26,7 +26,7 @@ def opened(folder, **changed):
 def some_rows(count, seed):
     rng = np.random.default_rng(seed)
     digests = rng.integers(0, 2**64, size=(count, 2), dtype=np.uint64)
-    return digests, rng.normal(size=(count, len(HEADS), D)).astype(np.float32)
+    return digests, rng.normal(size=(count, len(HEADS), 2, D)).astype(np.float32)
 
 
 def add(index, count, seed, *, by="k", seconds=1.0, tokens=10):

@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from p2d_cli.artifacts.readings import READINGS_NAME, Readings, find_rows, load_readings, save_readings
+from p2d_cli.artifacts.readings import PLACES, READINGS_NAME, Readings, find_rows, load_readings, save_readings
 from p2d_cli.errors import ArtifactError
 
 N, D = 6, 3
@@ -19,9 +19,9 @@ def heads_LH():
 @pytest.fixture
 def readings(heads_LH):
     rng = np.random.default_rng(0)
-    outputs_nKd = rng.normal(size=(N, int(heads_LH.sum()), D)).astype(np.float32)
+    outputs_nKPd = rng.normal(size=(N, int(heads_LH.sum()), PLACES, D)).astype(np.float32)
     digests_n2 = rng.integers(0, 2**64, size=(N, 2), dtype=np.uint64)
-    return Readings("abc", digests_n2, outputs_nKd, heads_LH, targets=2, pool="def")
+    return Readings("abc", digests_n2, outputs_nKPd, heads_LH, targets=2, pool="def")
 
 
 def test_they_come_back_as_they_were_saved(tmp_path, readings):
@@ -29,7 +29,7 @@ def test_they_come_back_as_they_were_saved(tmp_path, readings):
     found = load_readings(tmp_path)
     assert (found.context, found.targets, found.pool) == ("abc", 2, "def")
     np.testing.assert_array_equal(found.sample_n2, readings.digests_n2[2:])
-    for name in ("digests_n2", "outputs_nKd", "heads_LH"):
+    for name in ("digests_n2", "outputs_nKPd", "heads_LH"):
         one, other = getattr(found, name), getattr(readings, name)
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
@@ -50,7 +50,7 @@ def test_the_readings_of_some_heads_are_theirs(readings, heads_LH):
     some_LH = heads_LH.copy()
     some_LH[0, 0] = some_LH[2, 2] = False
     some = readings.of(some_LH)
-    np.testing.assert_array_equal(some.outputs_nKd, readings.outputs_nKd[:, [1, 2]])
+    np.testing.assert_array_equal(some.outputs_nKPd, readings.outputs_nKPd[:, [1, 2]])
     np.testing.assert_array_equal(some.heads_LH, some_LH)
     assert (some.context, some.targets, some.pool) == (readings.context, readings.targets, readings.pool)
 
@@ -94,10 +94,11 @@ def resave(folder, **changed):
         {"digests": np.zeros((N - 1, 2), dtype=np.uint64)},
         {"digests": np.zeros((N, 3), dtype=np.uint64)},
         {"digests": np.zeros((N, 2), dtype=np.int64)},
-        {"outputs": np.zeros((N, 3, D), dtype=np.float32)},
-        {"outputs": np.zeros((N, 4), dtype=np.float32)},
-        {"outputs": np.zeros((N, 4, D), dtype=np.float16)},
-        {"outputs": np.full((N, 4, D), np.nan, dtype=np.float32)},
+        {"outputs": np.zeros((N, 3, PLACES, D), dtype=np.float32)},
+        {"outputs": np.zeros((N, 4, 1, D), dtype=np.float32)},
+        {"outputs": np.zeros((N, 4, D), dtype=np.float32)},
+        {"outputs": np.zeros((N, 4, PLACES, D), dtype=np.float16)},
+        {"outputs": np.full((N, 4, PLACES, D), np.nan, dtype=np.float32)},
         {"heads": np.ones((3, 3), dtype=np.bool_)},
         {"heads": np.ones((2, 2), dtype=np.uint8)},
     ],
@@ -118,7 +119,7 @@ def test_a_damaged_file_is_refused(tmp_path, readings, damage):
     if damage == "no tensor":
         resave(tmp_path, heads=None)
     elif damage == "no context":
-        save_file({"digests": readings.digests_n2, "outputs": readings.outputs_nKd, "heads": readings.heads_LH}, path)
+        save_file({"digests": readings.digests_n2, "outputs": readings.outputs_nKPd, "heads": readings.heads_LH}, path)
     else:
         path.write_bytes({"cut": whole[:-8], "empty": b"", "junk": b"junk" * 20}[damage])
     with pytest.raises(ArtifactError, match="cannot be read") as problem:

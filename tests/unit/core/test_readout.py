@@ -41,8 +41,8 @@ def test_directions_are_those_of_the_linear_discriminant(rows):
         # Two classes with the background's covariance each, whose means lie as far apart as ours.
         both = np.concatenate([background[:, head], background[:, head] + shift])
         oracle = LinearDiscriminantAnalysis(solver="lsqr").fit(both, np.repeat([0, 1], len(background)))
-        cosine = oracle.coef_[0] @ readout.weights_Kd[head]
-        cosine /= np.linalg.norm(oracle.coef_) * np.linalg.norm(readout.weights_Kd[head])
+        cosine = oracle.coef_[0] @ readout.weights_Jd[head]
+        cosine /= np.linalg.norm(oracle.coef_) * np.linalg.norm(readout.weights_Jd[head])
         assert cosine == pytest.approx(1, abs=1e-9)
 
 
@@ -210,10 +210,40 @@ def test_a_small_head_among_large_ones_has_the_readout_that_it_has_alone():
     together = fit_readout(target, Background.of(background, dims_K=dims_K))
     alone = fit_readout(target[:, 1:2, :5], Background.of(background[:, 1:2, :5]))
     np.testing.assert_allclose(together.values(target)[:, 1], alone.values(target[:, 1:2, :5])[:, 0], rtol=1e-10)
-    np.testing.assert_array_equal(together.weights_Kd[1, 5:], 0.0)
+    np.testing.assert_array_equal(together.weights_Jd[1, 5:], 0.0)
     areas = separation(target, background, dims_K=dims_K)
     assert areas[1] == separation(target[:, 1:2, :5], background[:, 1:2, :5])[0]
     held_out = held_out_affinity(target[:, 1:2], Background.of(background[:, 1:2], dims_K=dims_K[1:2]))
     np.testing.assert_allclose(
         held_out, held_out_affinity(target[:, 1:2, :5], Background.of(background[:, 1:2, :5])), rtol=1e-10
     )
+
+
+def test_a_heads_readout_is_the_mean_of_those_of_answer_and_prompt(rows):
+    target, background = rows
+    rng = np.random.default_rng(3)
+    mixing = rng.normal(size=(D, D))
+    both = [np.stack([part, (part + rng.normal(size=part.shape)) @ mixing], axis=2) for part in (target, background)]
+    told = Background.of(both[1])
+    found = fit_readout(both[0], told).values(both[0])
+    alone = [
+        fit_readout(both[0][:, :, place], Background.of(both[1][:, :, place])).values(both[0][:, :, place])
+        for place in (0, 1)
+    ]
+    np.testing.assert_allclose(found, 0.7 * alone[0] + 0.3 * alone[1])
+    areas = separation(*both)
+    assert areas.shape == (K,)
+    np.testing.assert_allclose(separation(both[0][:, 2:3], both[1][:, 2:3]), areas[2:3])
+    without = both[0].copy(), both[1].copy()
+    for part in without:
+        part[:, :, 1] = 0.0  # rows without prompts
+    np.testing.assert_allclose(fit_readout(without[0], Background.of(without[1])).values(without[0]), 0.7 * alone[0])
+
+
+def test_a_small_head_is_small_at_both_places():
+    rng = np.random.default_rng(0)
+    target, background = rng.normal(0.5, 1, size=(20, 3, 2, 8)), rng.normal(size=(60, 3, 2, 8))
+    target[:, 1, :, 5:] = background[:, 1, :, 5:] = 0.0
+    together = fit_readout(target, Background.of(background, dims_K=np.array([8, 5, 8]))).values(target)
+    alone = fit_readout(target[:, 1:2, :, :5], Background.of(background[:, 1:2, :, :5])).values(target[:, 1:2, :, :5])
+    np.testing.assert_allclose(together[:, 1], alone[:, 0], rtol=1e-10)

@@ -31,7 +31,7 @@ def drawn(records, kept, pool="this"):
 
 
 def readings(records, *, targets=0, pool="this"):
-    outputs = np.zeros((len(records), 1, 1), dtype=np.float32)
+    outputs = np.zeros((len(records), 1, 2, 1), dtype=np.float32)
     return Readings("context", digests_of(records), outputs, HEADS_LH, targets=targets, pool=pool)
 
 

@@ -47,12 +47,20 @@ def eager_outputs(model, layout, ids, mask, tokens_BT):
     return torch.stack(rows)
 
 
+def answers(model, layout, heads, ids, mask, tokens):
+    """Outputs at a single place, `[B, K, d]`."""
+    return mean_head_outputs(model, layout, heads, ids, mask, tokens[:, None])[:, :, 0]
+
+
 def test_outputs_are_attention_times_values(tiny_model, token_ids, family, mask):
     model, ids = tiny_model(family), token_ids(B, T) * mask
     layout = model_layout(model)
     heads = {layer.layer: range(layer.heads.num_heads) for layer in layout}
     tokens = mask * (token_ids(B, T, seed=1) % 2) | (mask.sum(dim=1, keepdim=True) == 1) * mask
-    found = mean_head_outputs(model, layout, heads, ids, mask, tokens)
+    everything = torch.ones_like(tokens)
+    both = mean_head_outputs(model, layout, heads, ids, mask, torch.stack([tokens, everything], dim=1))
+    found = both[:, :, 0]
+    assert torch.equal(both[:, :, 1], answers(model, layout, heads, ids, mask, everything))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, eager_outputs(model, layout, ids, mask, tokens), atol=1e-5, rtol=1e-5)
 
@@ -60,7 +68,7 @@ def test_outputs_are_attention_times_values(tiny_model, token_ids, family, mask)
 def test_a_row_without_tokens_to_average_is_zero(tiny_model, token_ids):
     model, ids = tiny_model("llama"), token_ids(2, T)
     tokens = torch.stack([torch.ones(T), torch.zeros(T)]).long()
-    found = mean_head_outputs(model, model_layout(model), {0: (0,)}, ids, torch.ones_like(ids), tokens)
+    found = answers(model, model_layout(model), {0: (0,)}, ids, torch.ones_like(ids), tokens)
     assert found[0].any()
     assert not found[1].any()
 
@@ -69,27 +77,27 @@ def test_padding_on_the_right_needs_no_attention_mask(tiny_model, token_ids, fam
     model, ids = tiny_model(family), token_ids(B, T)
     layout, heads = model_layout(model), {0: (0, 2), 1: (1,)}
     mask = (torch.arange(T) < torch.tensor([[9], [6], [1]])).long()
-    masked = mean_head_outputs(model, layout, heads, ids, mask, mask)
-    unmasked = mean_head_outputs(model, layout, heads, ids, torch.ones_like(ids), mask)
+    masked = answers(model, layout, heads, ids, mask, mask)
+    unmasked = answers(model, layout, heads, ids, torch.ones_like(ids), mask)
     torch.testing.assert_close(unmasked, masked, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_is_the_rounding(tiny_model, token_ids, family):
     model, ids = tiny_model(family), token_ids(B, T)
     layout, heads, ones = model_layout(model), {0: (1, 3), 1: (0,)}, torch.ones(B, T, dtype=torch.long)
-    exact = mean_head_outputs(model, layout, heads, ids, ones, ones)
-    rounded = mean_head_outputs(model.to(torch.bfloat16), layout, heads, ids, ones, ones)
+    exact = answers(model, layout, heads, ids, ones, ones)
+    rounded = answers(model.to(torch.bfloat16), layout, heads, ids, ones, ones)
     assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
 def test_chosen_heads_come_in_order_and_nothing_runs_behind_them(tiny_model, token_ids, family):
     model, ids = tiny_model(family, **({"n_layer": 3} if family == "gpt2" else layers(family))), token_ids(B, T)
     layout, ones = model_layout(model), torch.ones(B, T, dtype=torch.long)
-    everything = mean_head_outputs(model, layout, {layer: range(4) for layer in range(3)}, ids, ones, ones)
+    everything = answers(model, layout, {layer: range(4) for layer in range(3)}, ids, ones, ones)
     ran = []
     for layer in layout:
         model.get_submodule(layer.module).register_forward_hook(lambda *_, layer=layer: ran.append(layer.layer))
-    some = mean_head_outputs(model, layout, {1: (3, 0), 0: (2,), 2: ()}, ids, ones, ones)
+    some = answers(model, layout, {1: (3, 0), 0: (2,), 2: ()}, ids, ones, ones)
     assert torch.equal(some, everything[:, [2, 4, 7]])
     assert ran == [0]  # layer 1 was left in front of its output projection
     model(ids)
