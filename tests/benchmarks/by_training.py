@@ -81,7 +81,8 @@ class Bench:
     def stage(self, module: Any, config: Any, name: str, flags: Row) -> Path:
         out: Path = self.out / name
         if not (out / "manifest.json").exists():
-            module.run(resolve(config, flags=flags | {"model": self.options.model, "out": out}, environ={}))
+            words = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+            module.run(resolve(config, flags=words | {"model": self.options.model, "out": out}, environ={}))
         return out
 
     def target(self, name: str, query: list[Row]) -> None:
@@ -139,12 +140,13 @@ class Bench:
         return TfidfVectorizer(sublinear_tf=True).fit_transform(texts).toarray()
 
     def readings(self, rows: list[Row]) -> NDArray[np.float64]:
-        """Return what the heads of the first layers put out, each head's deviations from its mean at one scale."""
+        """Return what the heads of the first layers put out, the deviations from each one's mean at one scale."""
         shape = self.reader.shape
         heads = select_readers(np.zeros(shape.exists_LH.shape), "auto", shape.exists_LH, shape.layers).shallow_LH
         outputs = head_outputs(self.reader, self.records(rows), heads).astype(np.float64)
         outputs -= outputs.mean(axis=0)
-        return (outputs / np.sqrt((outputs**2).mean(axis=(0, 2), keepdims=True))).reshape(len(rows), -1)
+        loudness = np.sqrt((outputs**2).mean(axis=(0, 3), keepdims=True))
+        return (outputs / np.maximum(loudness, 1e-12)).reshape(len(rows), -1)
 
     def states(self, rows: list[Row]) -> NDArray[np.float64]:
         ids = [example.input_ids for example in self.reader.examples(self.records(rows))]
@@ -173,7 +175,7 @@ class Bench:
         )
         flags = {"adapter": trained, "data": held_out, "metric": ("perplexity",)}
         judged = self.stage(evaluate, EvalConfig, f"{name}-judged", flags)
-        metrics = json.loads((judged / "metrics.json").read_text())["metrics"]
+        metrics = json.loads((judged / "metrics.json").read_text())
         seconds = json.loads((trained / "manifest.json").read_text())["seconds"]["train"]
         self.results.append(where | {"perplexity": metrics["perplexity"]["value"], "seconds": seconds})
         self.path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the readout's constants come from: shrinkage, near misses, the floor, and how many rows are read on.
+"""What the readout's constants come from: shrinkage, prompts, near misses, the floor, and how many rows are read on.
 
     python tests/benchmarks/readout_rules.py --model MODEL --pool POOL --target NAME QUERY RELEVANCE [--target ...]
         --out OUT [--every 1] [--examples 2 4 8 64] [--draws 3]
@@ -9,6 +9,7 @@ setting would read on by those of the first two thirds; both stay in OUT, and wh
 number of examples is drawn `--draws` times, one behind the other. OUT/rules.json holds precision at R for
 
 - `first`: heads of the first layers, by shrinkage: fixed, OAS, Ledoit and Wolf's, p2d's rule; 250 or 1,000 other rows
+- `prompt`: heads of the first layers, and two stages, by how much what they put out over the prompt counts
 - `deep`: two stages, by the weight of the rows that are read on in the background: of all of them, or of near misses
 - `floor`: precision and recall above the floor, by a quantile of held-out target rows and by Student's bound
 - `read_on`: share of the pool and of the relevant rows that pass a floor by the first heads, by level; and the area
@@ -18,9 +19,10 @@ number of examples is drawn `--draws` times, one behind the other. OUT/rules.jso
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.covariance import OAS, LedoitWolf
 
+from p2d_cli.artifacts.readings import PLACES
 from p2d_cli.config import MineDataConfig, resolve
 from p2d_cli.core.geometry import HeadGeometry
 from p2d_cli.core.head_selection import select_readers
@@ -47,7 +50,8 @@ from p2d_cli.engine.stage_run import RunOptions, StageRun
 
 FIXED = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5)
-LEVELS = (0.1, 0.05, 0.02, 0.01)
+PROMPTS = (0.0, 0.15, 0.3, 0.5, 1.0)
+LEVELS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 SAMPLES = (250, 1000)
 Results = dict[str, list[dict[str, Any]]]
 
@@ -60,7 +64,7 @@ class Bench:
     names: list[str]
     relevant: dict[str, NDArray[np.bool_]]
     first: NDArray[Any]
-    """What the heads of the first layers put out on all rows, `[N, K, d]`."""
+    """What the heads of the first layers put out on all rows, over answer and prompt, `[N, K, 2, d]`."""
     first_LH: NDArray[np.bool_]
     targets: dict[str, NDArray[np.float32]]
     """What all heads of the first two thirds of the layers put out."""
@@ -161,7 +165,7 @@ def read(
 def head_outputs(reader: ModelReader, rows: Any, heads_LH: NDArray[np.bool_]) -> NDArray[np.float16]:
     examples = reader.examples(rows)
     batches = token_batches([len(example.input_ids) for example in examples], token_budget=reader.token_budget)
-    outputs = np.empty((len(rows), int(heads_LH.sum()), reader.shape.head_dim), dtype=np.float16)
+    outputs = np.empty((len(rows), int(heads_LH.sum()), PLACES, reader.shape.head_dim), dtype=np.float16)
     for number, batch in enumerate(batches):
         outputs[batch] = reader.head_outputs([examples[row] for row in batch], heads_LH)
         if number % 20 == 0:
@@ -182,16 +186,35 @@ def judge_first(bench: Bench, rows: NDArray[np.float32], where: dict[str, Any], 
     for count in SAMPLES:
         seen = bench.first[bench.sample[:count]].astype(np.float64)
         background = Background.of(seen)
-        rules = {f"{share}": np.full(seen.shape[1], share) for share in FIXED}
+        by_reading = seen.reshape(len(seen), -1, seen.shape[-1])
+        rules = {f"{share}": np.full(by_reading.shape[1], share) for share in FIXED}
         for name, estimator in (("OAS", OAS), ("Ledoit-Wolf", LedoitWolf)):
             rules[name] = np.array(
-                [max(estimator().fit(seen[:, head]).shrinkage_, 1e-6) for head in range(seen.shape[1])]
+                [max(estimator().fit(by_reading[:, at]).shrinkage_, 1e-6) for at in range(by_reading.shape[1])]
             )
-        rules["rule"] = shrinkage_for(background.dims_K, background.rows, len(target))
+        rules["rule"] = shrinkage_for(background.dims_J, background.rows, len(target))
         for name, shrinkage in rules.items():
             scores = fit_readout(target, background, shrinkage=shrinkage).affinity(bench.first)
             figures = {"sample": count, "shrinkage": name, "precision": precision_at_r(scores, relevant)}
             results["first"].append(where | figures)
+    seen = bench.first[bench.sample[: min(SAMPLES)]]
+    for share, scores in by_prompt(target, Background.of, seen, bench.first):
+        figures = {"stage": "first", "prompt": share, "precision": precision_at_r(scores, relevant)}
+        results["prompt"].append(where | figures)
+
+
+def by_prompt(
+    target: NDArray[np.float32],
+    background: Callable[[NDArray[np.float32]], Background],
+    seen: NDArray[np.float32],
+    rows: NDArray[np.float32],
+) -> Iterator[tuple[float, NDArray[np.float64]]]:
+    """Give the affinities of rows for each share of the prompt."""
+    answer, prompt = (
+        fit_readout(target[:, :, place], background(seen[:, :, place])).affinity(rows[:, :, place]) for place in (0, 1)
+    )
+    for share in PROMPTS:
+        yield share, (1 - share) * answer + share * prompt
 
 
 def judge_deep(
@@ -233,6 +256,13 @@ def judge_deep(
             figures = {"background": name, "weight": weight, "precision": precision_at_r(scores, relevant)}
             results["deep"].append(where | figures | {"recall": float(relevant[best].sum() / relevant.sum())})
             if (name, weight) == ("near misses", 0.3):
+                seen = np.concatenate([known[:, chosen], outputs[local]])
+                told_by = functools.partial(Background.of, weights_M=np.maximum(weights, 1e-12))
+                for prompt, found in by_prompt(target, told_by, seen, outputs):
+                    scores[best] = found
+                    figures = {"stage": "deep", "prompt": prompt, "precision": precision_at_r(scores, relevant)}
+                    results["prompt"].append(where | figures)
+                scores[best] = fit_readout(target, told).affinity(outputs)
                 judge_floor(scores, held_out_affinity(target, told), relevant, where, results)
 
 
@@ -254,6 +284,7 @@ def show(results: Results) -> None:
     """Print means over targets and draws."""
     named = {
         "first": ("sample", "shrinkage"),
+        "prompt": ("stage", "prompt"),
         "deep": ("background", "weight"),
         "floor": ("floor",),
         "read_on": ("level",),
