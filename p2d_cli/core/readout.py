@@ -29,8 +29,8 @@ from p2d_cli.errors import DataError, NonFiniteError
 SHRINKAGE = 0.4
 """See `shrinkage_for`; found on five targets of a mixed pool, with 2 to 64 target rows and 250 and 1,000 others."""
 MOST_SHRINKAGE = 0.9
-SHARES = (0.7, 0.3)
-"""How much the readouts of answer and prompt count. Half for the prompt is better with 64 target rows, worse with 8."""
+PROMPT_SHARE = 0.3
+"""The most that the readout of the prompt counts (`prompt_share`); half is better with 64 target rows, worse with 8."""
 FOLDS = 8
 _SILENT = 1e-14
 """Of a head's mean square, a variance that is nothing but rounding."""
@@ -47,8 +47,8 @@ class Background:
     variances_Jd: NDArray[np.float64]
     dims_J: NDArray[np.int64]
     """Size of each head; outputs of smaller ones are filled up with zeros, which changes no readout."""
-    places: int
-    """P."""
+    shares_P: NDArray[np.float64]
+    """How much the readout of each place counts; their sum is 1."""
     rows: float
     """How many rows of equal weight would tell as much."""
 
@@ -59,6 +59,7 @@ class Background:
         weights_M: NDArray[np.float64] | None = None,
         *,
         dims_K: NDArray[np.int64] | None = None,
+        prompt: float = PROMPT_SHARE,
     ) -> Background:
         """Take a sample of the pool, in which each row may stand for another number of rows.
 
@@ -66,6 +67,7 @@ class Background:
             outputs_MKPd: mean head outputs, M at least 2.
             weights_M: how many rows of the pool each stands for; all for the same without it.
             dims_K: size of each head, d without it.
+            prompt: how much the readout of the prompt counts, if it was read.
 
         Raises:
             DataError: fewer than two rows.
@@ -85,7 +87,7 @@ class Background:
             axes_Jdd=axes_Jdd,
             variances_Jd=np.where(variances_Jd > _SILENT * loudness_J1, variances_Jd, 0.0),
             dims_J=np.full(readings, size) if dims_K is None else np.repeat(dims_K, places),
-            places=places,
+            shares_P=np.array([1 - prompt, prompt]) if places == 2 else np.ones(1),
             rows=1 / float((shares_M**2).sum()),
         )
 
@@ -96,17 +98,16 @@ class Readout:
 
     weights_Jd: NDArray[np.float64]
     offsets_J: NDArray[np.float64]
-    places: int
+    shares_P: NDArray[np.float64]
 
     def values(self, outputs_BKPd: ArrayLike) -> NDArray[np.float64]:
         """Return each head's readout, float64 `[B, K]`.
 
-        It is the mean, by `SHARES`, of those of its places, each with mean 0 and variance 1 over the background.
+        It is the weighted mean of those of its places, each with mean 0 and variance 1 over the background.
         """
-        outputs, _ = _by_reading(outputs_BKPd)
+        outputs, places = _by_reading(outputs_BKPd)
         values_BJ = np.einsum("BJd,Jd->BJ", outputs, self.weights_Jd) - self.offsets_J
-        shares_P = np.array(SHARES[: self.places])
-        return np.asarray(values_BJ.reshape(len(outputs), -1, self.places) @ (shares_P / shares_P.sum()))
+        return np.asarray(values_BJ.reshape(len(outputs), -1, places) @ self.shares_P)
 
     def affinity(self, outputs_BKPd: ArrayLike) -> NDArray[np.float64]:
         """Return the mean readout over heads, float64 `[B]`; higher is more like the target."""
@@ -154,7 +155,31 @@ def fit_readout(
     # A head that puts out the same for all rows has no direction: its readout is 0.
     scale_J = np.divide(1.0, deviation_J, out=np.zeros_like(deviation_J), where=deviation_J > 0)
     weights_Jd = np.einsum("Jde,Je->Jd", background.axes_Jdd, along_Jd) * scale_J[:, None]
-    return Readout(weights_Jd, (background.centre_Jd * weights_Jd).sum(axis=1), background.places)
+    return Readout(weights_Jd, (background.centre_Jd * weights_Jd).sum(axis=1), background.shares_P)
+
+
+def prompt_share(
+    target_QKPd: ArrayLike, background_MKPd: ArrayLike, *, dims_K: NDArray[np.int64] | None = None
+) -> float:
+    """Return how much the readout of the prompt is to count beside that of the answer, 0 to 0.3.
+
+    Prompts that look alike whatever the task tell nothing, and would count as noise. So the share is `0.3 (2 A - 1)^2`,
+    with the area A under the ROC curve of held-out target rows by their prompts alone, as it is for normal affinities:
+    `2 A - 1 = erf(t / 2)` where they lie `t` of the pool's standard deviations above its mean.
+
+    Args:
+        target_QKPd: as for `fit_readout`. With a single row, which none is left to tell by, the share is 0.
+        background_MKPd: mean head outputs of a sample of the pool, M at least 2.
+        dims_K: as for `Background.of`.
+    """
+    target, rows = np.asarray(target_QKPd)[:, :, 1], np.asarray(background_MKPd)[:, :, 1]
+    if len(target) < 2:
+        return 0.0
+    background = Background.of(rows, dims_K=dims_K)
+    affinity_M = fit_readout(target, background).affinity(rows)
+    apart = held_out_affinity(target, background).mean() - affinity_M.mean()
+    spread = float(affinity_M.std())
+    return PROMPT_SHARE * math.erf(max(apart, 0.0) / spread / 2) ** 2 if spread else 0.0
 
 
 def held_out_affinity(target_QKPd: ArrayLike, background: Background, *, folds: int = FOLDS) -> NDArray[np.float64]:
@@ -227,8 +252,9 @@ def held_out_area(
     target, rows = np.asarray(target_QKPd, dtype=np.float64), np.asarray(background_MKPd, dtype=np.float64)
     require_halves(len(target), len(rows))
     above: list[float] = []
+    prompt = prompt_share(target, rows, dims_K=dims_K) if rows.ndim == 4 else 0.0
     for half in (0, 1):
-        background = Background.of(rows[half::2], dims_K=dims_K)
+        background = Background.of(rows[half::2], dims_K=dims_K, prompt=prompt)
         for is_out_Q in _folds(len(target), FOLDS):
             readout = fit_readout(target[~is_out_Q], background)
             low_M1 = readout.affinity(rows[1 - half :: 2])[:, None]
@@ -263,16 +289,21 @@ def separation(
     target, background = np.asarray(target_QKPd), np.asarray(background_MKPd)
     require_halves(len(target), len(background))
     dims_K = np.full(target.shape[1], target.shape[-1]) if dims_K is None else dims_K
+    prompt = prompt_share(target, background, dims_K=dims_K) if target.ndim == 4 else 0.0
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
-    return np.concatenate([_separation(target[:, block], background[:, block], dims_K[block]) for block in blocks])
+    return np.concatenate(
+        [_separation(target[:, block], background[:, block], dims_K[block], prompt) for block in blocks]
+    )
 
 
-def _separation(target_QKPd: ArrayLike, background_MKPd: ArrayLike, dims_K: NDArray[np.int64]) -> NDArray[np.float64]:
+def _separation(
+    target_QKPd: ArrayLike, background_MKPd: ArrayLike, dims_K: NDArray[np.int64], prompt: float
+) -> NDArray[np.float64]:
     target = np.asarray(target_QKPd, dtype=np.float64)
     background = np.asarray(background_MKPd, dtype=np.float64)
     areas = []
     for half in (0, 1):
-        readout = fit_readout(target[half::2], Background.of(background[half::2], dims_K=dims_K))
+        readout = fit_readout(target[half::2], Background.of(background[half::2], dims_K=dims_K, prompt=prompt))
         areas.append(_area(readout.values(target[1 - half :: 2]), readout.values(background[1 - half :: 2])))
     return np.asarray(np.mean(areas, axis=0))
 

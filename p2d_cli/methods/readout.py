@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.core.readout import Background, Readout, fit_readout, floor_below, held_out_affinity
+from p2d_cli.core.readout import Background, Readout, fit_readout, floor_below, held_out_affinity, prompt_share
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.engine.passes import Arrays, Pass, scatter
 from p2d_cli.engine.readings import head_outputs_pass
@@ -71,6 +71,8 @@ class ReadoutMethod(RowMethod):
         self._near: dict[int, NDArray[np.float32]] = {}
         """What the deeper heads put out on near misses, by their positions."""
         self._truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
+        self._prompts: dict[bytes, float] = {}
+        """How much the prompt counts, by the mask of the heads that read it."""
 
     # --- what is read
 
@@ -241,7 +243,17 @@ class ReadoutMethod(RowMethod):
             return fit_readout(self._known.target(self._deep_LH), self._deep_background)
 
     def _sample_background(self, heads_LH: NDArray[np.bool_]) -> Background:
-        return Background.of(self._known.background(heads_LH), dims_K=self._known.dims(heads_LH))
+        known = self._known
+        return Background.of(known.background(heads_LH), dims_K=known.dims(heads_LH), prompt=self._prompt_of(heads_LH))
+
+    def _prompt_of(self, heads_LH: NDArray[np.bool_]) -> float:
+        """Return how much the prompt counts where these heads read."""
+        known, key = self._known, heads_LH.tobytes()
+        if key not in self._prompts:
+            self._prompts[key] = prompt_share(
+                known.target(heads_LH), known.background(heads_LH), dims_K=known.dims(heads_LH)
+            )
+        return self._prompts[key]
 
     @cached_property
     def _deep_background(self) -> Background:
@@ -253,7 +265,8 @@ class ReadoutMethod(RowMethod):
         outputs_SKPd = np.concatenate([sample_SKPd, np.stack([self._near[row] for row in near])])
         share = NEAR_WEIGHT * len(near) / (len(near) + NEAR_HALF)
         weights_S = np.repeat([(1 - share) / len(sample_SKPd), share / len(near)], [len(sample_SKPd), len(near)])
-        return Background.of(outputs_SKPd, weights_S, dims_K=self._known.dims(self._deep_LH))
+        dims_K, prompt = self._known.dims(self._deep_LH), self._prompt_of(self._deep_LH)
+        return Background.of(outputs_SKPd, weights_S, dims_K=dims_K, prompt=prompt)
 
     @property
     def _sets_floor(self) -> bool:
@@ -316,6 +329,7 @@ class ReadoutMethod(RowMethod):
         if self._near:
             rows = sorted(self._near)
             self.scores_M[rows] = self._deep.affinity(np.stack([self._near[row] for row in rows]))
+        notes["prompt_share"] = self._prompt_of(self._deep_LH)
         notes["target_affinity"] = float(self._deep.affinity(known.target(self._deep_LH)).mean())
 
 

@@ -8,8 +8,8 @@ Everything is judged by the perplexity of held-out answers after 3 epochs with 4
 OUT/by_training.json grows as results come, and what is there is not measured again. The parts:
 
 - `heads`: 96 rows that p2d mines from POOL; heads of the upper half by score, or evenly spread there
-- `above`: 64 of the rows above the floor: the top, a cover of them in words or in readings, or any
-- `single`: 100 of 1,000 rows of one task: a cover in words, mean hidden states or readings, or any; 200 held out
+- `above`: 48 of the rows above the floor: the top, a cover of them in words or in readings, or any
+- `single`: 80 of 800 rows of one task: a cover in words, mean hidden states or readings, or any; 100 held out
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from p2d_cli.engine.reader import ModelReader
 from p2d_cli.modeling.generation import mean_hidden_states
 from p2d_cli.stages import evaluate, mine_data, score_heads, train
 
-MINED, KEPT = 96, 64
-POOL_ROWS, OF_POOL, HELD_OUT = 1000, 100, 200
+MINED, KEPT = 96, 48
+POOL_ROWS, OF_POOL, HELD_OUT = 800, 80, 100
 Row = dict[str, Any]
 
 

@@ -2,7 +2,7 @@
 
 A pool of one chunk gives what it gave then, to the row, and so do many small chunks for the methods that look at one
 row at a time. `golden_mining.json` was written by that version: `python tests/contract/test_mining.py FILE`. Of it
-`readout` and `heads-readout` were written anew when shrinkage came to follow from the numbers of rows.
+`readout` and `heads-readout` were written anew when heads came to be read over the prompt too.
 """
 
 import json

@@ -24,7 +24,7 @@ class Loud(HeadMethod):
             everyone,
             work="listen to rows",
             part=self.task.part,
-            keep=lambda arrays: {"length": np.linalg.norm(arrays["outputs"].astype(float), axis=-1)},
+            keep=lambda arrays: {"length": np.linalg.norm(arrays["outputs"][:, :, 0].astype(float), axis=-1)},
             take=lambda batch, arrays: self.lengths.__setitem__(batch, arrays["length"]),
         )
 
@@ -56,14 +56,14 @@ class Quiet(HeadMethod):
         rows = self.task.others.take(range(6))
         reader = self.task.reader
         examples, everyone = reader.examples(rows), reader.shape.exists_LH
-        self.outputs = np.zeros((len(rows), everyone.sum(), reader.shape.head_dim), dtype=np.float32)
+        self.outputs = np.zeros((len(rows), everyone.sum(), 2, reader.shape.head_dim), dtype=np.float32)
         yield head_outputs_pass(
             reader, examples, everyone, work="listen to rows", take=scatter(self.outputs, "outputs")
         )
 
     def score(self):
         """Return minus the mean length."""
-        length = np.linalg.norm(self.outputs, axis=-1).mean(axis=0)
+        length = np.linalg.norm(self.outputs, axis=-1).mean(axis=(0, 2))
         return RepeatScores(self.task.reader.shape.table(-length))
 
 

@@ -136,7 +136,17 @@ def read_alone(tiny_folder, path):
     return np.stack(outputs).reshape(len(outputs), *SHAPE, 2, -1).astype(float)
 
 
-def readout(target, background, weights):
+def prompt_share(target, background):
+    """How much prompts count, by how far above the rows of the sample held-out target rows lie by their prompts."""
+    even = np.ones(len(background))
+    weigh = readout(target, background, even, share=1.0)
+    below = [weigh(row) for row in background]
+    above = held_out(target, background, even, share=1.0)
+    area = stats.norm.cdf((np.mean(above) - np.mean(below)) / np.std(below) / np.sqrt(2))
+    return 0.3 * max(2 * area - 1, 0) ** 2
+
+
+def readout(target, background, weights, share):
     """Affinity of a row `[K, 2, d]` by discriminants that are fitted by solving, head by head and place by place."""
     directions, offsets = [], []
     many = weights.sum() ** 2 / (weights**2).sum()
@@ -146,8 +156,8 @@ def readout(target, background, weights):
         centre = np.average(seen, axis=0, weights=weights)
         covariance = np.cov(seen.T, aweights=weights, ddof=0)
         size = len(centre)
-        share = min(0.4 * (np.sqrt(size / many) + np.sqrt(1 / len(target))), 0.9)
-        shrunk = (1 - share) * covariance + share * np.trace(covariance) / size * np.eye(size)
+        shrinkage = min(0.4 * (np.sqrt(size / many) + np.sqrt(1 / len(target))), 0.9)
+        shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / size * np.eye(size)
         direction = np.linalg.solve(shrunk, target[:, *at].mean(axis=0) - centre)
         direction /= np.sqrt(direction @ covariance @ direction)
         directions.append(direction)
@@ -157,17 +167,17 @@ def readout(target, background, weights):
         values = [
             row[at] @ direction - offset for at, direction, offset in zip(places, directions, offsets, strict=True)
         ]
-        return np.mean([0.7 * answer + 0.3 * prompt for answer, prompt in zip(values[::2], values[1::2], strict=True)])
+        return np.mean(np.array(values[::2]) * (1 - share) + np.array(values[1::2]) * share)
 
     return affinity
 
 
-def held_out(target, background, weights):
+def held_out(target, background, weights, share):
     """Affinities of target rows that were left out, an eighth at a time."""
     found = np.empty(len(target))
     for fold in range(min(8, len(target))):
         others = [row for place, row in enumerate(target) if place % 8 != fold]
-        weigh = readout(np.stack(others), background, weights)
+        weigh = readout(np.stack(others), background, weights, share)
         for place in range(fold, len(target), 8):
             found[place] = weigh(target[place])
     return found
@@ -185,9 +195,10 @@ class Plain:
     def __init__(self, target, pool, readers, is_sample, most=READ_ON, fewest=0):
         first, deep = readers
         sample, even = pool[is_sample], np.ones(int(is_sample.sum()))
-        weigh = readout(target[:, first], sample[:, first], even)
+        share = prompt_share(target[:, first], sample[:, first])
+        weigh = readout(target[:, first], sample[:, first], even, share)
         self.first = np.array([weigh(row[first]) for row in pool])
-        kept_out = held_out(target[:, first], sample[:, first], even)
+        kept_out = held_out(target[:, first], sample[:, first], even, share)
         above = (self.first >= floor(kept_out, FLOOR_OF_FIRST)).sum()
         self.read_on = int(min(most, max(above, fewest, np.ceil(0.04 * len(pool)))))
         self.is_best = np.zeros(len(pool), dtype=bool)
@@ -195,12 +206,13 @@ class Plain:
         self.is_near = self.is_best & (self.first < np.median(kept_out)) & ~is_sample
         near = int(self.is_near.sum())
         share = 0.3 * near / (near + 50)
+        self.prompt = prompt_share(target[:, deep], sample[:, deep])
         background = np.concatenate([sample, pool[self.is_near]])[:, deep]
         weights = np.array([(1 - share) / len(sample)] * len(sample) + [share / max(near, 1)] * near)
-        weigh = readout(target[:, deep], background, weights)
+        weigh = readout(target[:, deep], background, weights, self.prompt)
         self.scores = np.array([weigh(row[deep]) for row in pool])
         self.scores[~self.is_best] = np.nan
-        self.floor = floor(held_out(target[:, deep], background, weights), 0.05)
+        self.floor = floor(held_out(target[:, deep], background, weights, self.prompt), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +241,7 @@ def test_scores_are_those_of_a_slow_plain_version(mine, work, alone, is_sample, 
     summary = manifest_of(out)["summary"]
     assert summary["rows_read_on"] == plain.read_on == POOL - summary["rows_not_read_on"]
     assert summary["near_misses"] == plain.is_near.sum()
+    assert 0 < summary["prompt_share"] == pytest.approx(plain.prompt, abs=1e-4)
     np.testing.assert_allclose(scores_of(out), plain.scores, atol=2e-4, rtol=1e-4)
     assert summary["floor_score"] == pytest.approx(plain.floor, abs=5e-4)
     kept = min(count, int((plain.scores >= plain.floor).sum()))

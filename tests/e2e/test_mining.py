@@ -169,7 +169,7 @@ def test_skills_whose_prompts_look_alike_are_told_apart_by_their_answers(
         assert done.code == 0, done.said
         ids = pq.read_table(tmp_path / method / "subset.parquet").to_pydict()["id"]
         found[method] = np.mean([skills[row] == skill for row in ids])
-    assert found["p2d"] > 0.55 > 0.3 > found["lexical"]
+    assert found["p2d"] > 0.5 > 0.3 > found["lexical"]
 
 
 def test_no_row_below_the_floor_is_kept(mine, skills):

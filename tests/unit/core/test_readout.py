@@ -12,6 +12,7 @@ from p2d_cli.core.readout import (
     floor_below,
     held_out_affinity,
     held_out_area,
+    prompt_share,
     separation,
     shrinkage_for,
 )
@@ -224,8 +225,7 @@ def test_a_heads_readout_is_the_mean_of_those_of_answer_and_prompt(rows):
     rng = np.random.default_rng(3)
     mixing = rng.normal(size=(D, D))
     both = [np.stack([part, (part + rng.normal(size=part.shape)) @ mixing], axis=2) for part in (target, background)]
-    told = Background.of(both[1])
-    found = fit_readout(both[0], told).values(both[0])
+    found = fit_readout(both[0], Background.of(both[1], prompt=0.3)).values(both[0])
     alone = [
         fit_readout(both[0][:, :, place], Background.of(both[1][:, :, place])).values(both[0][:, :, place])
         for place in (0, 1)
@@ -233,17 +233,33 @@ def test_a_heads_readout_is_the_mean_of_those_of_answer_and_prompt(rows):
     np.testing.assert_allclose(found, 0.7 * alone[0] + 0.3 * alone[1])
     areas = separation(*both)
     assert areas.shape == (K,)
-    np.testing.assert_allclose(separation(both[0][:, 2:3], both[1][:, 2:3]), areas[2:3])
-    without = both[0].copy(), both[1].copy()
-    for part in without:
+    for part in both:
         part[:, :, 1] = 0.0  # rows without prompts
-    np.testing.assert_allclose(fit_readout(without[0], Background.of(without[1])).values(without[0]), 0.7 * alone[0])
+    assert prompt_share(*both) == 0.0
+    np.testing.assert_allclose(separation(*both), separation(both[0][:, :, 0], both[1][:, :, 0]))
+
+
+def test_the_prompt_counts_as_far_as_it_tells_held_out_target_rows(rows):
+    target, background = (np.stack([part, part], axis=2) for part in rows)
+    target[:, :, 0] = 0.0  # the answer is not asked
+    scores = held_out_affinity(target[:, :, 1], Background.of(background[:, :, 1]))
+    below = fit_readout(target[:, :, 1], Background.of(background[:, :, 1])).affinity(background[:, :, 1])
+    area = stats.norm.cdf((scores.mean() - below.mean()) / below.std() / np.sqrt(2))
+    assert 0.5 < area < 1
+    assert prompt_share(target, background) == pytest.approx(0.3 * (2 * area - 1) ** 2)
+    rng = np.random.default_rng(0)
+    assert prompt_share(rng.normal(size=(40, K, 2, D)), rng.normal(size=(300, K, 2, D))) < 0.1
+    assert prompt_share(target + 100, background) == pytest.approx(0.3)
+    assert prompt_share(target[:1] + 100, background) == 0.0
 
 
 def test_a_small_head_is_small_at_both_places():
     rng = np.random.default_rng(0)
     target, background = rng.normal(0.5, 1, size=(20, 3, 2, 8)), rng.normal(size=(60, 3, 2, 8))
     target[:, 1, :, 5:] = background[:, 1, :, 5:] = 0.0
-    together = fit_readout(target, Background.of(background, dims_K=np.array([8, 5, 8]))).values(target)
+    dims_K = np.array([8, 5, 8])
+    together = fit_readout(target, Background.of(background, dims_K=dims_K)).values(target)
     alone = fit_readout(target[:, 1:2, :, :5], Background.of(background[:, 1:2, :, :5])).values(target[:, 1:2, :, :5])
     np.testing.assert_allclose(together[:, 1], alone[:, 0], rtol=1e-10)
+    small = prompt_share(target[:, 1:2, :, :5], background[:, 1:2, :, :5])
+    assert prompt_share(target[:, 1:2], background[:, 1:2], dims_K=dims_K[1:2]) == pytest.approx(small)
