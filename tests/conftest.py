@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import gc
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 # The same examples in every run: what fails here fails everywhere.
 settings.register_profile("p2d", derandomize=True)
@@ -25,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for `composites`, beside this file
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
+_SAVEFIG = Figure.savefig
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,39 @@ def tiny_folder():
 def rows():
     """Paths of the fixture's pool, target and test rows."""
     return {name: FIXTURES / "data" / f"{name}.jsonl" for name in ("pool", "target", "test")}
+
+
+BLANK_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_pictures():
+    """Compose pictures, but do not rasterise them, which takes longer than all else that a stage does with few rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _figure, path, **_: Path(path).write_bytes(BLANK_PNG))
+        yield
+
+
+@contextlib.contextmanager
+def _draw_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _SAVEFIG)
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing():
+    """In the context that it makes they are rasterised all the same."""
+    return _draw_pictures
+
+
+@pytest.fixture
+def pictures():
+    """Rasterise them all the same."""
+    with _draw_pictures():
+        yield
 
 
 @pytest.fixture(autouse=True)

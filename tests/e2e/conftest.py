@@ -50,12 +50,13 @@ def commands(tiny_folder, few, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pipeline(p2d, commands):
-    """The folder with all artifacts of the commands, made once."""
+def pipeline(p2d, commands, drawing):
+    """The folder with all artifacts of the commands, made once, with their pictures."""
     out, steps = commands
-    for name, step in steps.items():
-        done = p2d(*step)
-        assert done.code == 0, f"{name}: {done.said}"
+    with drawing():
+        for name, step in steps.items():
+            done = p2d(*step)
+            assert done.code == 0, f"{name}: {done.said}"
     return out
 
 

@@ -13,6 +13,7 @@ from p2d_cli.errors import UnavailableError
 from p2d_cli.reporting import plots
 from p2d_cli.reporting.plots import aer_scatter, head_heatmap, loss_curve, score_histogram
 
+pytestmark = pytest.mark.usefixtures("pictures")
 SCORES_LH = np.exp(np.random.default_rng(0).normal(size=(4, 6))) * 1e-7
 SELECTED_LH = SCORES_LH > 1.5e-7
 
