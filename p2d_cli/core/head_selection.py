@@ -21,8 +21,8 @@ from p2d_cli.errors import NonFiniteError, UsageError
 
 SHALLOW_SHARE, DEEP_SHARE = 0.1, 2 / 3
 """Of the layers, those by whose heads all rows are read, and the best of them."""
-READING_SHARE = 0.1
-"""Of the heads, those that read the best rows."""
+READING_SHARE, MOST_READING, ENOUGH_ROWS = 0.1, 0.2, 16
+"""Of the heads, those that read the best rows; up to twice as many where they were chosen by fewer rows than enough."""
 FEWEST_LAYERS = 2
 """A single layer relates no word of the answer to what another one has found."""
 SHALLOW_HEADS, FEWEST_SHALLOW = 32, 8
@@ -92,12 +92,18 @@ def select_uniform(count: int, candidates_LH: NDArray[np.bool_]) -> NDArray[np.b
 
 
 def select_readers(
-    scores_LH: ArrayLike, depths: str, exists_LH: NDArray[np.bool_], groups_L: Sequence[LayerHeads]
+    scores_LH: ArrayLike,
+    depths: str,
+    exists_LH: NDArray[np.bool_],
+    groups_L: Sequence[LayerHeads],
+    *,
+    target_rows: int = ENOUGH_ROWS,
 ) -> ReadingHeads:
     """Return the heads that read rows: of the first layers all rows, of some more those that the first found best.
 
     The first are spread evenly and do not depend on scores, so that what they read serves every target; the others are
-    a tenth of the model's heads, those of the highest scores, spread over these layers.
+    a tenth of the model's heads, those of the highest scores, spread over these layers. With fewer than 16 target rows
+    they are more, a fifth with 8: what a few rows tell of each head is less sure.
 
     Args:
         scores_LH: Scores, [L, H], finite for existing heads.
@@ -105,13 +111,15 @@ def select_readers(
             of all, or more where these have few heads.
         exists_LH: Heads that there are, bool [L, H].
         groups_L: Which heads of each layer share keys and values.
+        target_rows: How many rows the scores come from.
 
     Raises:
         UsageError: the model has not so many layers, or no heads in the first ones.
     """
     shallow, deep = _depths(depths, exists_LH)
     first_LH, both_LH = (exists_LH & (np.arange(len(exists_LH)) < depth)[:, None] for depth in (shallow, deep))
-    count = min(share_count(READING_SHARE, int(exists_LH.sum())), int(both_LH.sum()))
+    share = min(READING_SHARE * max(ENOUGH_ROWS / target_rows, 1.0), MOST_READING)
+    count = min(share_count(share, int(exists_LH.sum())), int(both_LH.sum()))
     return ReadingHeads(
         shallow_LH=select_uniform(min(SHALLOW_HEADS, int(first_LH.sum())), first_LH),
         deep_LH=select_spread(scores_LH, count, both_LH, groups_L),

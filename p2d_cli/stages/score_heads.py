@@ -6,7 +6,7 @@ all. Legend: R repeats, L layers, H query heads a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
         repeats_RLH=repeats_RLH.astype(np.float32),
         method=method.name,
         geometry=shape,
-        reading=select_readers(scores_LH, config.depth, shape.exists_LH, shape.layers) if config.reads_apart else None,
+        reading=_readers(job, scores_LH, shape, found.notes) if config.reads_apart else None,
     )
     readings = _readings(inputs, heads, found.readings)
     notes = dict(found.notes)
@@ -241,6 +241,16 @@ def _require_candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> None:
             f"--ratio {config.ratio:g} asks for {budget} heads; layers {config.layers} have {there}",
             hint="name more layers, or give a smaller --ratio",
         )
+
+
+def _readers(
+    job: StageRun[ScoreHeadsConfig], scores_LH: NDArray[np.float64], shape: HeadGeometry, notes: Mapping[str, Any]
+) -> ReadingHeads:
+    """Return the heads that read rows, by scores that were found here or were given."""
+    scored = job.inputs.manifests.get("scores")
+    known = notes if scored is None else scored.summary
+    rows = {} if "rows" not in known else {"target_rows": known["rows"]}
+    return select_readers(scores_LH, job.config.depth, shape.exists_LH, shape.layers, **rows)
 
 
 def _readings(inputs: _Inputs, heads: HeadScores, found: Readings | None) -> Readings | None:

@@ -241,7 +241,11 @@ def judge_deep(
     table_LH = np.full(bench.deep_LH.shape, -np.inf)
     table_LH[bench.deep_LH] = separation(rows, known)
     readers = select_readers(
-        np.where(bench.deep_LH, table_LH, 0.0), "auto", bench.geometry.exists_LH, bench.geometry.layers
+        np.where(bench.deep_LH, table_LH, 0.0),
+        "auto",
+        bench.geometry.exists_LH,
+        bench.geometry.layers,
+        target_rows=len(rows),
     )
     chosen = readers.deep_LH[bench.deep_LH]
     outputs, target = read_deep(best)[:, chosen], rows[:, chosen]

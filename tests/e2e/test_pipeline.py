@@ -42,7 +42,7 @@ def test_heads_open_with_safetensors(pipeline):
     assert tensors["selected"].sum(axis=1).tolist() == [0, 0, 2, 2]
     assert all(tensors["selected"][layer, tensors["scores"][layer].argmax()] for layer in (2, 3))
     assert tensors["reads_all"].sum(axis=1).tolist() == [heads, heads, 0, 0]
-    assert tensors["reads_best"].sum() == -(-layers * heads // 10)
+    assert tensors["reads_best"].sum() == round(0.1 * 16 / 12 * layers * heads + 0.5)  # more, as the target has 12 rows
     assert not tensors["reads_best"][3].any()
     assert tensors["repeats"].shape == (1, layers, heads)
 

@@ -318,6 +318,15 @@ def test_readers_of_a_tenth_and_two_thirds_of_the_layers(layers, heads, depths):
     assert (found.deep_LH == expected).all()
 
 
+@pytest.mark.parametrize(("rows", "count"), [(64, 10), (16, 10), (12, 14), (8, 20), (2, 20)])
+def test_few_target_rows_have_more_readers(rows, count):
+    scores_LH = np.random.default_rng(0).random((10, 10))
+    shape = every(scores_LH), grouped(10, 10, 10)
+    found = select_readers(scores_LH, "auto", *shape, target_rows=rows)
+    assert found.deep_LH.sum() == count
+    assert (found.shallow_LH == select_readers(scores_LH, "auto", *shape).shallow_LH).all()
+
+
 def test_the_first_readers_do_not_depend_on_the_task():
     one, other = (
         select_readers(np.random.default_rng(seed).random((12, 8)), "auto", np.ones((12, 8), bool), grouped(12, 8, 4))
