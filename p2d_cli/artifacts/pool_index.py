@@ -1,9 +1,9 @@
 """An index of a pool: what its rows make of some heads, which no target changes, so that a second target reads none.
 
 A folder: `index.json`, written last, and shards, each two NumPy files that are memory-mapped: `<number>.outputs.npy`,
-float16 [n, K, P, d], and `<number>.rows.npy`, the rows' digests, uint64 [n, 2]. Rows are only ever added, a shard at a
-time; a shard that was being written when a process died is not listed, and written over. In `users` each artifact that
-was made with the index has an empty file, by its key.
+float16 [n, K, P, d], and `<number>.rows.npy`, uint64 [n, 3]: the rows' digests, and 1 for rows that were too long and
+cut. Rows are only ever added, a shard at a time; a shard that was being written when a process died is not listed, and
+written over. In `users` each artifact that was made with the index has an empty file, by its key.
 
 Axes: n rows of a shard, N rows of the index, M rows asked for, K heads in (layer, head) order, P places (answer and
 prompt), d head_dim.
@@ -34,6 +34,8 @@ INDEX_NAME = "index.json"
 SCHEMA = "p2d.index/1"
 FLOAT16 = 2
 _USERS = "users"
+_ROW_SHAPE = (3,)
+_PROBE = f".{INDEX_NAME}.probe"
 
 
 class Shard(BaseModel):
@@ -113,7 +115,7 @@ class PoolIndex:
 
     def reload(self) -> None:
         """Read again which shards there are."""
-        vars(self).pop("_rows_N2", None)
+        vars(self).pop("_rows_N3", None)
         vars(self).pop("_outputs", None)
         self._described = read_index(self.folder) or self._wanted
         found, wanted = self._described, self._wanted
@@ -141,11 +143,16 @@ class PoolIndex:
     @property
     def row_bytes(self) -> int:
         """Bytes that a row takes."""
-        return math.prod(self._shape) * FLOAT16 + self._rows_N2.itemsize * 2
+        return math.prod(self._shape) * FLOAT16 + math.prod(_ROW_SHAPE) * np.uint64().itemsize
 
     def find(self, digests_M2: Digests) -> NDArray[np.int64]:
         """Return where in the index each of these rows stands, -1 for one that is not there."""
-        return find_rows(self._rows_N2, digests_M2)
+        return find_rows(self._rows_N3[:, :2], digests_M2)
+
+    @property
+    def is_cut_N(self) -> NDArray[np.bool_]:
+        """Which of its rows were too long, and cut."""
+        return self._rows_N3[:, 2] > 0
 
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.float16]]]:
         """Yield the outputs of each shard, with the places of its rows."""
@@ -164,17 +171,26 @@ class PoolIndex:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / _PROBE).touch()
+            (self.folder / _PROBE).unlink()
         except OSError as problem:
-            raise CannotCreateError(
-                f"--index {self.folder}: {problem.strerror}", hint="choose another folder"
-            ) from None
+            raise self._cannot_be_made(problem) from None
         with write_lock(self.folder):
             self.reload()
             if not self.shards:
                 self._write(self._described)
             yield
 
-    def add(self, digests_n2: Digests, outputs_nKPd: NDArray[Any], *, seconds: float, tokens: int, by: str) -> None:
+    def add(
+        self,
+        digests_n2: Digests,
+        outputs_nKPd: NDArray[Any],
+        is_cut_n: NDArray[np.bool_],
+        *,
+        seconds: float,
+        tokens: int,
+        by: str,
+    ) -> None:
         """Write a shard.
 
         Raises:
@@ -189,7 +205,8 @@ class PoolIndex:
             )
         name = f"{len(self.shards):05}"
         digests = {}
-        for part, array in (("outputs", halves_nKPd), ("rows", digests_n2)):
+        rows_n3 = np.concatenate([digests_n2, is_cut_n[:, None].astype(np.uint64)], axis=1)
+        for part, array in (("outputs", halves_nKPd), ("rows", rows_n3)):
             path = self.folder / f"{name}.{part}.npy"
             aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npy")
             np.save(aside, array, allow_pickle=False)
@@ -208,9 +225,14 @@ class PoolIndex:
             very artifact, before it was interrupted, is its own.
         """
         users = self.folder / _USERS
-        users.mkdir(parents=True, exist_ok=True)
-        (users / key).touch()
-        count = len(self._users)
+        try:
+            users.mkdir(parents=True, exist_ok=True)
+            (users / key).touch()
+        except OSError as problem:
+            if not self.shards:
+                raise self._cannot_be_made(problem) from None
+            # An index that others keep, and that may only be read, serves all the same.
+        count = len(self._users | {key})
         shares = [(shard, 1 if shard.by == key else count) for shard in self.shards]
         seconds = sum(shard.seconds / parts for shard, parts in shares)
         return seconds, round(sum(shard.tokens / parts for shard, parts in shares)), count
@@ -222,7 +244,7 @@ class PoolIndex:
             ArtifactError: a shard is missing or damaged.
         """
         for shard in self.shards:
-            self._load(shard, "rows", np.uint64, (2,))
+            self._load(shard, "rows", np.uint64, _ROW_SHAPE)
             self._load(shard, "outputs", np.float16, self._shape)
         paths = [self.folder / f"{shard.name}.{part}.npy" for shard in self.shards for part in ("rows", "outputs")]
         return IndexFound(
@@ -240,6 +262,9 @@ class PoolIndex:
             source=self._described.source,
         )
 
+    def _cannot_be_made(self, problem: OSError) -> CannotCreateError:
+        return CannotCreateError(f"--index {self.folder}: {problem.strerror}", hint="choose another folder")
+
     @property
     def _users(self) -> set[str]:
         """Keys of the artifacts that were made with it."""
@@ -252,9 +277,9 @@ class PoolIndex:
         return len(self._described.heads), PLACES, self._described.head_dim
 
     @cached_property
-    def _rows_N2(self) -> Digests:
-        rows = [self._load(shard, "rows", np.uint64, (2,)) for shard in self.shards]
-        return np.concatenate([np.empty((0, 2), dtype=np.uint64), *rows])
+    def _rows_N3(self) -> NDArray[np.uint64]:
+        rows = [self._load(shard, "rows", np.uint64, _ROW_SHAPE) for shard in self.shards]
+        return np.concatenate([np.empty((0, *_ROW_SHAPE), dtype=np.uint64), *rows])
 
     @cached_property
     def _outputs(self) -> list[NDArray[np.float16]]:
@@ -313,8 +338,8 @@ def read_index(folder: Path) -> _Described | None:
     try:
         described = _Described.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as problem:
-        first = str(problem).splitlines()[0]
-        raise ArtifactError(f"{path} cannot be read: {first}", hint=f"remove {folder} to have it made anew") from None
+        what = problem.strerror if isinstance(problem, OSError) else "it is no description of an index"
+        raise ArtifactError(f"{path} cannot be read: {what}", hint=f"remove {folder} to have it made anew") from None
     if described.schema_ != SCHEMA:
         raise ArtifactError(f"{path} has schema {described.schema_}, this p2d knows {SCHEMA}", hint="upgrade p2d")
     return described

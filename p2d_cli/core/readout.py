@@ -333,7 +333,7 @@ def require_halves(target: int, background: int) -> None:
     if target < 2 or background < 4:
         raise DataError(
             f"expected at least 2 target rows and 4 pool rows to judge a head, found {target} and {background}",
-            hint="give more rows",
+            hint="give more rows, that differ",
         )
 
 

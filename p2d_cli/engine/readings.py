@@ -169,6 +169,14 @@ def describe_context(reader: Reader) -> dict[str, Any]:
     }
 
 
+def distinct(records: Sequence[Record]) -> tuple[Record, ...]:
+    """Return the rows without those that show a model what an earlier one shows: nothing could be held out of them."""
+    found: dict[Any, Record] = {}
+    for record in records:
+        found.setdefault(tuple(record.digest), record)
+    return tuple(found.values())
+
+
 def digests_of(records: Sequence[Record]) -> Digests:
     """Return the digests by which readings of rows are found again, `[n, 2]`."""
     return np.array([record.digest for record in records], dtype=np.uint64).reshape(-1, 2)

@@ -39,8 +39,8 @@ class IndexedRows:
         self._heads_LH = heads_LH
         self._known = known
         self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
-        self.truncated = 0
-        """Rows that were too long, of those that were added."""
+        self.truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
+        """Rows that are too long, as far as they are in the index."""
         self.notes: dict[str, Any] = {}
         """Figures for the summary."""
 
@@ -87,9 +87,12 @@ class IndexedRows:
 
     def _lacking_M(self) -> NDArray[np.bool_]:
         """Return which rows the index lacks, of equal ones the first."""
-        lacking_M = np.zeros(len(self._digests_M2), dtype=np.bool_)
-        lacking_M[np.unique(self._digests_M2, axis=0, return_index=True)[1]] = True
-        return lacking_M & (self._index.find(self._digests_M2) < 0)
+        lacking_M = self._index.find(self._digests_M2) < 0
+        if self._task.job.options.dry_run:  # where a few rows stand for many, and would be equal to them
+            return lacking_M
+        is_first_M = np.zeros(len(lacking_M), dtype=np.bool_)
+        is_first_M[np.unique(self._digests_M2, axis=0, return_index=True)[1]] = True
+        return lacking_M & is_first_M
 
     def _read(self, lacking_M: NDArray[np.bool_]) -> Iterator[Pass]:
         job, reader, known = self._task.job, self._task.reader, self._known
@@ -97,13 +100,14 @@ class IndexedRows:
         for chunk in self._task.chunks():
             rows = np.flatnonzero(lacking_M[chunk.places])
             outputs_nKPd = np.empty((len(rows), len(dims_K), PLACES, dims_K.max()), dtype=np.float16)
+            is_cut_n = np.zeros(len(rows), dtype=np.bool_)
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
             is_known_n = known.is_known_M[chunk.start + rows]
             unread = np.flatnonzero(~is_known_n)
             if unread.size:
                 records = [chunk.records[row] for row in rows[unread]]
                 examples = reader.examples(records)
-                self.truncated += sum(example.truncated > 0 for example in examples)
+                is_cut_n[unread] = [example.truncated > 0 for example in examples]
                 yield head_outputs_pass(
                     reader,
                     examples,
@@ -116,16 +120,23 @@ class IndexedRows:
             if rows.size and isinstance(reader, ModelReader):  # and not one that only counts
                 places = np.searchsorted(known.sample, chunk.start + rows[is_known_n])
                 outputs_nKPd[is_known_n] = known.background(self._heads_LH)[places]
-                self._add(self._digests_M2[chunk.start + rows], outputs_nKPd, *before)
+                self._add(self._digests_M2[chunk.start + rows], outputs_nKPd, is_cut_n, *before)
 
-    def _add(self, digests_n2: Digests, outputs_nKPd: NDArray[np.float16], seconds: float, tokens: int) -> None:
+    def _add(
+        self,
+        digests_n2: Digests,
+        outputs_nKPd: NDArray[np.float16],
+        is_cut_n: NDArray[np.bool_],
+        seconds: float,
+        tokens: int,
+    ) -> None:
         """Add rows to the index; `seconds` and `tokens` are those spent before they were read."""
         job, reader = self._task.job, self._task.reader
         assert isinstance(reader, ModelReader), "rows were read"
         spent, read = job.timer.seconds.get("score", 0.0) - seconds, reader.tokens - tokens
         with job.timer.phase("save"):
             distributed.from_main(
-                lambda: self._index.add(digests_n2, outputs_nKPd, seconds=spent, tokens=read, by=job.key)
+                lambda: self._index.add(digests_n2, outputs_nKPd, is_cut_n, seconds=spent, tokens=read, by=job.key)
             )
             self._index.reload()
 
@@ -143,6 +154,7 @@ class IndexedRows:
         places_M = self._index.find(self._digests_M2)
         if (places_M < 0).any():
             return found_M
+        self.truncated_M = self._index.is_cut_N[places_M]
         with self._task.job.timer.phase("score"):
             for block, outputs_nKPd in self._index.blocks():
                 here = np.flatnonzero((places_M >= block.start) & (places_M < block.stop))

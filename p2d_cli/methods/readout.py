@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from p2d_cli.core.readout import Background, Readout, fit_readout, floor_below, held_out_affinity, prompt_share
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.engine.passes import Arrays, Pass, scatter
-from p2d_cli.engine.readings import head_outputs_pass
+from p2d_cli.engine.readings import distinct, head_outputs_pass
 from p2d_cli.methods.indexed_rows import IndexedRows
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
@@ -51,6 +52,7 @@ class ReadoutMethod(RowMethod):
     """Fit a readout of the heads on the target's rows and a sample of the pool, and apply it to every row."""
 
     def __init__(self, task: PoolTask) -> None:
+        task = replace(task, target=distinct(task.target))
         super().__init__(task)
         assert task.heads is not None, "mine-data refuses to run this method without heads"
         reading = task.heads.reading
@@ -197,7 +199,9 @@ class ReadoutMethod(RowMethod):
         """Whether target and pool can hardly be told apart, and nobody asked for those most like the target."""
         if self.task.config.pick == "top" or not len(self._held_out_Q):
             return False
-        return not np.isnan(self._affinities_M).any() and self._area < ONE_TASK
+        if np.isnan(self._affinities_M).any() or not np.ptp(self._affinities_M):  # rows that are all alike tell nothing
+            return False
+        return self._area < ONE_TASK
 
     @cached_property
     def _best_M(self) -> NDArray[np.bool_]:
@@ -307,8 +311,8 @@ class ReadoutMethod(RowMethod):
             notes["heads_read_first"] = int(self._first_LH.sum())
         if self._indexed is not None:
             notes["index"] = self._indexed.notes
-        notes["truncated_rows"] = int(self._truncated_M.sum()) + known.truncated
-        notes["truncated_rows"] += 0 if self._indexed is None else self._indexed.truncated
+        is_cut_M = self._truncated_M if self._indexed is None else self._truncated_M | self._indexed.truncated_M
+        notes["truncated_rows"] = int((is_cut_M & ~known.is_known_M).sum()) + known.truncated
         if self._is_one_task:
             return RowScores.measured(self._affinities_M, notes | {"pool_of_one_task": True})
         self._score_read(notes)

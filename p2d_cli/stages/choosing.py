@@ -46,6 +46,8 @@ def choose(task: PoolTask, scored: RowScores, count: int) -> Choice:
     count = min(count, above)
     with task.job.timer.phase("select"):
         ranks_N = rank_rows(scored.scores, scored.first)
+    if task.config.pick == "cover" and not scored.notes.keys() & {"floor_score", "pool_of_one_task"}:
+        task.job.progress.note("--pick cover is of no use without a floor: the best rows are kept")
     with_score = min(above, int((~np.isnan(scored.scores)).sum()))
     covers = count < with_score and _covers(task.config, scored)
     return Choice(_cover(task, ranks_N, count, with_score) if covers else ranks_N, count, covers)
@@ -64,10 +66,12 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     floor = scored.notes["floor_score"]
     above = int((scored.scores >= floor).sum())
     if not above:
+        best = float(np.nanmax(scored.scores))
         raise DataError(
             f"no row of the pool scores {floor:.2f}, below which {scored.notes['floor_quantile']:g} of the task's rows"
-            " would lie: the pool seems to hold none of the task",
-            hint="give a pool that does, or --floor-quantile 0 for the rows that are the most like it",
+            f" would lie, and the best {best:.2f}: the pool holds none of the task, or shows it in another form, as by"
+            " other words or spaces around a prompt",
+            hint="show both in one form, or give --floor-quantile 0 for the rows that are the most like the target",
         )
     job.progress.note(f"{above} rows score at least {floor:.2f}, the floor that the target rows set")
     return above
@@ -75,7 +79,9 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
 
 def _covers(config: MineDataConfig, scored: RowScores) -> bool:
     """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest."""
-    return config.pick == "cover" or (config.pick == "auto" and bool(scored.notes.get("pool_of_one_task")))
+    if scored.notes.get("pool_of_one_task"):
+        return config.pick != "top"
+    return config.pick == "cover" and "floor_score" in scored.notes
 
 
 def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, above: int) -> NDArray[np.int64]:
@@ -125,7 +131,13 @@ def scored_before(
         )
     has_score_N = ~np.isnan(scored.scores_N)
     told = job.inputs.manifests["scores"].summary
-    if count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
+    sets_floor = (job.config.has_floor or job.config.keeps_floor) and "floor_score" in told
+    if count > has_score_N.sum() and sets_floor and "rows_not_read_on" in told:
+        # What was not read on was left out as being below the floor, as far as the first heads tell.
+        job.progress.note(
+            f"{has_score_N.sum()} rows were read on and have a score; to have more of them, mine again without --scores"
+        )
+    elif count > has_score_N.sum() and (told["rows_not_listed"] or "rows_not_read_on" in told):
         listed = pool.num_rows - told["rows_that_are_targets"] - told["rows_not_listed"]
         flag = "--refine" if "rows_not_read_on" in told and count <= listed else "--shortlist"
         raise UsageError(

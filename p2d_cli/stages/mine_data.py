@@ -82,6 +82,26 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
     return reader.plan()
 
 
+def _tell_unused(job: StageRun[MineDataConfig], inputs: MiningInputs) -> None:
+    """Say which settings that were given change nothing."""
+    config = job.config
+    settings: dict[str, Any] = {
+        "--index": config.index,
+        "--refine": config.refine,
+        "--background": config.background,
+        "--floor-quantile": None if config.scores is not None else config.floor_quantile,
+    }
+    if inputs.scored is not None:
+        beside = "beside --scores"
+        settings |= {"--target": config.target, "--shortlist": None if config.shortlist == 1 else config.shortlist}
+    elif config.method != "p2d":
+        beside = f"with --method {config.method}"
+    else:
+        return
+    for flag in (name for name, value in settings.items() if value is not None):
+        job.progress.note(f"{flag} is of no use {beside}")
+
+
 def _task(
     job: StageRun[MineDataConfig], inputs: MiningInputs, reader: Reader, pool: Pool, target: Sequence[Record]
 ) -> PoolTask:
@@ -91,6 +111,7 @@ def _task(
 def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) -> Outcome:
     config, method = job.config, inputs.method
     is_read = inputs.scored is None and method.reads_model
+    _tell_unused(job, inputs)
     reader = ModelReader(job, inputs.model)
     if is_read:
         reader.import_libraries()

@@ -576,3 +576,100 @@ def test_another_share_of_the_rows_read_on_is_that_of_mining_anew(mine):
     assert (found / "subset.parquet").read_bytes() == (anew / "subset.parquet").read_bytes()
     ranks = [pq.read_table(folder / "pool_scores.parquet")["rank"].to_pylist() for folder in (found, anew)]
     assert len(set(ranks[0])) == len(ranks[1]) == POOL
+
+
+# --- what users bring
+
+
+def test_target_rows_that_repeat_count_once(p2d, work, mine, tiny_folder, tmp_path):
+    """Else a row would be held out of a fit that its twin is part of, and the floor would lie too high."""
+    rows = rows_in(work / "target.jsonl")
+    write_rows(tmp_path / "repeated.jsonl", [row for row in rows for _ in range(4)])
+    once, repeated = mine("once"), mine("repeated", "--target", tmp_path / "repeated.jsonl")
+    np.testing.assert_array_equal(scores_of(once), scores_of(repeated))
+    assert manifest_of(once)["summary"]["floor_score"] == manifest_of(repeated)["summary"]["floor_score"]
+    inputs = ("--model", tiny_folder, "--pool", work / "pool.jsonl", "--background", SAMPLE)
+    write_rows(tmp_path / "equal.jsonl", rows[:1] * 6)
+    done = p2d("score-heads", *inputs, "--target", tmp_path / "equal.jsonl", "--out", tmp_path / "equal")
+    assert (done.code, "found 1 and 40" in done.said) == (65, True)
+    write_rows(tmp_path / "two.jsonl", rows[:2] * 6)
+    done = p2d("score-heads", *inputs, "--target", tmp_path / "two.jsonl", "--out", tmp_path / "two")
+    assert (done.code, "2 target rows are few" in done.said) == (0, True)
+
+
+@pytest.mark.parametrize("place", ["no index", "new index", "filled index"])
+def test_rows_that_were_cut_are_counted_once(mine, work, tmp_path, place):
+    rows = rows_in(work / "pool.jsonl")
+    long = {**rows[7], "prompt": 30 * rows[7]["prompt"]}
+    pool = write_rows(
+        tmp_path / "pool.jsonl", [long | {"id": f"l{n}", "prompt": f"{n} {long['prompt']}"} for n in range(9)] + rows
+    )
+    options = ("--pool", pool, "--max-length", 64, "--floor-quantile", 0)
+    kept = () if place == "no index" else ("--index", tmp_path / "index")
+    if place == "filled index":
+        mine("first", *options, *kept, "--count", 20)
+    assert manifest_of(mine("out", *options, *kept))["summary"]["truncated_rows"] == 9
+
+
+def test_a_pool_that_shows_the_task_in_another_form_is_told(p2d, words, work, tmp_path):
+    pool = [{**row, "prompt": row["prompt"] + " ."} for row in rows_in(work / "pool.jsonl")]
+    done = p2d(*words("out", "--pool", write_rows(tmp_path / "pool.jsonl", pool)))
+    assert (done.code, "shows it in another form" in done.said) == (65, True)
+
+
+def test_settings_that_change_nothing_are_told(p2d, mine, words, work, tiny_folder, tmp_path):
+    first = mine("first")
+    line = ("mine-data", "--model", tiny_folder, "--pool", work / "pool.jsonl", "--scores", first, "--count", 5)
+    line += (
+        "--target",
+        work / "second.jsonl",
+        "--refine",
+        0.5,
+        "--index",
+        tmp_path / "index",
+        "--out",
+        tmp_path / "again",
+    )
+    done = p2d(*line)
+    assert done.code == 0
+    for flag in ("--target", "--refine", "--index"):
+        assert f"{flag} is of no use beside --scores" in done.said
+    done = p2d(*words("rds", "--method", "rds", "--heads", None, "--index", tmp_path / "index"))
+    assert (done.code, "--index is of no use with --method rds" in done.said) == (0, True)
+
+
+def test_more_than_were_read_on_keeps_those_above_the_floor(p2d, mine, work, tiny_folder, tmp_path):
+    first = mine("first")
+    there = int(np.isfinite(scores_of(first)).sum())
+    line = (
+        "mine-data",
+        "--model",
+        tiny_folder,
+        "--pool",
+        work / "pool.jsonl",
+        "--scores",
+        first,
+        "--out",
+        tmp_path / "more",
+    )
+    done = p2d(*line, "--count", there + 1)
+    assert (done.code, "mine again without --scores" in done.said) == (0, True)
+    floor = manifest_of(first)["summary"]["floor_score"]
+    assert len(chosen_in(tmp_path / "more")) == (scores_of(first) >= floor).sum()
+
+
+def test_an_index_that_may_only_be_read_serves_and_one_that_cannot_be_made_is_told(
+    p2d, mine, words, tmp_path, monkeypatch
+):
+    kept = ("--index", tmp_path / "index")
+    first = mine("first", *kept)
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    again = mine("again", *kept)
+    np.testing.assert_array_equal(scores_of(first), scores_of(again))
+    assert manifest_of(again)["summary"]["index"]["rows_added"] == 0
+    done = p2d(*words("other", "--index", tmp_path / "other-index"))
+    assert (done.code, "choose another folder" in done.said) == (73, True)
+
+
+def refuse(*_, **__):
+    raise OSError(30, "Read-only file system")

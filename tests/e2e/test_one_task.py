@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import first_rows, write_rows
 from sklearn.metrics import roc_auc_score
 
 
@@ -21,12 +22,12 @@ def one_task(rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def mine(p2d, tiny_folder, rows, one_task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mined")
-    common = ("--model", tiny_folder, "--dtype", "float32", "--target", rows["target"])
-    assert p2d("score-heads", *common, "--pool", rows["pool"], "--out", folder / "heads").code == 0
+    common, given = ("--model", tiny_folder, "--dtype", "float32"), ("--target", rows["target"])
+    assert p2d("score-heads", *common, *given, "--pool", rows["pool"], "--out", folder / "heads").code == 0
 
-    def run(name, *options, pool=one_task):
-        out = folder / name
-        done = p2d("mine-data", *common, "--heads", folder / "heads", "--pool", pool, *options, "--out", out)
+    def run(name, *options, pool=one_task, target=rows["target"]):
+        out, inputs = folder / name, ("--heads", folder / "heads", "--target", target, "--pool", pool)
+        done = p2d("mine-data", *common, *inputs, *options, "--out", out)
         assert done.code == 0, done.said
         summary = json.loads((out / "manifest.json").read_text())["summary"]
         return done.said, summary, pq.read_table(out / "subset.parquet").to_pylist(), out
@@ -77,11 +78,32 @@ def test_cover_chooses_among_the_rows_above_the_floor(mine, rows):
     assert sorted(ranks) == list(range(len(ranks)))
 
 
-@pytest.mark.parametrize("floor", [0, 0.05])
-def test_cover_leaves_rows_alone_that_were_not_read_on(mine, rows, floor):
-    options = ("--count", 30, "--pick", "cover", "--refine", 0.05, "--floor-quantile", floor)
-    _, _, covering, _ = mine(f"refined-{floor}", *options, pool=rows["pool"])
+def test_cover_leaves_rows_alone_that_were_not_read_on(mine, rows):
+    _, _, covering, _ = mine("refined", "--count", 30, "--pick", "cover", "--refine", 0.05, pool=rows["pool"])
     assert all(np.isfinite(row["score"]) for row in covering)
+
+
+@pytest.mark.parametrize("options", [("--floor-quantile", 0), ("--method", "rds"), ("--method", "lexical")])
+def test_cover_without_a_floor_is_refused(p2d, tiny_folder, rows, tmp_path, options):
+    common = ("--model", tiny_folder, "--target", rows["target"], "--pool", rows["pool"], "--heads", tmp_path)
+    done = p2d("mine-data", *common, "--pick", "cover", *options, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "--method coverage covers a whole pool" in done.said
+
+
+def test_a_single_target_row_has_no_floor_to_cover_above(mine, rows, tmp_path):
+    one = first_rows(rows["target"], tmp_path / "one.jsonl", 1)
+    said, _, covering, _ = mine("one", "--count", 30, "--pick", "cover", target=one, pool=rows["pool"])
+    _, _, top, _ = mine("one-top", "--count", 30, "--pick", "top", target=one, pool=rows["pool"])
+    assert "--pick cover is of no use without a floor" in said
+    assert covering == top
+
+
+def test_a_pool_of_equal_rows_is_not_called_one_task(mine, tmp_path):
+    pool = write_rows(tmp_path / "pool.jsonl", [{"prompt": "a b", "completion": "c"}] * 40)
+    said, summary, _, _ = mine("equal", pool=pool)
+    assert "pool_of_one_task" not in summary
+    assert "of one task" not in said
 
 
 def test_the_area_is_that_of_held_out_rows(mine, p2d, tiny_folder, rows, tmp_path):

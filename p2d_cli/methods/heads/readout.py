@@ -12,7 +12,7 @@ from p2d_cli.core.readout import require_halves, separation
 from p2d_cli.data.episodes import duplicate_groups
 from p2d_cli.data.records import Record
 from p2d_cli.engine.passes import Pass, scatter
-from p2d_cli.engine.readings import context_of, digests_of, head_outputs_pass
+from p2d_cli.engine.readings import context_of, digests_of, distinct, head_outputs_pass
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 
 FEW_ROWS = 8
@@ -28,7 +28,7 @@ class Readout(HeadMethod):
 
     def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
-        self._target = task.sample()
+        self._target = distinct(task.sample())
         with task.job.timer.phase("prepare"):
             self._background = self._draw_background()
             require_halves(len(self._target), len(self._background))

@@ -32,7 +32,7 @@ def some_rows(count, seed):
 def add(index, count, seed, *, by="k", seconds=1.0, tokens=10):
     digests, outputs = some_rows(count, seed)
     with index.adding():
-        index.add(digests, outputs, seconds=seconds, tokens=tokens, by=by)
+        index.add(digests, outputs, np.zeros(len(digests), dtype=bool), seconds=seconds, tokens=tokens, by=by)
     return digests, outputs
 
 
@@ -239,6 +239,6 @@ def test_values_beyond_those_of_float16_are_refused_and_nothing_is_added(folder,
     digests, outputs = some_rows(3, 0)
     outputs[1, 2, 0] = value
     with index.adding(), pytest.raises(DataError, match="beyond those of float16"):
-        index.add(digests, outputs, seconds=1.0, tokens=1, by="k")
+        index.add(digests, outputs, np.zeros(len(digests), dtype=bool), seconds=1.0, tokens=1, by="k")
     assert opened(folder).num_rows == 0
     assert not list(Path(folder).glob("*.npy"))

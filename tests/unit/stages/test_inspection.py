@@ -23,7 +23,14 @@ def index(tmp_path):
     with made.adding():
         for rows, seconds, tokens, by in ((5, 1.5, 100, "first"), (2, 0.25, 40, "second")):
             digests = rng.integers(0, 2**60, size=(rows, 2), dtype=np.uint64)
-            made.add(digests, rng.normal(size=(rows, len(HEADS), 2, 4)), seconds=seconds, tokens=tokens, by=by)
+            made.add(
+                digests,
+                rng.normal(size=(rows, len(HEADS), 2, 4)),
+                np.zeros(rows, bool),
+                seconds=seconds,
+                tokens=tokens,
+                by=by,
+            )
     made.charge("third")
     return made.folder
 
