@@ -440,7 +440,7 @@ class MineDataConfig(RowOptions):
     refine: Ratio | None = setting(
         None,
         "Share of the pool that is read on by deeper heads: the best by the first ones (score-heads --depth); "
-        "by default what may be of the task, from 0.04 up to three times what may be kept.",
+        "by default what may be of the task, from 0.02 up to 0.04 or three times what may be kept.",
         panel="readout",
         neutral=None,
     )

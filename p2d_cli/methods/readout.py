@@ -32,10 +32,10 @@ from p2d_cli.methods.indexed_rows import IndexedRows
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
 
-FEWEST_READ_ON, MOST_READ_ON = 0.04, 3
-"""At least so much of the pool is read on, and at most so many times the rows that may be kept, if that is more."""
+FEWEST_READ_ON, MOST_READ_ON, TIMES_KEPT = 0.02, 0.04, 3
+"""At least and at most so much of the pool is read on; if it is more, so many times the rows that may be kept."""
 FIRST_LEVEL = 0.002
-"""Between these bounds, all rows but so small a share of the task's are read on."""
+"""Between these bounds, all rows but so small a share of the task's are read on: more, where few target rows tell."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""
 NEAR_WEIGHT, NEAR_HALF = 0.3, 50
@@ -173,7 +173,7 @@ class ReadoutMethod(RowMethod):
         kept = min(self.count(config, self.task.pool.num_rows), size)
         if config.refine is not None:
             return min(max(math.ceil(config.refine * size), kept), size)
-        return min(max(math.ceil(FEWEST_READ_ON * size), MOST_READ_ON * kept), size)
+        return min(max(math.ceil(MOST_READ_ON * size), TIMES_KEPT * kept), size)
 
     @cached_property
     def _affinities_M(self) -> NDArray[np.float64]:

@@ -200,7 +200,7 @@ class Plain:
         self.first = np.array([weigh(row[first]) for row in pool])
         kept_out = held_out(target[:, first], sample[:, first], even, share)
         above = (self.first >= floor(kept_out, FLOOR_OF_FIRST)).sum()
-        self.read_on = int(min(most, max(above, fewest, np.ceil(0.04 * len(pool)))))
+        self.read_on = int(min(most, max(above, fewest, np.ceil(0.02 * len(pool)))))
         self.is_best = np.zeros(len(pool), dtype=bool)
         self.is_best[np.argsort(-self.first, kind="stable")[: self.read_on]] = True
         self.is_near = self.is_best & (self.first < np.median(kept_out)) & ~is_sample
