@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -112,7 +113,6 @@ def own_process(say: Callable[[str], None]) -> None:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read_end, say), daemon=True).start()
-    os.register_at_fork(after_in_child=_let_go)
     _silence_swallowed()
 
 
@@ -164,6 +164,7 @@ def shielded() -> Iterator[None]:
 def _install() -> None:
     global _state
     _state = _State()
+    _mind_forks()
     for number in PATIENCE_SECONDS:
         # What the parent ignores, as a shell does Ctrl-C for what runs in the background, stays ignored.
         if (previous := signal.getsignal(number)) is not signal.SIG_IGN:
@@ -228,8 +229,18 @@ def _watch(read_end: int, say: Callable[[str], None]) -> None:
             os._exit(interruption.exit_code)
 
 
+@cache
+def _mind_forks() -> None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
 def _let_go() -> None:
-    """In a forked child: die of signals as any process does, and do not report them to the parent's watch."""
+    """In a forked child: die of signals as any process does, and do not report them to the parent's watch.
+
+    A pool of processes ends its workers by SIGTERM, and would wait for ever for one that only takes note of it.
+    """
+    if _state.over:
+        return
     signal.set_wakeup_fd(-1)
     for number in _state.previous:
         signal.signal(number, signal.SIG_DFL)

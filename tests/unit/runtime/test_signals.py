@@ -176,3 +176,30 @@ def test_an_error_is_not_hidden_by_a_signal_that_waits():
 
     with pytest.raises(ValueError, match="the error"), listening(), shielded():
         fail()
+
+
+@pytest.mark.parametrize("number", [*QUEUE, signal.SIGINT])
+def test_a_forked_child_dies_of_signals(number):
+    """As a worker of a pool must, which is ended by one."""
+    with listening(), deferred():
+        child = os.fork()
+        if not child:
+            while True:
+                signal.pause()
+        os.kill(child, number)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+
+
+def test_a_child_keeps_the_handlers_of_a_process_whose_command_is_over():
+    with listening():
+        pass
+    previous = signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+    try:
+        child = os.fork()
+        if not child:
+            while True:
+                signal.pause()
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        signal.signal(signal.SIGTERM, previous)
