@@ -433,7 +433,7 @@ def test_an_input_of_too_long_a_name(score, p2d, tmp_path, name):
 
 
 def test_rows_under_the_longest_name_are_read(score, tmp_path):
-    path = write_rows(tmp_path / ("n" * 249 + ".jsonl"), [{"prompt": "a", "completion": "b"}] * 3)
+    path = write_rows(tmp_path / ("n" * 249 + ".jsonl"), [{"prompt": letter, "completion": "b"} for letter in "abc"])
     refused(score("--dry-run", target=path), 0, "would run")
 
 
