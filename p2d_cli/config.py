@@ -519,10 +519,10 @@ class MineDataConfig(RowOptions):
     @model_validator(mode="after")
     def _consistent(self) -> MineDataConfig:
         ROW_METHODS[self.method].check_settings(self)
-        if self.pick == "cover" and self.scores is None and not self.has_floor:
+        if self.pick == "cover" and self.floor_quantile == 0:
             raise ValueError(
-                "--pick cover chooses among the rows above the floor that a readout sets: without one it would forget"
-                " the target; --method coverage covers a whole pool"
+                "--pick cover chooses among the rows above the floor, and --floor-quantile 0 sets none; --method"
+                " coverage covers a whole pool"
             )
         if self.has_shortlist and self.target is None:
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")

@@ -168,13 +168,15 @@ def prompt_share(
     `2 A - 1 = erf(t / 2)` where they lie `t` of the pool's standard deviations above its mean.
 
     Args:
-        target_QKPd: as for `fit_readout`. With a single row, which none is left to tell by, the share is 0.
+        target_QKPd: as for `fit_readout`. With a single row, which none is left to tell by, the share is 0, as it is
+            where the answer alone was read.
         background_MKPd: mean head outputs of a sample of the pool, M at least 2.
         dims_K: as for `Background.of`.
     """
-    target, rows = np.asarray(target_QKPd)[:, :, 1], np.asarray(background_MKPd)[:, :, 1]
-    if len(target) < 2:
+    target, rows = np.asarray(target_QKPd), np.asarray(background_MKPd)
+    if len(target) < 2 or target.ndim < 4:
         return 0.0
+    target, rows = target[:, :, 1], rows[:, :, 1]
     background = Background.of(rows, dims_K=dims_K)
     affinity_M = fit_readout(target, background).affinity(rows)
     apart = held_out_affinity(target, background).mean() - affinity_M.mean()
@@ -252,7 +254,7 @@ def held_out_area(
     target, rows = np.asarray(target_QKPd, dtype=np.float64), np.asarray(background_MKPd, dtype=np.float64)
     require_halves(len(target), len(rows))
     above: list[float] = []
-    prompt = prompt_share(target, rows, dims_K=dims_K) if rows.ndim == 4 else 0.0
+    prompt = prompt_share(target, rows, dims_K=dims_K)
     for half in (0, 1):
         background = Background.of(rows[half::2], dims_K=dims_K, prompt=prompt)
         for is_out_Q in _folds(len(target), FOLDS):
@@ -289,7 +291,7 @@ def separation(
     target, background = np.asarray(target_QKPd), np.asarray(background_MKPd)
     require_halves(len(target), len(background))
     dims_K = np.full(target.shape[1], target.shape[-1]) if dims_K is None else dims_K
-    prompt = prompt_share(target, background, dims_K=dims_K) if target.ndim == 4 else 0.0
+    prompt = prompt_share(target, background, dims_K=dims_K)
     blocks = (slice(start, start + _HEADS_AT_A_TIME) for start in range(0, target.shape[1], _HEADS_AT_A_TIME))
     return np.concatenate(
         [_separation(target[:, block], background[:, block], dims_K[block], prompt) for block in blocks]

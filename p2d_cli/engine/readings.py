@@ -170,10 +170,10 @@ def describe_context(reader: Reader) -> dict[str, Any]:
 
 
 def distinct(records: Sequence[Record]) -> tuple[Record, ...]:
-    """Return the rows without those that show a model what an earlier one shows: nothing could be held out of them."""
-    found: dict[Any, Record] = {}
+    """Return the rows without those that say what an earlier one says: a fit without one would know its twin."""
+    found: dict[str, Record] = {}
     for record in records:
-        found.setdefault(tuple(record.digest), record)
+        found.setdefault(record.plain_text, record)
     return tuple(found.values())
 
 

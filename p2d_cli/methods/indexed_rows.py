@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from p2d_cli.artifacts.pool_index import PoolIndex
 from p2d_cli.artifacts.readings import PLACES, Digests
 from p2d_cli.core.readout import Readout
+from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.readings import context_of, describe_context, digests_of, head_outputs_pass
@@ -39,8 +40,8 @@ class IndexedRows:
         self._heads_LH = heads_LH
         self._known = known
         self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
-        self.truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
-        """Rows that are too long, as far as they are in the index."""
+        self.is_cut_M = np.zeros(task.pool.size, dtype=np.bool_)
+        """Which rows are too long, as the index tells."""
         self.notes: dict[str, Any] = {}
         """Figures for the summary."""
 
@@ -88,7 +89,10 @@ class IndexedRows:
     def _lacking_M(self) -> NDArray[np.bool_]:
         """Return which rows the index lacks, of equal ones the first."""
         lacking_M = self._index.find(self._digests_M2) < 0
-        if self._task.job.options.dry_run:  # where a few rows stand for many, and would be equal to them
+        reader = self._task.reader
+        if (
+            isinstance(reader, CountingReader) and not reader.is_exact
+        ):  # a few rows stand for many, and are equal to them
             return lacking_M
         is_first_M = np.zeros(len(lacking_M), dtype=np.bool_)
         is_first_M[np.unique(self._digests_M2, axis=0, return_index=True)[1]] = True
@@ -100,7 +104,7 @@ class IndexedRows:
         for chunk in self._task.chunks():
             rows = np.flatnonzero(lacking_M[chunk.places])
             outputs_nKPd = np.empty((len(rows), len(dims_K), PLACES, dims_K.max()), dtype=np.float16)
-            is_cut_n = np.zeros(len(rows), dtype=np.bool_)
+            is_cut_n = known.is_cut_M[chunk.start + rows]
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
             is_known_n = known.is_known_M[chunk.start + rows]
             unread = np.flatnonzero(~is_known_n)
@@ -154,7 +158,7 @@ class IndexedRows:
         places_M = self._index.find(self._digests_M2)
         if (places_M < 0).any():
             return found_M
-        self.truncated_M = self._index.is_cut_N[places_M]
+        self.is_cut_M = self._index.is_cut_N[places_M]
         with self._task.job.timer.phase("score"):
             for block, outputs_nKPd in self._index.blocks():
                 here = np.flatnonzero((places_M >= block.start) & (places_M < block.stop))

@@ -37,8 +37,8 @@ class KnownRows:
         """Positions of the rows of the sample among those to choose from, ascending."""
         self.is_known_M = np.zeros(task.pool.size, dtype=np.bool_)
         """Which rows to choose from are in the sample."""
-        self.truncated = 0
-        """Rows of the sample that were too long."""
+        self.is_cut_M = np.zeros(task.pool.size, dtype=np.bool_)
+        """Which rows of the sample are too long."""
         self.found = 0
         """Rows that were not read again."""
         self._outputs: dict[int, NDArray[np.float32]] = {}
@@ -62,21 +62,19 @@ class KnownRows:
         if task.readings_planned:  # what is to score the heads will keep them
             is_known_n[: len(task.target) + task.readings_planned] = True
         rows = np.flatnonzero(~is_known_n).tolist()
-        missing = [records[row] for row in rows]
-        if not missing:
+        examples = reader.examples(records)
+        self.is_cut_M[self.sample] = [example.truncated > 0 for example in examples[len(task.target) :]]
+        if not rows:
             return
-        examples = reader.examples(missing)
-        cut = [example.truncated > 0 for example in examples]
-        self.truncated = sum(is_cut for is_cut, row in zip(cut, rows, strict=True) if row >= len(task.target))
         yield head_outputs_pass(
             reader,
-            examples,
+            [examples[row] for row in rows],
             self._heads_LH,
             work="read target and background",
             take=lambda batch, arrays: self._outputs.update(
                 zip((rows[row] for row in batch), arrays["outputs"], strict=True)
             ),
-            name=lambda row: missing[row].where,
+            name=lambda row: records[rows[row]].where,
         )
 
     def _kept(self) -> Readings | None:

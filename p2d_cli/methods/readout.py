@@ -73,8 +73,8 @@ class ReadoutMethod(RowMethod):
         self._near: dict[int, NDArray[np.float32]] = {}
         """What the deeper heads put out on near misses, by their positions."""
         self._truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
-        self._prompts: dict[bytes, float] = {}
-        """How much the prompt counts, by the mask of the heads that read it."""
+        self._backgrounds: dict[bytes, Background] = {}
+        """What the sample is to heads, by their mask."""
 
     # --- what is read
 
@@ -247,17 +247,17 @@ class ReadoutMethod(RowMethod):
             return fit_readout(self._known.target(self._deep_LH), self._deep_background)
 
     def _sample_background(self, heads_LH: NDArray[np.bool_]) -> Background:
-        known = self._known
-        return Background.of(known.background(heads_LH), dims_K=known.dims(heads_LH), prompt=self._prompt_of(heads_LH))
-
-    def _prompt_of(self, heads_LH: NDArray[np.bool_]) -> float:
-        """Return how much the prompt counts where these heads read."""
         known, key = self._known, heads_LH.tobytes()
-        if key not in self._prompts:
-            self._prompts[key] = prompt_share(
-                known.target(heads_LH), known.background(heads_LH), dims_K=known.dims(heads_LH)
-            )
-        return self._prompts[key]
+        if key not in self._backgrounds:
+            outputs_SKPd, dims_K = known.background(heads_LH), known.dims(heads_LH)
+            prompt = prompt_share(known.target(heads_LH), outputs_SKPd, dims_K=dims_K)
+            self._backgrounds[key] = Background.of(outputs_SKPd, dims_K=dims_K, prompt=prompt)
+        return self._backgrounds[key]
+
+    @property
+    def _prompt_share(self) -> float:
+        """How much the prompt counts where the deeper heads read."""
+        return float(self._sample_background(self._deep_LH).shares_P[1])
 
     @cached_property
     def _deep_background(self) -> Background:
@@ -269,8 +269,8 @@ class ReadoutMethod(RowMethod):
         outputs_SKPd = np.concatenate([sample_SKPd, np.stack([self._near[row] for row in near])])
         share = NEAR_WEIGHT * len(near) / (len(near) + NEAR_HALF)
         weights_S = np.repeat([(1 - share) / len(sample_SKPd), share / len(near)], [len(sample_SKPd), len(near)])
-        dims_K, prompt = self._known.dims(self._deep_LH), self._prompt_of(self._deep_LH)
-        return Background.of(outputs_SKPd, weights_S, dims_K=dims_K, prompt=prompt)
+        dims_K = self._known.dims(self._deep_LH)
+        return Background.of(outputs_SKPd, weights_S, dims_K=dims_K, prompt=self._prompt_share)
 
     @property
     def _sets_floor(self) -> bool:
@@ -311,8 +311,10 @@ class ReadoutMethod(RowMethod):
             notes["heads_read_first"] = int(self._first_LH.sum())
         if self._indexed is not None:
             notes["index"] = self._indexed.notes
-        is_cut_M = self._truncated_M if self._indexed is None else self._truncated_M | self._indexed.truncated_M
-        notes["truncated_rows"] = int((is_cut_M & ~known.is_known_M).sum()) + known.truncated
+        is_cut_M = self._truncated_M | known.is_cut_M
+        if self._indexed is not None:
+            is_cut_M |= self._indexed.is_cut_M
+        notes["truncated_rows"] = int(is_cut_M.sum())
         if self._is_one_task:
             return RowScores.measured(self._affinities_M, notes | {"pool_of_one_task": True})
         self._score_read(notes)
@@ -333,7 +335,7 @@ class ReadoutMethod(RowMethod):
         if self._near:
             rows = sorted(self._near)
             self.scores_M[rows] = self._deep.affinity(np.stack([self._near[row] for row in rows]))
-        notes["prompt_share"] = self._prompt_of(self._deep_LH)
+        notes["prompt_share"] = self._prompt_share
         notes["target_affinity"] = float(self._deep.affinity(known.target(self._deep_LH)).mean())
 
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -113,6 +113,7 @@ def own_process(say: Callable[[str], None]) -> None:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read_end, say), daemon=True).start()
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # a child does not report to this watch
     _silence_swallowed()
 
 
@@ -235,15 +236,13 @@ def _mind_forks() -> None:
 
 
 def _let_go() -> None:
-    """In a forked child: die of signals as any process does, and do not report them to the parent's watch.
+    """In a forked child: die of signals as any process does.
 
     A pool of processes ends its workers by SIGTERM, and would wait for ever for one that only takes note of it.
     """
-    if _state.over:
-        return
-    signal.set_wakeup_fd(-1)
-    for number in _state.previous:
-        signal.signal(number, signal.SIG_DFL)
+    for number in PATIENCE_SECONDS:
+        if signal.getsignal(number) is _receive:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _silence_swallowed() -> None:

@@ -83,23 +83,21 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
 
 
 def _tell_unused(job: StageRun[MineDataConfig], inputs: MiningInputs) -> None:
-    """Say which settings that were given change nothing."""
-    config = job.config
-    settings: dict[str, Any] = {
-        "--index": config.index,
-        "--refine": config.refine,
-        "--background": config.background,
-        "--floor-quantile": None if config.scores is not None else config.floor_quantile,
-    }
+    """Say which flags that were given change nothing; a recipe's settings are for all of its methods."""
+    config, unused = job.config, ["index", "refine", "background"]
     if inputs.scored is not None:
         beside = "beside --scores"
-        settings |= {"--target": config.target, "--shortlist": None if config.shortlist == 1 else config.shortlist}
-    elif config.method != "p2d":
+        unused += ["target", "shortlist"]
+    elif not inputs.method.sets_floor:
         beside = f"with --method {config.method}"
+        unused += ["floor_quantile"]
+    elif config.resolved_affinity != "readout":
+        beside = "with --affinity attention"
     else:
         return
-    for flag in (name for name, value in settings.items() if value is not None):
-        job.progress.note(f"{flag} is of no use {beside}")
+    for name in unused:
+        if job.resolved.origins[name] == "flag":
+            job.progress.note(f"--{name.replace('_', '-')} is of no use {beside}")
 
 
 def _task(

@@ -112,6 +112,7 @@ def take_turns(options: argparse.Namespace, target: str, examples: int, relevant
         start += rows
     order = round_robin(np.ascontiguousarray(np.load(options.out / "likeness.npy")[:, columns]))
     ids = pq.read_table(out / "pool_scores.parquet", columns=["id"])["id"].to_pylist()
+    assert len(order) == len(ids), "no row of the pool is a target row"
     best = order[: len(relevant)]
     precision = sum(ids[row] in relevant for row in best) / len(relevant)
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ from p2d_cli.core.readout import (
     fit_readout,
     floor_below,
     held_out_affinity,
+    prompt_share,
     separation,
     shrinkage_for,
 )
@@ -185,7 +186,7 @@ def judge_first(bench: Bench, rows: NDArray[np.float32], where: dict[str, Any], 
     target, relevant = rows[:, bench.first_LH[bench.deep_LH]], bench.relevant[where["target"]]
     for count in SAMPLES:
         seen = bench.first[bench.sample[:count]].astype(np.float64)
-        background = Background.of(seen)
+        background = Background.of(seen, prompt=prompt_share(target, seen))
         by_reading = seen.reshape(len(seen), -1, seen.shape[-1])
         rules = {f"{share}": np.full(by_reading.shape[1], share) for share in FIXED}
         for name, estimator in (("OAS", OAS), ("Ledoit-Wolf", LedoitWolf)):
@@ -228,7 +229,7 @@ def judge_deep(
     relevant = bench.relevant[where["target"]]
     known, sample = bench.known[: min(SAMPLES)], bench.sample[: min(SAMPLES)]
     columns = bench.first_LH[bench.deep_LH]
-    background = Background.of(known[:, columns])
+    background = Background.of(known[:, columns], prompt=prompt_share(rows[:, columns], known[:, columns]))
     first = fit_readout(rows[:, columns], background).affinity(bench.first)
     held_out = held_out_affinity(rows[:, columns], background)
     for level in LEVELS:
@@ -254,7 +255,11 @@ def judge_deep(
         for weight in WEIGHTS:
             share = weight * local.sum() / (local.sum() + 50)
             weights = np.repeat([(1 - share) / len(known), share / max(local.sum(), 1)], [len(known), local.sum()])
-            told = Background.of(np.concatenate([known[:, chosen], outputs[local]]), np.maximum(weights, 1e-12))
+            told = Background.of(
+                np.concatenate([known[:, chosen], outputs[local]]),
+                np.maximum(weights, 1e-12),
+                prompt=prompt_share(target, known[:, chosen]),
+            )
             scores = np.full(len(first), -np.inf)
             scores[best] = fit_readout(target, told).affinity(outputs)
             figures = {"background": name, "weight": weight, "precision": precision_at_r(scores, relevant)}

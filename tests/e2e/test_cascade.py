@@ -584,7 +584,8 @@ def test_another_share_of_the_rows_read_on_is_that_of_mining_anew(mine):
 def test_target_rows_that_repeat_count_once(p2d, work, mine, tiny_folder, tmp_path):
     """Else a row would be held out of a fit that its twin is part of, and the floor would lie too high."""
     rows = rows_in(work / "target.jsonl")
-    write_rows(tmp_path / "repeated.jsonl", [row for row in rows for _ in range(4)])
+    twins = [row | {"prompt": row["prompt"] + " " * n} for row in rows for n in range(4)]
+    write_rows(tmp_path / "repeated.jsonl", twins)
     once, repeated = mine("once"), mine("repeated", "--target", tmp_path / "repeated.jsonl")
     np.testing.assert_array_equal(scores_of(once), scores_of(repeated))
     assert manifest_of(once)["summary"]["floor_score"] == manifest_of(repeated)["summary"]["floor_score"]
@@ -597,14 +598,20 @@ def test_target_rows_that_repeat_count_once(p2d, work, mine, tiny_folder, tmp_pa
     assert (done.code, "2 target rows are few" in done.said) == (0, True)
 
 
+@pytest.mark.parametrize("known", ["read here", "read with the heads"])
 @pytest.mark.parametrize("place", ["no index", "new index", "filled index"])
-def test_rows_that_were_cut_are_counted_once(mine, work, tmp_path, place):
+def test_rows_that_were_cut_are_counted_once(p2d, mine, work, tiny_folder, tmp_path, place, known):
     rows = rows_in(work / "pool.jsonl")
     long = {**rows[7], "prompt": 30 * rows[7]["prompt"]}
     pool = write_rows(
         tmp_path / "pool.jsonl", [long | {"id": f"l{n}", "prompt": f"{n} {long['prompt']}"} for n in range(9)] + rows
     )
     options = ("--pool", pool, "--max-length", 64, "--floor-quantile", 0)
+    if known == "read with the heads":  # nearly all rows are in the sample
+        options += ("--heads", tmp_path / "heads", "--background", 150)
+        scoring = ("score-heads", "--model", tiny_folder, "--dtype", "float32", "--max-length", 64, "--depth", "1,3")
+        rows_given = ("--target", work / "target.jsonl", "--pool", pool, "--background", 150)
+        assert p2d(*scoring, *rows_given, "--out", tmp_path / "heads").code == 0
     kept = () if place == "no index" else ("--index", tmp_path / "index")
     if place == "filled index":
         mine("first", *options, *kept, "--count", 20)

@@ -83,12 +83,20 @@ def test_cover_leaves_rows_alone_that_were_not_read_on(mine, rows):
     assert all(np.isfinite(row["score"]) for row in covering)
 
 
-@pytest.mark.parametrize("options", [("--floor-quantile", 0), ("--method", "rds"), ("--method", "lexical")])
-def test_cover_without_a_floor_is_refused(p2d, tiny_folder, rows, tmp_path, options):
+def test_cover_without_a_floor_is_refused(p2d, tiny_folder, rows, tmp_path):
     common = ("--model", tiny_folder, "--target", rows["target"], "--pool", rows["pool"], "--heads", tmp_path)
-    done = p2d("mine-data", *common, "--pick", "cover", *options, "--out", tmp_path / "out")
+    done = p2d("mine-data", *common, "--pick", "cover", "--floor-quantile", 0, "--out", tmp_path / "out")
     assert done.code == 2
     assert "--method coverage covers a whole pool" in done.said
+
+
+@pytest.mark.parametrize("method", ["rds", "lexical"])
+def test_a_method_without_a_floor_keeps_the_best_rows(mine, rows, method):
+    options = ("--method", method, "--count", 30)
+    said, _, covering, _ = mine(f"{method}-cover", *options, "--pick", "cover", pool=rows["pool"])
+    _, _, top, _ = mine(f"{method}-top", *options, pool=rows["pool"])
+    assert "--pick cover is of no use without a floor" in said
+    assert covering == top
 
 
 def test_a_single_target_row_has_no_floor_to_cover_above(mine, rows, tmp_path):

@@ -178,16 +178,29 @@ def test_an_error_is_not_hidden_by_a_signal_that_waits():
         fail()
 
 
+@contextmanager
+def forked():
+    """A child that waits for a signal, and ends with 99 if it lives on after it."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(write_end, b"!")
+            signal.pause()
+        finally:
+            os._exit(99)
+    assert os.read(read_end, 1) == b"!"
+    os.close(read_end)
+    os.close(write_end)
+    yield child
+
+
 @pytest.mark.parametrize("number", [*QUEUE, signal.SIGINT])
 def test_a_forked_child_dies_of_signals(number):
     """As a worker of a pool must, which is ended by one."""
-    with listening(), deferred():
-        child = os.fork()
-        if not child:
-            while True:
-                signal.pause()
+    with listening(), deferred(), forked() as child:
         os.kill(child, number)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
 
 
 def test_a_child_keeps_the_handlers_of_a_process_whose_command_is_over():
@@ -195,11 +208,8 @@ def test_a_child_keeps_the_handlers_of_a_process_whose_command_is_over():
         pass
     previous = signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
     try:
-        child = os.fork()
-        if not child:
-            while True:
-                signal.pause()
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        with forked() as child:
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     finally:
         signal.signal(signal.SIGTERM, previous)
