@@ -453,9 +453,8 @@ class MineDataConfig(RowOptions):
     )
     pick: Literal["auto", "top", "cover"] = setting(
         "auto",
-        "Which of the rows above the floor are kept where they are more than may be. top: those of the highest scores; "
-        "cover: rows that are like the others in their words; auto: cover where the whole pool is of one task, else "
-        "top.",
+        "Which of the rows above the floor are kept where they are more than may be. cover: rows that are like the "
+        "others in their words; top: those of the highest scores; auto: cover, where there is a floor.",
         panel="readout",
         neutral="top",
     )

@@ -277,12 +277,11 @@ class ReadoutMethod(RowMethod):
         """Whether rows that score too low are left out: a single target row does not tell what is too low."""
         return self.task.config.has_floor and len(self.task.target) > 1
 
-    @property
-    def _floor(self) -> float:
-        """The affinity to the deeper heads that a share of the task's rows lies below."""
+    @cached_property
+    def _deep_held_out_Q(self) -> NDArray[np.float64]:
+        """The affinities of target rows to the deeper heads, by readouts that were fitted without them."""
         with self.task.job.timer.phase("fit"):
-            held_out_Q = held_out_affinity(self._known.target(self._deep_LH), self._deep_background)
-        return floor_below(held_out_Q, self.task.config.resolved_floor)
+            return held_out_affinity(self._known.target(self._deep_LH), self._deep_background)
 
     # --- what a plan and a summary say
 
@@ -324,7 +323,8 @@ class ReadoutMethod(RowMethod):
             notes |= {"rows_read_on": read_on, "rows_not_read_on": size - read_on, "near_misses": len(self._near)}
         if self._sets_floor:
             notes["floor_quantile"] = self.task.config.resolved_floor
-            notes["floor_score"] = self._floor
+            notes["floor_score"] = floor_below(self._deep_held_out_Q, self.task.config.resolved_floor)
+            notes["middle_score"] = float(np.median(self._deep_held_out_Q))
         first_M = None if self._first_LH is None else self._first_M
         return RowScores(self.scores_M, np.isfinite(self.scores_M).astype(np.int64), notes, first_M)
 

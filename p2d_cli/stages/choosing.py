@@ -48,9 +48,15 @@ def choose(task: PoolTask, scored: RowScores, count: int) -> Choice:
         ranks_N = rank_rows(scored.scores, scored.first)
     if task.config.pick == "cover" and not scored.notes.keys() & {"floor_score", "pool_of_one_task"}:
         task.job.progress.note("--pick cover is of no use without a floor: the best rows are kept")
-    with_score = min(above, int((~np.isnan(scored.scores)).sum()))
-    covers = count < with_score and _covers(task.config, scored)
-    return Choice(_cover(task, ranks_N, count, with_score) if covers else ranks_N, count, covers)
+    likely = max(count, min(above, _likely(scored)))
+    covers = count < likely and _covers(task.config, scored)
+    if covers and task.config.pick == "auto":
+        task.job.progress.note(
+            "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
+            if scored.notes.get("pool_of_one_task")
+            else f"kept are {count} of them that cover the others in words; --pick top keeps the highest scores"
+        )
+    return Choice(_cover(task, ranks_N, count, likely) if covers else ranks_N, count, covers)
 
 
 def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
@@ -77,29 +83,38 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     return above
 
 
+def _likely(scored: RowScores) -> int:
+    """Return how many rows are taken for the task's: twice as many as score like the upper half of its own rows.
+
+    Where a readout is weak, many others score between the floor and the middle of the task's rows.
+    """
+    if "middle_score" not in scored.notes:
+        return int((~np.isnan(scored.scores)).sum())
+    return 2 * int((scored.scores >= scored.notes["middle_score"]).sum())
+
+
 def _covers(config: MineDataConfig, scored: RowScores) -> bool:
-    """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest."""
-    if scored.notes.get("pool_of_one_task"):
-        return config.pick != "top"
-    return config.pick == "cover" and "floor_score" in scored.notes
+    """Say whether the rows that are kept are to cover those that may be kept, instead of being the highest.
+
+    The highest are much alike: a model trained on them predicts held-out answers far worse than one trained on as many
+    rows from anywhere above the floor (`tests/benchmarks/by_training.py`).
+    """
+    may_cover = scored.notes.get("pool_of_one_task") or "floor_score" in scored.notes
+    return config.pick != "top" and bool(may_cover)
 
 
-def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, above: int) -> NDArray[np.int64]:
-    """Return ranks whose first `count` rows cover in words the `above` first ones, which come behind them as they were.
+def _cover(task: PoolTask, ranks_N: NDArray[np.int64], count: int, likely: int) -> NDArray[np.int64]:
+    """Return ranks whose first `count` rows cover in words the `likely` first ones; the others follow as they were.
 
     Args:
         task: the pool, without a target.
         ranks_N: ranks by score.
         count: rows to be kept.
-        above: rows to keep them of.
+        likely: rows to keep them of.
     """
-    job, pool = task.job, task.pool
-    may_be_kept = np.flatnonzero(ranks_N[~pool.is_excluded_N] < above)
+    pool = task.pool
+    may_be_kept = np.flatnonzero(ranks_N[~pool.is_excluded_N] < likely)
     those = pool.only(may_be_kept)
-    if job.config.pick == "auto":
-        job.progress.note(
-            "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
-        )
     order = np.argsort(-cover_by_words(replace(task, pool=those), count, phase="select"), kind="stable")
     first = those.places(order)[:count]
     is_first_N = np.zeros(pool.num_rows, dtype=np.bool_)
@@ -155,5 +170,5 @@ def scored_before(
             hint="leave --floor-quantile or --scores out",
         )
     if job.config.has_floor or job.config.keeps_floor:
-        notes |= {name: told[name] for name in ("floor_quantile", "floor_score") if name in told}
+        notes |= {name: told[name] for name in ("floor_quantile", "floor_score", "middle_score") if name in told}
     return pool.only(np.flatnonzero(has_score_N)), RowScores(scored.scores_N, scored.draws_N, notes)

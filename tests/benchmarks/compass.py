@@ -83,11 +83,13 @@ def mine(options: argparse.Namespace, name: str, method: str, given: Path, relev
         extra += ["--index", str(options.out / "index")] if options.index else []
     out = options.out / name
     costs.append(p2d(options, "mine-data", *rows, "--count", str(len(relevant)), *extra, out=out))
-    scores = pq.read_table(out / "pool_scores.parquet", columns=["id", "rank"]).sort_by("rank")["id"].to_pylist()
+    # By score: the first ranks are of the rows that are kept, which need not have the highest.
+    order = [("score", "descending")] if method == "p2d" else "rank"
+    best = pq.read_table(out / "pool_scores.parquet").sort_by(order)["id"].to_pylist()[: len(relevant)]
     kept = pq.read_table(out / "subset.parquet", columns=["id"])["id"].to_pylist()
     in_kept = sum(row in relevant for row in kept)
     return {
-        "precision": sum(row in relevant for row in scores[: len(relevant)]) / len(relevant),
+        "precision": sum(row in relevant for row in best) / len(relevant),
         "relevant": len(relevant),
         "kept": len(kept),
         "kept_precision": in_kept / len(kept),

@@ -231,7 +231,7 @@ def is_sample(work):
 
 @pytest.mark.parametrize(("refine", "count"), [(None, COUNT), (None, 25), (0.25, COUNT), (0.01, 3)])
 def test_scores_are_those_of_a_slow_plain_version(mine, work, alone, is_sample, refine, count):
-    out = mine("out", "--refine", refine, "--count", count)
+    out = mine("out", "--refine", refine, "--count", count, "--pick", "top")
     most = 3 * count if refine is None else max(int(np.ceil(refine * POOL)), count)
     plain = Plain(
         *(alone["target"], alone["pool"], readers_in(work / "heads"), is_sample),

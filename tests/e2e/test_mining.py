@@ -164,7 +164,7 @@ def test_skills_whose_prompts_look_alike_are_told_apart_by_their_answers(
     inputs = ("--model", tiny_folder, "--target", tmp_path / "target.jsonl", "--pool", tmp_path / "pool.jsonl")
     assert p2d("score-heads", *inputs, "--method", "readout", "--out", tmp_path / "heads").code == 0
     found = {}
-    for method, options in (("p2d", ("--heads", tmp_path / "heads")), ("lexical", ())):
+    for method, options in (("p2d", ("--heads", tmp_path / "heads", "--pick", "top")), ("lexical", ())):
         done = p2d("mine-data", *inputs, "--method", method, *options, "--count", 132, "--out", tmp_path / method)
         assert done.code == 0, done.said
         ids = pq.read_table(tmp_path / method / "subset.parquet").to_pydict()["id"]

@@ -69,11 +69,18 @@ def test_a_mixed_pool_is_not_taken_for_one(mine, rows):
     assert summary["pool_area"] > 0.9
 
 
-def test_cover_chooses_among_the_rows_above_the_floor(mine, rows):
-    _, summary, covering, out = mine("cover", "--count", 30, "--pick", "cover", pool=rows["pool"])
+@pytest.mark.parametrize("pick", ["auto", "cover"])
+def test_rows_that_are_kept_cover_those_above_the_floor(mine, rows, pick):
+    said, summary, covering, out = mine(f"kept-{pick}", "--count", 30, "--pick", pick, pool=rows["pool"])
+    assert ("30 of them that cover the others in words" in said) == (pick == "auto")
+    assert summary["picked"] == "cover"
     _, _, top, _ = mine("best", "--count", 30, "--pick", "top", pool=rows["pool"])
     assert {row["id"] for row in covering} != {row["id"] for row in top}
     assert all(row["score"] >= summary["floor_score"] for row in covering)
+    every = scores(out)
+    likely = max(30, 2 * (every >= summary["middle_score"]).sum())
+    assert min(row["score"] for row in covering) >= np.sort(every[~np.isnan(every)])[::-1][:likely].min()
+    assert summary["floor_score"] < summary["middle_score"]
     ranks = pq.read_table(out / "pool_scores.parquet")["rank"].to_numpy()
     assert sorted(ranks) == list(range(len(ranks)))
 
