@@ -589,6 +589,12 @@ class TrainConfig(RowOptions):
         identity=False,
         panel="Run",
     )
+    cache_frozen: bool = setting(
+        True,
+        "Compute the layers below the lowest trained one once a row, and keep their outputs for later epochs.",
+        identity=False,
+        panel="Run",
+    )
     base_quantization: Literal["none", "4bit"] = setting(
         "none",
         "4bit: keep the frozen base model in 4 bits, for scopes heads and lora (needs bitsandbytes).",

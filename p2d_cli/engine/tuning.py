@@ -47,6 +47,7 @@ from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
 from p2d_cli.modeling.suitability import attention_sizes
 from p2d_cli.runtime import distributed, signals
+from p2d_cli.runtime.hardware import GIB
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
@@ -320,6 +321,7 @@ class Tuning:
                 hooks=TrainingHooks(
                     on_step=advance,
                     on_checkpoint=seal,
+                    tell=job.progress.note,
                     should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
                     after_loading=freeze_placing if self._config.resolved_scope == "heads" else lambda _: None,
                 ),
@@ -344,10 +346,19 @@ class Tuning:
         reader.notes += rows.notes if reader.is_exact else ()
         an_epoch = -(-len(rows.sizes) // config.batch_size)
         updates = min(float(np.ceil(an_epoch * config.epochs)), config.max_steps or np.inf)
-        works = [self._updates(reader, rows, trained, times=updates / an_epoch)]
+        epochs, first = updates / an_epoch, min(updates / an_epoch, 1.0)
+        frozen = self._frozen_layers(size, trained) if epochs > first else 0
+        works = [self._updates(reader, rows, trained, times=first)]
+        if epochs > first:
+            works.append(self._updates(reader, rows, trained, times=epochs - first, above=frozen))
         if held_out is not None:
             works.append(self._looks(held_out, times=max(int(updates // (config.eval_steps or an_epoch)), 1)))
         reader.run(works)
+        if frozen:
+            kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
+            reader.notes.insert(
+                0, f"outputs of the first {frozen} layers, which stay as they are: {kept:.1f} GiB, kept"
+            )
         reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
         weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
@@ -374,6 +385,11 @@ class Tuning:
             return lora_trained(modules, config.lora_rank, size.depth)
         return Trained(sum(map(math.prod, modules)), 0, size.depth)
 
+    def _frozen_layers(self, size: ModelSize, trained: Trained) -> int:
+        """Return how many layers are computed once a row, where the model allows it."""
+        is_kept = self._config.cache_frozen and self._config.makes_adapter and not is_sharded()
+        return size.depth - trained.layers if is_kept else 0
+
     def _weight_bytes(self, size: ModelSize, trained: int, itemsize: int) -> int:
         """Return the bytes of the model's own weights, of which so many are trained."""
         scope = self._config.resolved_scope
@@ -386,12 +402,15 @@ class Tuning:
         quantised = round(size.first()[0])
         return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
 
-    def _updates(self, reader: CountingReader, rows: TokenizedRows, trained: Trained, times: float) -> Steps:
-        """Return the micro-batches of an epoch, which are done so many times."""
+    def _updates(
+        self, reader: CountingReader, rows: TokenizedRows, trained: Trained, *, times: float, above: int = 0
+    ) -> Steps:
+        """Return the micro-batches of an epoch, which are done so many times, above so many layers."""
         config, shapes = self._config, self._micro_batches(rows.sizes)
 
         def flops(size: ModelSize, shape: BatchShape) -> float:
-            forward = forward_flops(size, shape) * (2 if config.checkpointing else 1)
+            below = forward_flops(size, replace(shape, logits=0), layers=above)
+            forward = (forward_flops(size, shape) - below) * (2 if config.checkpointing else 1)
             return forward + backward_flops(size, shape, layers=trained.layers, trained=trained.parameters)
 
         def memory(size: ModelSize, itemsize: int) -> dict[str, int]:

@@ -173,6 +173,12 @@ def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
     return f"{share} attention heads with queries, keys and values of their own, but {found}"
 
 
+def decoder_blocks(model: Any) -> list[Any]:
+    """Return the layers of a plain model's text decoder in order; none where they are not one stack."""
+    config = model.config.get_text_config()
+    return list(_blocks_of(_decoder(model, config), config.num_hidden_layers) or ())
+
+
 def _blocks_of(decoder: Any, total: int) -> nn.ModuleList | None:
     """Return the decoder's stack of layers."""
     stacks = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == total)

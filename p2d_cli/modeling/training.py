@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,8 +23,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, UsageError, first_line
+from p2d_cli.modeling.frozen_layers import FrozenLayers, frozen_layers
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
+from p2d_cli.modeling.hidden_store import HiddenStates, KeptWhere, Tokens, place_for
 from p2d_cli.modeling.likelihood import answer_logits_only, padded
 from p2d_cli.modeling.loading import input_device, quiet_transformers
 
@@ -67,6 +71,7 @@ class TrainingPlan:
     patience: int | None = None
     checkpoint_minutes: float = math.inf
     packing: bool = False
+    cache_frozen: bool = True
 
     @property
     def micro_batch(self) -> int:
@@ -91,6 +96,10 @@ class TrainingRecord:
     best_step: int | None = None
     """The update whose weights were kept, where there were held-out rows."""
     best_eval_loss: float | None = None
+    frozen_layers: int = 0
+    """The layers below the trained ones that were computed once a row."""
+    kept: KeptWhere | None = None
+    """Where their outputs were kept."""
     full_state: dict[str, torch.Tensor] | None = None
     """Where the model is sharded over ranks: what was trained, whole and on the CPU of rank 0; empty elsewhere."""
 
@@ -131,6 +140,8 @@ class TrainingHooks:
     """Called when a checkpoint has been written, with the tokens read so far."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after each update whether to stop there, with a checkpoint to go on from; all ranks get one answer."""
+    tell: Callable[[str], None] = lambda _: None
+    """Told what the user should know beforehand."""
     after_loading: Callable[[Any], None] = lambda _: None
     """Called with the model after a checkpoint's weights were put into it."""
 
@@ -151,6 +162,7 @@ class CompletionTrainer(Trainer):
         tokens_seen: int,
         ranks: Ranks,
         checkpoint_minutes: float,
+        packing: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -159,9 +171,12 @@ class CompletionTrainer(Trainer):
         self.rate = rate
         """The learning rate of the update behind so many others, as a share of the peak."""
         self.ranks = ranks
+        self.packing = packing
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an update and not rescale the loss
         self.hooks = hooks
         self.tokens_seen = tokens_seen
+        self.frozen: FrozenLayers | None = None
+        """The layers that are computed once a row."""
         self._reported = 0
         """The updates that `hooks.on_step` has been told."""
         self._saved_at: int | None = None
@@ -250,11 +265,16 @@ class CompletionTrainer(Trainer):
         labels_BT = inputs["labels"]
         predicts_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
         predicts_BT[:, :-1] = labels_BT[:, 1:] != IGNORED_LABEL
-        with answer_logits_only(self.accelerator.unwrap_model(model), predicts_BT):
+        with self._above_frozen(inputs["rows"]), answer_logits_only(self.accelerator.unwrap_model(model), predicts_BT):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs.get("position_ids"), use_cache=False)
         targets_n = labels_BT[:, 1:][predicts_BT[:, :-1]]
         total = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets_n, reduction="sum")
         return total, targets_n.numel(), outputs
+
+    def _above_frozen(self, rows: Sequence[TrainingRow]) -> AbstractContextManager[None]:
+        if self.frozen is None:
+            return nullcontext()
+        return self.frozen.skipped([row.input_ids for row in rows], packing=self.packing)
 
     def _clip_finite(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip(*args, **kwargs)
@@ -413,7 +433,11 @@ def train(
         tokens_seen=resume.tokens if resume and ranks.rank == 0 else 0,
         ranks=ranks,
         checkpoint_minutes=plan.checkpoint_minutes,
+        packing=plan.packing,
     )
+    kept = None
+    if updates > updates_per_epoch(len(rows), plan) and not trainer.is_fsdp_enabled:
+        kept = _begin_above(trainer, [row.input_ids for row in (*rows, *eval_rows)], plan, pad_id, scratch)
     try:
         with quiet_transformers():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
@@ -424,10 +448,44 @@ def train(
             f"nothing was run: {first_line(problem)}",
             hint="start anew with --force, and find out who wrote there",
         ) from problem
-    return _record(trainer, plan, planned, evaluates=evaluates)
+    return _record(trainer, plan, planned, kept, evaluates=evaluates)
 
 
-def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, evaluates: bool) -> TrainingRecord:
+def _begin_above(
+    trainer: CompletionTrainer, rows: Sequence[Tokens], plan: TrainingPlan, pad_id: int, scratch: Path
+) -> KeptWhere | None:
+    """Have the layers below the lowest trained one computed once a row, and say where their outputs are kept."""
+    model: Any = trainer.model
+    ranks = trainer.ranks
+    model.train()
+    trainer.frozen = frozen_layers(model, pad_id=pad_id, autocast=getattr(torch, plan.autocast))
+    if trainer.frozen is None or not plan.cache_frozen:
+        return None
+    states_TD = trainer.frozen.states(rows[:1])[0]
+    scratch.mkdir(parents=True, exist_ok=True)
+    kept = place_for(rows, states_TD.shape[1], states_TD.dtype.itemsize, scratch, shared=ranks.size > 1)
+    found: tuple[KeptWhere, str] = ranks.exchange((kept, f"hidden-states-{uuid.uuid4().hex}"))[0]
+    kept, name = found
+    store = None
+    if kept.place != "nowhere":
+        with suppress(OSError):  # no room for the file
+            file = None if kept.place == "memory" else scratch / name
+            store = HiddenStates(rows, states_TD.shape[1], states_TD.dtype, file)
+    is_missing = any(ranks.exchange(store is None))  # behind it all ranks have opened the file
+    if store is not None:
+        store.hide()
+    if is_missing:
+        kept = replace(kept, place="nowhere")
+    elif store is not None:
+        trainer.frozen.keep(store)
+    if kept.place != "memory":
+        trainer.hooks.tell(f"the outputs of the first {trainer.frozen.depth} layers, which are frozen, are {kept}")
+    return kept
+
+
+def _record(
+    trainer: CompletionTrainer, plan: TrainingPlan, planned: int, kept: KeptWhere | None, *, evaluates: bool
+) -> TrainingRecord:
     state = trainer.state
     is_cut_short = not evaluates and state.global_step < planned
     keys = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
@@ -445,6 +503,8 @@ def _record(trainer: CompletionTrainer, plan: TrainingPlan, planned: int, *, eva
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
         best_step=state.best_global_step if evaluates else None,
         best_eval_loss=state.best_metric if evaluates else None,
+        frozen_layers=trainer.frozen.depth if trainer.frozen is not None else 0,
+        kept=kept,
         full_state=whole,
     )
 
@@ -492,7 +552,8 @@ def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> i
 def collate_or_none(batch: Sequence[TrainingRow], pad_id: int, *, packing: bool) -> Batch:
     """Return the rows as a batch; without rows, one token that is padding, as all ranks have to take part in a step."""
     found = batch or [TrainingRow("", (pad_id,), (IGNORED_LABEL,))]
-    return (pack(found) if packing else collate(found, pad_id)) | {"names": [row.name for row in batch]}
+    laid_out = pack(found) if packing else collate(found, pad_id)
+    return laid_out | {"names": [row.name for row in batch], "rows": found}
 
 
 def full_state(model: Any, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -107,6 +107,23 @@ def _kernel_says(file: str, name: str) -> str | None:
     return None
 
 
+def available_bytes() -> int:
+    """Return the memory that this process may still take: what the system has, and what its control group leaves it.
+
+    Where the system does not say, it is taken to be 4 GiB.
+    """
+    said = _kernel_says("meminfo", "MemAvailable:")
+    free = 4 * GIB if said is None else int(said.split()[0]) * 1024
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or one without a limit
+            allowed, taken = (int(Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")) for name in (limit, used))
+            free = min(free, max(allowed - taken, 0))
+    return free
+
+
 def synchronizer(device: str) -> Callable[[], None]:
     """Return a function that waits until `device` has done all it was given."""
     if device.startswith("cuda"):

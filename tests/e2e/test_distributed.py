@@ -201,6 +201,12 @@ def test_updates_are_the_same(shared, alone, name):
     assert losses(shared.folder / name) == pytest.approx(losses(alone / name), rel=1e-5)
 
 
+def test_ranks_share_the_outputs_of_frozen_layers(shared, alone):
+    found = [manifest_of(folder / "best")["summary"] for folder in (alone, shared.folder)]
+    assert [summary["frozen_kept"] for summary in found] == ["memory", "disk"]
+    assert found[0]["frozen_layers"] == found[1]["frozen_layers"] > 0
+
+
 @pytest.mark.parametrize("name", ["best", "full"])
 def test_updates_of_a_sharded_model_are_the_same(sharded, alone, name):
     assert sharded.codes(0)[:2] == sharded.codes(1)[:2] == [0, 0], sharded.err
