@@ -206,6 +206,19 @@ class StageConfig(BaseModel):
         return {}
 
 
+_ATTENTION = re.compile(r"auto|sdpa|eager|flash_attention_[2-4]|[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", re.ASCII)
+
+
+def _attention(text: str) -> str:
+    """Take the names that transformers has for attention, and those of kernels on the hub."""
+    if not _ATTENTION.fullmatch(text):
+        raise ValueError(
+            "expected auto, sdpa, eager, flash_attention_2 (3, 4), or a kernel of the hub such as"
+            " kernels-community/flash-attn2"
+        )
+    return text
+
+
 class RowOptions(StageConfig):
     """How rows are read and shown to the model."""
 
@@ -248,6 +261,19 @@ class RowOptions(StageConfig):
         identity=False,
         panel="Run",
     )
+    # Like the device it moves results by no more than rounding, so it stays outside the identity.
+    attn_implementation: Annotated[str, AfterValidator(_attention)] = setting(
+        "auto",
+        "auto, sdpa, eager, flash_attention_2, or a hub id such as kernels-community/flash-attn2, whose code is run; "
+        "auto is sdpa, or eager for families without it.",
+        identity=False,
+        panel="Run",
+    )
+
+    @property
+    def asks_for_flash(self) -> bool:
+        """Whether attention is computed by a kernel for rows of several lengths; transformers tells it by the name."""
+        return "flash" in self.attn_implementation
 
     @model_validator(mode="after")
     def _readable(self) -> RowOptions:
@@ -583,9 +609,10 @@ class TrainConfig(RowOptions):
     checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
     )
-    packing: bool = setting(
-        False,
-        "Lay the rows of a micro-batch one after the other instead of padding them; the loss is the same.",
+    packing: bool | None = setting(
+        None,
+        "Lay the rows of a micro-batch one after the other instead of padding them; the loss is the same. By default "
+        "with flash attention, if the model keeps the rows apart.",
         identity=False,
         panel="Run",
     )
@@ -636,6 +663,11 @@ class TrainConfig(RowOptions):
     def resolved_scope(self) -> Scope:
         """The scope given, or the one that follows from the inputs."""
         return self.scope or ("heads" if self.heads is not None else "lora")
+
+    @property
+    def tries_packing(self) -> bool:
+        """Whether rows are packed, if the model keeps them apart."""
+        return self.asks_for_flash if self.packing is None else self.packing
 
     @property
     def makes_adapter(self) -> bool:

@@ -160,3 +160,22 @@ def composite():
     import composites
 
     return lambda family, folder, dtype, **text: composites.save(family, folder, dtype, FIXTURES / "tiny-model", **text)
+
+
+@pytest.fixture
+def flash_kernel(monkeypatch):
+    """The id of a kernel of the hub that is flash attention in plain torch; the rows of its calls are in the module."""
+    import plain_flash
+    from transformers import AttentionInterface, modeling_flash_attention_utils, modeling_utils
+    from transformers.integrations import hub_kernels
+
+    from p2d_cli.modeling import attention_kernels
+
+    for module in (hub_kernels, modeling_utils, attention_kernels):
+        monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: plain_flash)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    plain_flash.ROWS_AT_ONCE.clear()
+    name = "kernels-community/flash-attn"
+    yield name
+    AttentionInterface._global_mapping.pop(name, None)

@@ -126,7 +126,7 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
 def _declarations(name: str, annotation: Any) -> tuple[str, ...]:
     flag = flag_name(name)
     former = tuple(flag_name(old) for old, new in FORMER_NAMES.items() if new == name)
-    if annotation is bool:
+    if _flag_type(name, annotation) is bool:
         return (f"{flag}/--no-{flag[2:]}",)
     return (flag, SHORT_FLAGS[name]) if name in SHORT_FLAGS else (flag, *former)
 

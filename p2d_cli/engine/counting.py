@@ -245,7 +245,8 @@ class CountingReader(Reader):
         about = () if shape is None else (shape.tokens.bit_length(), shape.length.bit_length(), shape.logits > 0)
         trained = (getattr(config, "resolved_scope", ""), getattr(config, "accumulation", 0))
         named = work.name if work.kind == "learn" else ""
-        key = (str(self.files.folder), config.dtype, config.device, work.kind, named, *about, *trained)
+        model = (str(self.files.folder), config.dtype, config.device, config.attn_implementation)
+        key = (*model, work.kind, named, *about, *trained)
         rates = self.job.options.rates
         if key not in rates:
             rates[key] = self._timings[work.name]() / work.typical_flops, self._other_seconds.get("start")

@@ -152,9 +152,12 @@ class Reader:
         return []
 
     def can_pack(self, longest: int) -> bool:
-        """Say whether the model reads several answers to so long a prompt as one sequence; a plan assumes so."""
+        """Say whether the model reads several answers to so long a prompt as one sequence; a plan assumes so.
+
+        That takes a mask for each pair of tokens, which flash attention does not.
+        """
         del longest
-        return True
+        return not self.config.asks_for_flash
 
     def episodes(self, shown: Sequence[tuple[Sequence[Record], Sequence[Record]]]) -> list[EncodedEpisode]:
         """Tokenize demos followed by queries with their reference answers."""
@@ -227,7 +230,8 @@ class ModelReader(Reader):
             device = str(resolve_device(distributed.own_device(self.config.device)))
             job.use_device(device)
             dtype = resolve_dtype(self.config.dtype, device)
-            model = load_model(self.files.folder, dtype=dtype, device=device, device_map=divided)
+            attention = self.config.attn_implementation
+            model = load_model(self.files.folder, dtype=dtype, device=device, device_map=divided, attention=attention)
             if divided is not None:
                 device = str(input_device(model))
                 job.use_device(device)

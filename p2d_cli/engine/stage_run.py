@@ -24,7 +24,7 @@ from p2d_cli.artifacts.store import (
     find_current,
     unfinished_folder,
 )
-from p2d_cli.config import ConfigT, Resolved, StageConfig
+from p2d_cli.config import ConfigT, Resolved, RowOptions, StageConfig
 from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import PromptTemplate
 from p2d_cli.data.records import OpenCheck
@@ -178,6 +178,23 @@ class StageRun(Generic[ConfigT]):
 
             resolve_device(distributed.own_device(self.config.device))
 
+    def require_attention(self) -> None:
+        """Refuse an attention implementation that this machine or the model lacks, whether or not the stage uses it.
+
+        Raises:
+            UnavailableError: see `require_installed` and `require_attention` in `p2d_cli.modeling`.
+        """
+        config, files = self.config, self.inputs.reader
+        if not isinstance(config, RowOptions) or config.attn_implementation == "auto" or files is None:
+            return
+        from p2d_cli.modeling.attention_kernels import require_installed
+        from p2d_cli.modeling.checkpoints import require_attention
+        from p2d_cli.modeling.loading import resolve_device, resolve_dtype
+
+        device = resolve_device(distributed.own_device(config.device))
+        require_installed(config.attn_implementation, device, resolve_dtype(config.dtype, device))
+        require_attention(files, config.attn_implementation)
+
     def journal(self, label: str, plan: Sequence[Sequence[int]]) -> Journal:
         """Open the record of the finished batches of `plan`, those of an interrupted run included.
 
@@ -264,6 +281,7 @@ class StageRun(Generic[ConfigT]):
         """Plan a stage some of whose inputs are artifacts that are only planned themselves."""
         self.require_device()
         self.num_embeddings = check()
+        self.require_attention()
         found = plan(None) if plan is not None else None
         if found is not None:
             told = "inputs that are still to be made are stood for by others like them"
@@ -294,6 +312,7 @@ class StageRun(Generic[ConfigT]):
         self._ensure_room()
         self.require_device()
         self.num_embeddings = check()
+        self.require_attention()
         if self.options.dry_run:
             return _Decision(self._result("would-run", plan=self._plan(plan)))
         self._draft = held.enter_context(draft(self.config.out, self.kind, self.key, resume=not self.options.force))

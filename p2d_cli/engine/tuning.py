@@ -183,14 +183,14 @@ class Tuning:
                 "device": self.device,
                 "seed": derive_seed(config.seed, "train"),
                 "trackers": config.tracker,
+                "packing": config.tries_packing,
             }
         )
 
-    def _build(self) -> Any:
-        """Load the model and prepare it for training; each time from the same random numbers."""
+    def _build(self) -> tuple[Any, bool]:
+        """Load the model and prepare it for training, each time from the same random numbers; say if it packs rows."""
         from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full, unfreeze_attention
         from p2d_cli.modeling.loading import load_model
-        from p2d_cli.modeling.training import require_packing
 
         config, scope = self._config, self._config.resolved_scope
         with self._job.timer.phase("load"):
@@ -198,19 +198,35 @@ class Tuning:
             four_bit = config.base_quantization == "4bit"
             # A model that is to be sharded may not fit where it goes as a whole.
             place = "cpu" if is_sharded() else self.device
-            model = load_model(self._files.folder, dtype=self.dtype, device=place, four_bit=four_bit)
-        if config.packing:
-            require_packing(model)
+            model = load_model(
+                self._files.folder,
+                dtype=self.dtype,
+                device=place,
+                four_bit=four_bit,
+                attention=config.attn_implementation,
+            )
+        packs = self._packs(model)
         with self._job.timer.phase("prepare"):
             if scope == "heads" and self._heads is not None:
-                return attach_heads(model, self._heads.selected_LH, config.projections)
-            if scope == "lora":
-                return attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
-            if scope == "attention":
+                model = attach_heads(model, self._heads.selected_LH, config.projections)
+            elif scope == "lora":
+                model = attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
+            elif scope == "attention":
                 unfreeze_attention(model)
             else:
                 prepare_full(model)
-            return model
+        return model, packs
+
+    def _packs(self, model: Any) -> bool:
+        """Say whether rows are packed; a model that mixes packed rows pads them, or is refused if it was to pack."""
+        from p2d_cli.modeling.training import keeps_rows_apart, require_packing
+
+        if self._config.packing:
+            require_packing(model)
+        elif self._config.tries_packing:
+            # All ranks do the same, though one of them may round otherwise.
+            return all(distributed.exchange(keeps_rows_apart(model)))
+        return self._config.tries_packing
 
     # --- training
 
@@ -226,7 +242,8 @@ class Tuning:
 
         plan = self._as_far_as_known(self._settings())
         while True:
-            model = self._build()
+            model, packs = self._build()
+            plan = replace(plan, packing=packs)
             try:
                 return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
             except StoppedEarlyError as stopped:
@@ -469,7 +486,7 @@ class Tuning:
                 rows = by_length[first : first + micro]
                 # Packed, they are one sequence.
                 packed = [(sum(length for length, _ in rows), sum(labels for _, labels in rows))]
-                shapes.append(BatchShape.of(packed if config.packing else rows))
+                shapes.append(BatchShape.of(packed if config.tries_packing else rows))
         return shapes
 
     def _time(self, reader: CountingReader, shape: BatchShape) -> float:
@@ -477,7 +494,7 @@ class Tuning:
         from p2d_cli.modeling.gradients import IGNORED_LABEL
         from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
 
-        model = self._build()
+        model, packs = self._build()
         learnt = max(1, min(shape.length - 1, round(shape.logits / shape.rows)))
         ids = tuple(5 + place % 50 for place in range(shape.length))
         row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (shape.length - learnt) + ids[shape.length - learnt :])
@@ -492,6 +509,7 @@ class Tuning:
             eval_steps=None,
             patience=None,
             checkpoint_minutes=math.inf,
+            packing=packs,
         )
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:

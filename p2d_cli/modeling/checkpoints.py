@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.core.head_layout import ModelLayout
 from p2d_cli.errors import ArtifactError, ModelError, UnavailableError, first_line
+from p2d_cli.modeling.attention_kernels import refusal, require_taken
 from p2d_cli.modeling.layouts import layer_weights
 from p2d_cli.modeling.loading import (
     UNFIT_VALUES,
@@ -119,6 +120,23 @@ def _built(spec: str, folder: Path, config_json: bytes) -> Any:
             f"transformers cannot build the model that {described.config_path} describes: {problem!r:.200}",
             hint="check config.json, or update transformers",
         ) from problem
+
+
+def require_attention(files: ModelFiles, asked: str) -> None:
+    """Refuse an attention implementation that transformers does not give to a model, without reading its weights.
+
+    Raises:
+        UnavailableError: telling why, or what transformers would take in its place.
+        DataError, ModelError: see `skeleton`.
+    """
+    skeleton(files)  # says first what is wrong with the model itself
+    config = read_config(files)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = require_model_class(config).auto.from_config(config, attn_implementation=asked)
+    except (ImportError, *UNFIT_VALUES) as problem:
+        raise refusal(asked, files.model_type, problem) from problem
+    require_taken(model, asked)
 
 
 def read_layer_weights(checkpoint: CheckpointReader, layout: ModelLayout, layer: int) -> LayerWeights:

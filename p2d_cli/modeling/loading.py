@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as std_logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ from p2d_cli.errors import (
     UsageError,
     first_line,
     is_out_of_memory,
+)
+from p2d_cli.modeling.attention_kernels import (
+    TORCH_KERNELS,
+    computes_on,
+    refusal,
+    require_alike,
+    require_taken,
+    torch_attention,
 )
 from p2d_cli.modeling.light_tokenizer import ensure_pad_token as ensure_pad_token
 from p2d_cli.modeling.light_tokenizer import read_tokenizer
@@ -62,6 +70,7 @@ def load_model(
     device: torch.device | str,
     four_bit: bool = False,
     device_map: str | Mapping[str, str] | None = None,
+    attention: str = "auto",
 ) -> Any:
     """Load a causal language model in eval mode, with all of its parts: those of images and sound stay unused.
 
@@ -76,12 +85,14 @@ def load_model(
             they are multiplied in `dtype`.
         device_map: `auto` divides the model over all devices, then main memory, then the disk; or a device (`disk` is
             one) for each module. Inputs then belong on `input_device`; accelerate moves what goes from part to part.
+        attention: as for `--attn-implementation`, see `attention_kernel`. One that is not torch's is tried out.
 
     Returns:
         The model. Its `name_or_path`, which adapters saved from it repeat, is the hub id, or empty for a folder.
 
     Raises:
-        UnavailableError: the model is neither on disk nor reachable, or bitsandbytes is wanted and not installed.
+        UnavailableError: the model is neither on disk nor reachable, bitsandbytes is wanted and not installed, or the
+            attention is not there, or does not fit the model.
         DataError: the weights are damaged, incomplete, or pickle files, or the model needs code from its checkpoint.
         NonFiniteError: a weight is NaN or infinite.
         ModelError: the model cannot be used: quantised by a method that is not read, not a causal language model.
@@ -94,12 +105,13 @@ def load_model(
     is_packed = four_bit or (quantised is not None and quantised.becomes == "packed")
     whole = None if device.type == "cpu" and not is_packed else {"": device}
     found = require_model_class(config)
+    kernel = attention_kernel(config, found.built, attention)
     model = _from_pretrained(
         files,
         found.auto,
         config=config,
         dtype=dtype,
-        attn_implementation=attention_kernel(config, found.built),
+        attn_implementation=kernel,
         device_map=device_map or whole,
         quantization_config=_four_bits(dtype) if four_bit else _dequantised(quantised),
     )
@@ -110,16 +122,35 @@ def load_model(
     )
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.name
     _mend(model)
-    return model.eval()
+    model.eval()
+    if attention != "auto":
+        require_taken(model, attention)
+    place = input_device(model)
+    # The weights of a model that is to be sharded wait on the CPU, where its kernel may not run.
+    if kernel not in TORCH_KERNELS and computes_on(model, place):
+        require_alike(model, attention_kernel(config, found.built), place)
+    return model
 
 
-def attention_kernel(config: Any, built: Any) -> str:
-    """Return torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping)."""
+def attention_kernel(config: Any, built: Any, asked: str = "auto") -> str:
+    """Return the attention that was asked for.
+
+    `auto` is torch's own kernel, or a family's eager attention where it cannot use that (Gemma 2, for soft-capping).
+    """
+    if asked != "auto":
+        return asked
     from transformers import MODEL_MAPPING
 
     text = type(config.get_text_config())
     parts = [built, *([MODEL_MAPPING[text]] if text in MODEL_MAPPING else [])]
     return "sdpa" if all(part._supports_sdpa for part in parts) else "eager"
+
+
+def attention_that_runs(model: Any) -> AbstractContextManager[None]:
+    """Let a model that waits on the CPU to be sharded attend by torch's kernel, if its own does not run there."""
+    if computes_on(model, input_device(model)):
+        return nullcontext()
+    return torch_attention(model, attention_kernel(model.config, type(model)))
 
 
 def require_model_class(config: Any) -> ModelClass:
@@ -162,6 +193,8 @@ def _from_pretrained(files: ModelFiles, auto_model: Any, **options: Any) -> Any:
                 **options,
             )
     except ImportError as problem:
+        if (kernel := options["attn_implementation"]) not in TORCH_KERNELS:
+            raise refusal(kernel, files.model_type, problem) from problem
         # An installed bitsandbytes may be too old for the installed transformers.
         raise UnavailableError(
             f"loading the weights of {files.spec} failed: {first_line(problem)}", hint="pip install -U bitsandbytes"

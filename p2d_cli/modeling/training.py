@@ -28,7 +28,7 @@ from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
 from p2d_cli.modeling.hidden_store import HiddenStates, KeptWhere, Tokens, place_for
 from p2d_cli.modeling.likelihood import answer_logits_only, padded
-from p2d_cli.modeling.loading import input_device, quiet_transformers
+from p2d_cli.modeling.loading import attention_that_runs, input_device, quiet_transformers
 
 Batch = dict[str, Any]
 _CHECKPOINTS_KEPT = 2
@@ -597,26 +597,33 @@ def pack(batch: Sequence[TrainingRow]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def require_packing(model: Any) -> None:
-    """Refuse a model that does not keep packed rows apart, by having it read two short ones packed and alone.
+def keeps_rows_apart(model: Any) -> bool:
+    """Say whether a model keeps packed rows apart, by having it read two short ones packed and alone.
 
     Recurrent layers and short convolutions carry a row on into the next one, and some models of images (Qwen2-VL,
     GLM-4V) take the positions of packed rows for those of one row.
 
     Args:
         model: in eval mode, as it was loaded.
-
-    Raises:
-        UsageError: it does not.
     """
     embeddings, length = model.get_input_embeddings(), _PROBED_TOKENS
     ids_2T = torch.arange(2 * length, device=input_device(model)).reshape(2, length) % embeddings.num_embeddings
     rows = [TrainingRow("", tuple(ids), tuple(ids)) for ids in ids_2T.tolist()]
     packed = {name: pack(rows)[name].to(ids_2T.device) for name in ("input_ids", "position_ids")}
-    alone_TV = model(input_ids=ids_2T[1:], use_cache=False).logits[0].float()
-    behind_TV = model(**packed, use_cache=False).logits[0, length:].float()
+    with attention_that_runs(model):
+        alone_TV = model(input_ids=ids_2T[1:], use_cache=False).logits[0].float()
+        behind_TV = model(**packed, use_cache=False).logits[0, length:].float()
     allowed = _ALIKE[model.dtype == torch.float32]
-    if not (behind_TV - alone_TV).norm() <= allowed * alone_TV.norm():
+    return bool((behind_TV - alone_TV).norm() <= allowed * alone_TV.norm())
+
+
+def require_packing(model: Any) -> None:
+    """Refuse a model that does not keep packed rows apart, see `keeps_rows_apart`.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not keeps_rows_apart(model):
         raise UsageError(
             f"--packing: {model.config.model_type} does not keep the rows of a packed sequence apart",
             hint="leave out --packing",
@@ -630,6 +637,8 @@ def _arguments(
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=updates,
+        # The same updates in one kernel, and what transformers takes from torch 2.8 on.
+        optim="adamw_torch_fused",
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,

@@ -205,6 +205,7 @@ def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, sh
         "updates_planned": record.steps_planned,
         "micro_batch": plan.micro_batch,
         "micro_batch_asked": config.batch_size // config.accumulation,
+        "packing": plan.packing,
         "first_loss": record.log[0]["loss"],
         "final_loss": record.final_loss,
         "best_update": record.best_step,
