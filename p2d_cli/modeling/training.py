@@ -1,5 +1,9 @@
 """The training loop: Hugging Face Trainer, with logits and loss on completion tokens only.
 
+A fused loss such as Liger's, which holds no logits at all, is left out. It takes the place of the model's own forward,
+where these are gathered, and needs Triton. By `p2d_cli.engine.cost.learn_bytes` logits take 0.01 (8B) to 0.07 (1B) of
+the memory for answers of 8 tokens in rows of 64, 0.19 to 0.50 for 512 in 1,024; `--accumulation` lowers them as well.
+
 Legend: B batch, T tokens, n completion tokens of a batch, V vocabulary.
 """
 
@@ -633,6 +637,13 @@ def require_packing(model: Any) -> None:
 def _arguments(
     plan: TrainingPlan, updates: int, warmup: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
 ) -> TrainingArguments:
+    """Return Trainer's settings.
+
+    TF32 stays off. Where a GPU has it `--dtype auto` is bfloat16, so that float32 is what somebody asked for; torch's
+    own variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 turns it on. `torch.compile` stays off: it compiled three times in
+    the first four batches, as each has another shape, for 59 to 83 seconds (LoRA on the fixture model, one core), where
+    an update takes 0.03; `tests/benchmarks/gpu.py` times it on a GPU.
+    """
     rows = plan.micro_batch // size
     return TrainingArguments(
         output_dir=str(scratch),

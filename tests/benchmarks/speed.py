@@ -251,7 +251,7 @@ def open_bench(options: argparse.Namespace, rows: int | None = None) -> tuple[Mo
 def uniform_heads(bench: ModelReader) -> Any:
     shape = layout_geometry(bench.layout)
     ratio = ScoreHeadsConfig.model_fields["ratio"].default
-    return select_uniform(shape.num_layers, shape.num_heads, share_count(ratio, shape.total_heads))
+    return select_uniform(share_count(ratio, shape.total_heads), shape.exists_LH)
 
 
 def encode_episodes(bench: ModelReader, rows: list[Any], targets: list[Any], queries: int = 1) -> list[Any]:

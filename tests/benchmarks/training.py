@@ -120,9 +120,8 @@ def heads_of(layout: Any, kind: str) -> np.ndarray:
     """Select a tenth of the heads: spread over all layers, or over the upper half."""
     shape = layout_geometry(layout)
     skipped = shape.num_layers // 2 if kind == "upper" else 0
-    selected_LH = np.zeros((shape.num_layers, shape.num_heads), dtype=bool)
-    selected_LH[skipped:] = select_uniform(shape.num_layers - skipped, shape.num_heads, shape.head_budget(0.1))
-    return selected_LH
+    candidates_LH = shape.exists_LH & (np.arange(shape.num_layers) >= skipped)[:, None]
+    return select_uniform(shape.head_budget(0.1), candidates_LH)
 
 
 def build_heads(kind: str) -> Callable[[argparse.Namespace, torch.dtype], Variant]:
