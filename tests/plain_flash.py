@@ -10,6 +10,8 @@ def flash_attn_func(
     query_BTHd, key_BSGd, value_BSGd, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
 ):
     """Attend; under `causal` the last query sees all keys. `window_size` counts the tokens to either side."""
+    if query_BTHd.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
     repeats = query_BTHd.shape[2] // key_BSGd.shape[2]
     key_BSHd, value_BSHd = (one.repeat_interleave(repeats, dim=2) for one in (key_BSGd, value_BSGd))
     scaling = query_BTHd.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
