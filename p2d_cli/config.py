@@ -558,6 +558,9 @@ class MineDataConfig(RowOptions):
         return self
 
 
+LoraTarget = Literal["all-linear", "attention", "q", "k", "v", "o"]
+
+
 class TrainConfig(RowOptions):
     """Settings of `p2d train`."""
 
@@ -569,19 +572,24 @@ class TrainConfig(RowOptions):
         "all", "Learn every answer of a conversation, or the last alone.", panel="Rows", neutral="all"
     )
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
-        ("q", "k", "v"), "Projections of the selected heads to train, or LoRA's targets, of q,k,v,o."
+        ("q", "k", "v", "o"), "Projections of the selected heads to train, of q,k,v,o."
     )
     epochs: Annotated[float, Field(gt=0)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
     max_steps: Positive | None = setting(
         None, "Stop after so many updates; a reference cut short is extrapolated by report-aer.", panel="Optimisation"
     )
-    lr: Annotated[float, Field(gt=0)] | None = setting(
+    lr: Annotated[float, Field(gt=0)] | Literal["probe"] | None = setting(
         None,
-        "Peak learning rate; by default 3e-3 for lora and a tenth of the heads, less for more of them, 1e-3 for all "
-        "and for attention, 3e-4 for full, found on a model of 135M parameters.",
+        "Peak learning rate, or probe: the best of a third of the default, the default and three times as much, by a "
+        "few updates each. By default it falls with the model's hidden size and the share of the heads: a tenth of "
+        "them has 3e-3 in a model of 135M parameters, 4.2e-4 in one of 8B.",
         panel="Optimisation",
     )
-    batch_size: Positive = setting(16, "Rows an update, over all devices' micro-batches.", panel="Optimisation")
+    batch_size: Positive | Literal["auto"] = setting(
+        "auto",
+        "Rows an update, over all devices' micro-batches; auto: the largest of 16, 8, 4, 2 with 60 updates or more.",
+        panel="Optimisation",
+    )
     accumulation: Positive = setting(1, "Micro-batches an update; batch-size is divided by it.", panel="Optimisation")
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "Learning-rate schedule after warm-up.", panel="Optimisation"
@@ -603,8 +611,21 @@ class TrainConfig(RowOptions):
         panel="Optimisation",
         neutral=None,
     )
+    lora_targets: Annotated[tuple[LoraTarget, ...], CommaList] | None = setting(
+        None,
+        "What a LoRA adapts: all-linear (every linear layer but the output embedding), attention, or some of q,k,v,o; "
+        "by default all-linear, or what --projections names.",
+        panel="LoRA",
+        neutral=None,
+    )
     lora_rank: Positive = setting(16, "Rank (for --scope lora).", panel="LoRA")
-    lora_alpha: Positive = setting(32, "Alpha (for --scope lora).", panel="LoRA")
+    lora_alpha: Positive = setting(8, "Alpha (for --scope lora).", panel="LoRA")
+    lora_scaling: Literal["rslora", "plain"] = setting(
+        "rslora",
+        "What the update is scaled by: rslora alpha / sqrt(rank), plain alpha / rank.",
+        panel="LoRA",
+        neutral="plain",
+    )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "Dropout (for --scope lora).", panel="LoRA")
     checkpointing: bool = setting(
         False, "Recompute activations in the backward pass to save memory.", identity=False, panel="Run"
@@ -648,7 +669,7 @@ class TrainConfig(RowOptions):
             )
         if self.scope == "heads" and self.heads is None:
             raise ValueError("--scope heads needs --heads: the artifact that score-heads wrote")
-        if self.batch_size % self.accumulation:
+        if self.batch_size != "auto" and self.batch_size % self.accumulation:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulation {self.accumulation}")
         if self.base_quantization != "none" and not self.makes_adapter:
             raise ValueError(f"--base-quantization 4bit freezes the weights that --scope {self.resolved_scope} trains")
@@ -657,6 +678,9 @@ class TrainConfig(RowOptions):
                 raise ValueError(f"{flag_name(name)} needs --eval-data: rows to look at")
         if not self.projections:
             raise ValueError("--projections is empty: name some of q,k,v,o")
+        whole = {"all-linear", "attention"} & set(self.lora_targets or ())
+        if self.lora_targets == () or (whole and len(self.lora_targets or ()) > 1):
+            raise ValueError("--lora-targets: expected all-linear, attention, or some of q,k,v,o")
         return self
 
     @property
@@ -674,9 +698,21 @@ class TrainConfig(RowOptions):
         """Whether what is written is an adapter, and not the whole model."""
         return self.resolved_scope in {"heads", "lora"}
 
+    @property
+    def resolved_lora_targets(self) -> tuple[LoraTarget, ...]:
+        """What a LoRA adapts: what was asked for, by either name, or else all linear layers."""
+        if self.lora_targets is not None:
+            return ("q", "k", "v", "o") if self.lora_targets == ("attention",) else self.lora_targets
+        return self.projections if "projections" in self.model_fields_set else ("all-linear",)
+
     def resolved(self) -> dict[str, Any]:
-        """Return the scope."""
-        return {"scope": self.resolved_scope}
+        """Return the scope, and what a LoRA adapts, which once was called its projections."""
+        scope, targets = self.resolved_scope, self.resolved_lora_targets
+        if scope != "lora":
+            return {"scope": scope, "lora_targets": None, "lora_scaling": "plain"}
+        is_all = targets == ("all-linear",)
+        named: dict[str, Any] = {"projections": [], "lora_targets": [*targets]}
+        return {"scope": scope} | (named if is_all else {"projections": [*targets], "lora_targets": None})
 
 
 class EvalConfig(RowOptions):

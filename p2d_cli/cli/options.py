@@ -134,13 +134,25 @@ def _declarations(name: str, annotation: Any) -> tuple[str, ...]:
 def _metavar(name: str, annotation: Any) -> str | None:
     if name in ROWS:
         return "<str>"  # not that of the list, as which it is taken
+    if _is_number_or_word(annotation):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        return f"<{'|'.join(['number', *words])}>"
     return "VALUE" if name in REPEATABLE else "PATH" if annotation is Path else None
+
+
+def _is_number_or_word(annotation: Any) -> bool:
+    """Say whether a setting takes a number or one of a few words, such as `auto`."""
+    is_union = isinstance(annotation, types.UnionType) or get_origin(annotation) is Union
+    return is_union and any(get_origin(part) is Literal for part in get_args(annotation))
 
 
 def _flag_type(name: str, annotation: Any) -> Any:
     """Return the type that Typer parses the flag's text as; pydantic checks the ranges."""
     if get_origin(annotation) is Annotated:
         return _flag_type(name, get_args(annotation)[0])
+    if _is_number_or_word(annotation):
+        return str
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
         return _flag_type(name, next(part for part in get_args(annotation) if part is not type(None)))
     if get_origin(annotation) is tuple:

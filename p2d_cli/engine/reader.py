@@ -100,8 +100,7 @@ class Reader:
     @property
     def hidden_size(self) -> int:
         """Width of the model's hidden states, also of a model whose heads cannot be told apart."""
-        config = self.files.config.get("text_config", self.files.config)
-        return int(config.get("hidden_size") or config.get("n_embd") or 0)
+        return self.files.hidden_size
 
     @property
     def shape(self) -> HeadGeometry:

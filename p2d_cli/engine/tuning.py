@@ -13,14 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
-from p2d_cli.config import Scope, TrainConfig
+from p2d_cli.config import TrainConfig
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.core.head_layout import PROJECTIONS
@@ -40,28 +40,38 @@ from p2d_cli.engine.cost import (
 )
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Steps, repeated
+from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_ROWS, RateProbe, probed
 from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import StageRun
-from p2d_cli.errors import DataError, MemoryExhaustedError, StoppedEarlyError, UsageError, first_line, is_out_of_memory
+from p2d_cli.engine.training_defaults import batch_size_for, default_learning_rate
+from p2d_cli.errors import (
+    DataError,
+    MemoryExhaustedError,
+    NonFiniteError,
+    StoppedEarlyError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
-from p2d_cli.modeling.suitability import attention_sizes
+from p2d_cli.modeling.suitability import attention_sizes, linear_sizes
 from p2d_cli.runtime import distributed, signals
-from p2d_cli.runtime.hardware import GIB
+from p2d_cli.runtime.hardware import GIB, available_bytes
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 
 if TYPE_CHECKING:
     import torch
 
-    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord, TrainingRow
+    from p2d_cli.modeling.training import Ranks, TrainingPlan, TrainingRecord, TrainingRow
 
-DEFAULT_LEARNING_RATE: dict[Scope, float] = {"heads": 3e-3, "attention": 1e-3, "lora": 3e-3, "full": 3e-4}
-"""The best of a sweep on SmolLM2-135M (`tests/benchmarks/scopes.py`); not tried on larger models. Heads: a tenth."""
-HIGHEST_DEFAULT_RATE = 1e-2
+T = TypeVar("T")
 TIMED_UPDATES = 4
 TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
 CHECKPOINTS_AT_ONCE = 3
 """Two are kept, and a third is there while it is being written."""
+FROZEN_SHARE = 0.25
+"""How much of the memory that is available the outputs of frozen layers may take."""
 FOUR_BITS = 0.56
 """Bytes a weight, with the scales of its block."""
 
@@ -119,20 +129,6 @@ def is_sharded() -> bool:
     return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def default_learning_rate(scope: Scope, head_share: float | None) -> float:
-    """Return the peak learning rate of a training that names none.
-
-    The more heads move together, the less each may move: their rate is the power of their share that leads from that of
-    a tenth to that of all attention, to two digits, and at most the highest that was tried.
-    """
-    rate = DEFAULT_LEARNING_RATE[scope]
-    if scope != "heads" or head_share is None:
-        return rate
-    of_all = DEFAULT_LEARNING_RATE["attention"]
-    scaled = of_all * head_share ** math.log10(of_all / rate)
-    return float(f"{min(scaled, HIGHEST_DEFAULT_RATE):.2g}")
-
-
 class Tuning:
     """One training of a model: with scope heads, of the heads `heads`.
 
@@ -145,6 +141,8 @@ class Tuning:
         self._config = job.config
         self._files = files
         self._heads = heads
+        self.probe: RateProbe | None = None
+        """The rates that were tried beforehand."""
         quantised = quantisation_of(files)
         if quantised is not None and not quantised.shards and is_sharded():
             raise UsageError(
@@ -168,7 +166,20 @@ class Tuning:
 
         return resolve_dtype(self._config.dtype, self.device)
 
-    def _settings(self) -> TrainingPlan:
+    def batch_size(self, rows: int) -> int:
+        """Return the rows of an update, out of so many."""
+        config = self._config
+        if config.batch_size != "auto":
+            return config.batch_size
+        return batch_size_for(rows, config.epochs, config.accumulation * distributed.world_size())
+
+    @property
+    def default_rate(self) -> float:
+        """The peak learning rate where none is named."""
+        share = None if self._heads is None else self._heads.share
+        return default_learning_rate(self._config.resolved_scope, self._files.hidden_size, share)
+
+    def _settings(self, rows: int) -> TrainingPlan:
         from p2d_cli.modeling.training import TrainingPlan
 
         config = self._config
@@ -177,19 +188,26 @@ class Tuning:
         return TrainingPlan(
             **alike
             | {
-                "learning_rate": config.lr
-                or default_learning_rate(config.resolved_scope, None if self._heads is None else self._heads.share),
+                "learning_rate": config.lr if isinstance(config.lr, float) else self.default_rate,
+                "batch_size": self.batch_size(rows),
                 "autocast": str(self.dtype).removeprefix("torch."),
                 "device": self.device,
                 "seed": derive_seed(config.seed, "train"),
                 "trackers": config.tracker,
                 "packing": config.tries_packing,
+                "frozen_memory": int(FROZEN_SHARE * available_bytes()),
             }
         )
 
     def _build(self) -> tuple[Any, bool]:
         """Load the model and prepare it for training, each time from the same random numbers; say if it packs rows."""
-        from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full, unfreeze_attention
+        from p2d_cli.modeling.head_adapter import (
+            attach_heads,
+            attach_lora,
+            prepare_full,
+            rank_stabilized,
+            unfreeze_attention,
+        )
         from p2d_cli.modeling.loading import load_model
 
         config, scope = self._config, self._config.resolved_scope
@@ -210,7 +228,9 @@ class Tuning:
             if scope == "heads" and self._heads is not None:
                 model = attach_heads(model, self._heads.selected_LH, config.projections)
             elif scope == "lora":
-                model = attach_lora(model, config.lora_rank, config.lora_alpha, config.projections, config.lora_dropout)
+                rank, alpha = config.lora_rank, config.lora_alpha
+                scaled = alpha if config.lora_scaling == "plain" else rank_stabilized(alpha, rank)
+                model = attach_lora(model, rank, scaled, config.resolved_lora_targets, config.lora_dropout)
             elif scope == "attention":
                 unfreeze_attention(model)
             else:
@@ -238,14 +258,24 @@ class Tuning:
         A training that runs out of memory is begun anew with a smaller one, from the weights that it began with: it
         ends with the very numbers that it would have had with the smaller one in the first place.
         """
-        from p2d_cli.modeling.memory import release_memory
+        plan = self._settings(len(rows))
+        if self._config.lr == "probe":
+            plan = replace(plan, learning_rate=self._probe(plan, rows, eval_rows, pad_id))
 
-        plan = self._as_far_as_known(self._settings())
-        while True:
+        def work(plan: TrainingPlan) -> tuple[Any, TrainingPlan, TrainingRecord]:
             model, packs = self._build()
             plan = replace(plan, packing=packs)
+            return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
+
+        return self._fitting(self._as_far_as_known(plan), work)
+
+    def _fitting(self, plan: TrainingPlan, work: Callable[[TrainingPlan], T]) -> T:
+        """Do work that trains, anew with smaller micro-batches where it runs out of memory."""
+        from p2d_cli.modeling.memory import release_memory
+
+        while True:
             try:
-                return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
+                return work(plan)
             except StoppedEarlyError as stopped:
                 # All ranks stop here; saying it once is enough.
                 distributed.raise_together(stopped)
@@ -254,9 +284,66 @@ class Tuning:
                 if not is_out_of_memory(problem):
                     raise
                 found = first_line(problem)
-            del model
             release_memory(cycles=True)
             plan = self._smaller(plan, found)
+
+    def _probe(
+        self, plan: TrainingPlan, rows: Sequence[TrainingRow], eval_rows: Sequence[TrainingRow], pad_id: int
+    ) -> float:
+        """Return the rate that leaves the lowest loss on held-out rows behind a few updates, and note what each left.
+
+        A training without held-out rows lends some of its own. What an interrupted run has tried is not tried again.
+        """
+        learnt, looked_at = list(rows), list(eval_rows[:PROBED_ROWS])
+        if not looked_at:
+            order = np.random.default_rng(derive_seed(self._config.seed, "train", "probe")).permutation(len(rows))
+            lent = set(order[: min(PROBED_ROWS, len(rows) // 4)].tolist())
+            looked_at = [row for place, row in enumerate(rows) if place in lent]
+            learnt = [row for place, row in enumerate(rows) if place not in lent]
+        if not looked_at:
+            self._job.progress.note("--lr probe: too few rows to hold any out; the default rate is taken")
+            return plan.learning_rate
+        folder = self._job.scratch("rate-probe")
+        done = distributed.from_main(lambda: RateProbe.load(folder))
+        self._job.timer.charge("probe", done.seconds)
+        with self._job.timer.phase("probe"):
+            for rate in (float(f"{plan.learning_rate * factor:.2g}") for factor in PROBED_FACTORS):
+                if rate not in done.losses:
+                    started = time.perf_counter()
+                    tried = probed(plan, rate, len(learnt))
+                    loss, tokens = self._fitting(tried, partial(self._try, learnt, looked_at, pad_id))
+                    done = done.adding(rate, loss, tokens, time.perf_counter() - started)
+                    if self._job.is_main:
+                        done.save(folder)
+        self._job.progress.note(f"--lr probe: held-out loss {done.described()}: {done.best:g} is taken")
+        self.probe = done
+        return done.best
+
+    def _try(
+        self, rows: Sequence[TrainingRow], held_out: Sequence[TrainingRow], pad_id: int, plan: TrainingPlan
+    ) -> tuple[float, int]:
+        """Return the loss of held-out rows behind a short training, and the tokens it read; inf if it diverged."""
+        from p2d_cli.modeling.training import train
+
+        model, packs = self._build()
+        plan, scratch = replace(plan, packing=packs), self._job.scratch("rate-probe")
+        try:
+            record = train(model, rows, plan, pad_id=pad_id, scratch=scratch, eval_rows=held_out, ranks=self._ranks())
+        except NonFiniteError:
+            return math.inf, 0
+        loss = record.log[-1]["eval_loss"]
+        return loss if math.isfinite(loss) else math.inf, record.tokens
+
+    @staticmethod
+    def _ranks() -> Ranks:
+        from p2d_cli.modeling.training import Ranks
+
+        return Ranks(
+            distributed.rank(),
+            distributed.world_size(),
+            exchange=distributed.exchange,
+            raise_together=distributed.raise_together,
+        )
 
     def _as_far_as_known(self, plan: TrainingPlan) -> TrainingPlan:
         """Begin with the micro-batch that an interrupted run had come down to; several processes keep to theirs."""
@@ -301,7 +388,7 @@ class Tuning:
     ) -> TrainingRecord:
         """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
         from p2d_cli.modeling.head_adapter import freeze_placing
-        from p2d_cli.modeling.training import Ranks, ResumePoint, TrainingHooks, planned_updates, train
+        from p2d_cli.modeling.training import ResumePoint, TrainingHooks, planned_updates, train
 
         job, scratch = self._job, self._checkpoints(plan)
         earlier = distributed.from_main(lambda: self._earlier(scratch))
@@ -328,12 +415,7 @@ class Tuning:
                 pad_id=pad_id,
                 scratch=scratch,
                 eval_rows=eval_rows,
-                ranks=Ranks(
-                    distributed.rank(),
-                    distributed.world_size(),
-                    exchange=distributed.exchange,
-                    raise_together=distributed.raise_together,
-                ),
+                ranks=self._ranks(),
                 resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
                 hooks=TrainingHooks(
                     on_step=advance,
@@ -361,7 +443,8 @@ class Tuning:
         """Have a reader count the updates, and what they need of memory and disk."""
         config, size, trained = self._config, reader.size, self._trained(reader)
         reader.notes += rows.notes if reader.is_exact else ()
-        an_epoch = -(-len(rows.sizes) // config.batch_size)
+        batch_size = self.batch_size(len(rows.sizes))
+        an_epoch = -(-len(rows.sizes) // batch_size)
         updates = min(float(np.ceil(an_epoch * config.epochs)), config.max_steps or np.inf)
         epochs, first = updates / an_epoch, min(updates / an_epoch, 1.0)
         frozen = self._frozen_layers(size, trained) if epochs > first else 0
@@ -369,7 +452,9 @@ class Tuning:
         if epochs > first:
             works.append(self._updates(reader, rows, trained, times=epochs - first, above=frozen))
         if held_out is not None:
-            works.append(self._looks(held_out, times=max(int(updates // (config.eval_steps or an_epoch)), 1)))
+            works.append(
+                self._looks(held_out, batch_size, times=max(int(updates // (config.eval_steps or an_epoch)), 1))
+            )
         reader.run(works)
         if frozen:
             kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
@@ -395,12 +480,17 @@ class Tuning:
             return heads_trained(reader.layout, self._heads.selected_LH, config.projections)
         if config.resolved_scope == "full":
             return Trained(size.text_parameters, 0, size.depth)
-        is_lora = config.resolved_scope == "lora"
-        named = config.projections if is_lora else PROJECTIONS
-        modules = attention_sizes(self._files, named, once=not is_lora).values()
-        if is_lora:
-            return lora_trained(modules, config.lora_rank, size.depth)
+        if config.resolved_scope == "lora":
+            return lora_trained(self._adapted().values(), config.lora_rank, size.depth)
+        modules = attention_sizes(self._files, PROJECTIONS, once=True).values()
         return Trained(sum(map(math.prod, modules)), 0, size.depth)
+
+    def _adapted(self) -> dict[str, tuple[int, int]]:
+        """Return the two sizes of each module that a LoRA adapts."""
+        targets = self._config.resolved_lora_targets
+        if targets == ("all-linear",):
+            return linear_sizes(self._files)
+        return attention_sizes(self._files, [name for name in PROJECTIONS if name in targets])
 
     def _frozen_layers(self, size: ModelSize, trained: Trained) -> int:
         """Return how many layers are computed once a row, where the model allows it."""
@@ -451,9 +541,9 @@ class Tuning:
             memory=memory,
         )
 
-    def _looks(self, held_out: TokenizedRows, times: int) -> Steps:
+    def _looks(self, held_out: TokenizedRows, batch_size: int, times: int) -> Steps:
         """Return the batches of a look at held-out rows, which is taken so many times."""
-        micro = self._config.batch_size // self._config.accumulation
+        micro = batch_size // self._config.accumulation
         starts = range(0, len(held_out.sizes), micro)
 
         def seconds(load: Callable[[], ModelReader], step: int) -> float:
@@ -476,9 +566,10 @@ class Tuning:
     def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> list[BatchShape]:
         """Return the micro-batches of an epoch: rows in random order, sorted by length within so many batches."""
         config = self._config
-        micro = config.batch_size // config.accumulation
+        batch_size = self.batch_size(len(sizes))
+        micro = batch_size // config.accumulation
         order = np.random.default_rng(derive_seed(config.seed, "plan", "order")).permutation(len(sizes))
-        part = MEGABATCHES * config.batch_size
+        part = MEGABATCHES * batch_size
         shapes = []
         for start in range(0, len(order), part):
             by_length = sorted((sizes[index] for index in order[start : start + part]), key=lambda size: -size[0])
@@ -499,7 +590,7 @@ class Tuning:
         ids = tuple(5 + place % 50 for place in range(shape.length))
         row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (shape.length - learnt) + ids[shape.length - learnt :])
         ends: list[float] = []
-        settings = self._settings()
+        settings = self._settings(shape.rows)
         plan = replace(
             settings,
             batch_size=shape.rows * settings.accumulation,

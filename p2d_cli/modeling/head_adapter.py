@@ -31,7 +31,7 @@ from torch.nn import functional
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.head_layout import PROJECTIONS, ProjectionName
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.layouts import attention_parts, is_transposed, model_layout, plain_model
+from p2d_cli.modeling.layouts import attention_parts, is_transposed, linear_modules, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
 from p2d_cli.modeling.text_part import text_parameters
 
@@ -94,30 +94,42 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
     return peft_model
 
 
-def attach_lora(model: Any, rank: int, alpha: int, targets: Collection[str], dropout: float) -> Any:
-    """Attach an ordinary LoRA to whole projections of every layer (Hu et al., arXiv:2106.09685), in place.
+def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], dropout: float = 0.0) -> Any:
+    """Attach an ordinary LoRA to whole modules of every layer (Hu et al., arXiv:2106.09685), in place.
 
     Args:
         model: without adapter.
         rank: r.
-        alpha: the scaling is `alpha / rank`.
-        targets: of q, k, v, o; a fused module is adapted as a whole, and of latent attention the parts that make them.
+        alpha: the scaling is `alpha / rank`; see `rank_stabilized` for that of rsLoRA.
+        targets: `all-linear` for every linear layer of the text decoder, or some of q, k, v, o; a fused module is
+            adapted as a whole, and of latent attention the parts that make them.
         dropout: on the inputs of the adapter, in [0, 1).
 
     Raises:
         UsageError: an unknown target, or one that the model has not.
         ModelError: the model has no attention.
     """
+    if tuple(targets) == ("all-linear",):
+        return _attach(model, linear_modules(model), r=rank, lora_alpha=alpha, lora_dropout=dropout)
     _check_projections(targets)
     parts = attention_parts(model)
     modules = dict.fromkeys(module for name in PROJECTIONS if name in targets for module in parts[name])
     if not modules:
         there = [name for name in PROJECTIONS if parts[name]]
         raise UsageError(
-            f"--projections {','.join(targets)}: the attention of this model has no linear layer for any of them",
-            hint=f"train --projections {','.join(there)}",
+            f"--lora-targets {','.join(targets)}: the attention of this model has no linear layer for any of them",
+            hint=f"train --lora-targets {','.join(there)}",
         )
     return _attach(model, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+
+
+def rank_stabilized(alpha: float, rank: int) -> float:
+    """Return the alpha of a plain LoRA that is scaled as rsLoRA is, by `alpha / sqrt(rank)` (arXiv:2312.03732).
+
+    PEFT has a flag for it, `use_rslora`, which llama.cpp and others do not read.
+    """
+    plain = alpha * math.sqrt(rank)
+    return int(plain) if plain.is_integer() else plain
 
 
 def _attach(model: Any, modules: Collection[str], **settings: Any) -> Any:

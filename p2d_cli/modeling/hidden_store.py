@@ -17,14 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from p2d_cli.runtime.hardware import GIB, available_bytes
-
 Tokens = tuple[int, ...]
 Place = Literal["memory", "disk", "nowhere"]
 
-_MEMORY_SHARE = 0.25
-"""How much of the memory that is available is taken at most, and of the disk below."""
 _DISK_SHARE = 0.5
+"""How much of the room that is left on the disk is taken at most."""
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class KeptWhere:
     bytes: int
 
     def __str__(self) -> str:
-        size = f"{self.bytes / GIB:.1f} GiB"
+        size = f"{self.bytes / _GIB:.1f} GiB"
         if self.place == "nowhere":
             return (
                 f"computed anew in each epoch: there is no room for {size} in a quarter of memory or half of the disk"
@@ -43,18 +41,21 @@ class KeptWhere:
         return f"kept after the first epoch: {size} {'in memory' if self.place == 'memory' else 'on disk'}"
 
 
-def place_for(rows: Iterable[Sequence[int]], width: int, itemsize: int, folder: Path, *, shared: bool) -> KeptWhere:
-    """Decide where the hidden states of these rows go: into memory if they fit well, else onto the disk of `folder`.
+def place_for(
+    rows: Iterable[Sequence[int]], width: int, itemsize: int, *, memory: int, folder: Path, shared: bool
+) -> KeptWhere:
+    """Decide where the hidden states of these rows go: into memory if they fit, else onto the disk of `folder`.
 
     Args:
         rows: their tokens; equal rows are kept once.
         width: D.
         itemsize: bytes a value.
+        memory: bytes of it that may be taken.
         folder: where a file would be written.
         shared: whether other processes need them too, which takes a file.
     """
     needed = sum(map(len, {tuple(row) for row in rows})) * width * itemsize
-    if not shared and needed <= _MEMORY_SHARE * available_bytes():
+    if not shared and needed <= memory:
         return KeptWhere("memory", needed)
     is_roomy = needed <= _DISK_SHARE * shutil.disk_usage(folder).free
     return KeptWhere("disk" if is_roomy else "nowhere", needed)

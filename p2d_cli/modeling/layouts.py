@@ -173,6 +173,14 @@ def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
     return f"{share} attention heads with queries, keys and values of their own, but {found}"
 
 
+def linear_modules(model: Any) -> tuple[str, ...]:
+    """Return the linear layers of a model's text decoder by their full names, without its output embedding."""
+    model = plain_model(model)
+    output = model.get_output_embeddings()
+    found = _decoder_modules(model, model.config.get_text_config())
+    return tuple(name for name, module in found if _is_linear(module) and module is not output)
+
+
 def decoder_blocks(model: Any) -> list[Any]:
     """Return the layers of a plain model's text decoder in order; none where they are not one stack."""
     config = model.config.get_text_config()

@@ -77,6 +77,13 @@ class ModelFiles:
         """The architecture's name in transformers, as `llama`."""
         return str(self.config.get("model_type", "unknown"))
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the text part's hidden states; 0 if the config does not say."""
+        text = self.config.get("text_config", self.config)
+        sizes = (text.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+        return int(next((size for size in sizes if isinstance(size, int)), 0))
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -108,6 +108,19 @@ def attention_sizes(
     return {module: (int(weight.shape[0]), int(weight.shape[1])) for module, weight in weights.items()}
 
 
+def linear_sizes(files: ModelFiles) -> dict[str, tuple[int, int]]:
+    """Return the two sizes of each linear layer of a model's text decoder, by name."""
+    if _ordinary_layout(files) is not None:
+        shapes = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(files).items()}
+        return {name: (shape[0], shape[1]) for name, shape in shapes.items() if ".layers." in name and len(shape) > 1}
+    from p2d_cli.modeling.checkpoints import skeleton
+    from p2d_cli.modeling.layouts import linear_modules
+
+    model = skeleton(files)
+    weights = {name: model.get_submodule(name).weight for name in linear_modules(model)}
+    return {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
+
+
 def full_config(files: ModelFiles) -> dict[str, Any]:
     """Return a model's config with the values that `config.json` leaves at their defaults, such as Gemma 3's heads."""
     if _ordinary_layout(files) is not None:

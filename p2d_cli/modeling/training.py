@@ -76,6 +76,10 @@ class TrainingPlan:
     checkpoint_minutes: float = math.inf
     packing: bool = False
     cache_frozen: bool = True
+    frozen_memory: int = 2**30
+    """Bytes of memory that the outputs of frozen layers may take."""
+    keeps_best: bool = True
+    """Whether the weights of the lowest held-out loss are kept, rather than the last ones."""
 
     @property
     def micro_batch(self) -> int:
@@ -467,7 +471,12 @@ def _begin_above(
         return None
     states_TD = trainer.frozen.states(rows[:1])[0]
     scratch.mkdir(parents=True, exist_ok=True)
-    kept = place_for(rows, states_TD.shape[1], states_TD.dtype.itemsize, scratch, shared=ranks.size > 1)
+    kept = place_for(
+        *(rows, states_TD.shape[1], states_TD.dtype.itemsize),
+        memory=plan.frozen_memory,
+        folder=scratch,
+        shared=ranks.size > 1,
+    )
     found: tuple[KeptWhere, str] = ranks.exchange((kept, f"hidden-states-{uuid.uuid4().hex}"))[0]
     kept, name = found
     store = None
@@ -667,10 +676,10 @@ def _arguments(
         remove_unused_columns=False,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=plan.eval_steps or updates_per_epoch(num_rows, plan),
-        load_best_model_at_end=evaluates,
+        load_best_model_at_end=evaluates and plan.keeps_best,
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False if evaluates else None,
-        save_strategy="best" if evaluates else "no",
+        save_strategy="best" if evaluates and plan.keeps_best else "no",
         save_total_limit=_CHECKPOINTS_KEPT,
         logging_strategy="steps",
         logging_steps=1,

@@ -69,17 +69,22 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: require(model, needs_of(config.resolved_scope, quantise=config.base_quantization != "none")),
+        check=lambda: require(model, _needs(config)),
     )
 
 
-def needs_of(scope: Scope, *, quantise: bool = False) -> Needs:
-    """Return what a scope asks of a model; `quantise` as for `--base-quantization`."""
+def _needs(config: TrainConfig) -> Needs:
+    scope, quantise = config.resolved_scope, config.base_quantization != "none"
+    return needs_of(scope, quantise=quantise, attention=config.resolved_lora_targets != ("all-linear",))
+
+
+def needs_of(scope: Scope, *, quantise: bool = False, attention: bool = False) -> Needs:
+    """Return what a scope asks of a model; `quantise` as for `--base-quantization`, `attention` of a LoRA for it."""
     return Needs(
         tokenizer=True,
         logits=True,
         heads=scope == "heads",
-        parts=scope in {"lora", "attention"},
+        parts=scope == "attention" or (scope == "lora" and attention),
         plain="" if scope in {"heads", "lora"} else f"--scope {scope}",
         quantise=quantise,
     )
@@ -88,7 +93,7 @@ def needs_of(scope: Scope, *, quantise: bool = False) -> Needs:
 def _require_usable_launch(config: TrainConfig) -> None:
     """Refuse what a launcher asks for that this training cannot be."""
     size = distributed.world_size()
-    if size > 1 and config.batch_size % (config.accumulation * size):
+    if config.batch_size != "auto" and config.batch_size % (config.accumulation * size):
         raise UsageError(
             f"--batch-size {config.batch_size} cannot be shared evenly: it has to be a multiple of --accumulation times"
             f" processes, {config.accumulation} x {size} = {config.accumulation * size}",
@@ -137,6 +142,8 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "eval_rows": len(looked_at),
         "heads_trained": None if inputs.heads is None else inputs.heads.count,
     }
+    if tuning.probe is not None:
+        summary["lr_probe"] = tuning.probe.to_dict()["losses"]
     if config.makes_adapter:
         summary[ADAPTER_RANK] = saved_rank(model)
     if job.is_main:
@@ -164,7 +171,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         },
         precision=str(dtype).removeprefix("torch."),
         device=device,
-        tokens=record.tokens,
+        tokens=record.tokens + (tuning.probe.tokens if tuning.probe is not None else 0),
         tokens_planned=record.tokens_planned,
         epochs=config.epochs,
         steps_done=record.steps_done,
@@ -204,7 +211,8 @@ def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, sh
         "updates": record.steps_done,
         "updates_planned": record.steps_planned,
         "micro_batch": plan.micro_batch,
-        "micro_batch_asked": config.batch_size // config.accumulation,
+        "batch_size": plan.batch_size,
+        "micro_batch_asked": plan.batch_size // config.accumulation,
         "packing": plan.packing,
         "first_loss": record.log[0]["loss"],
         "final_loss": record.final_loss,

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p2d_cli.engine.tuning import DEFAULT_LEARNING_RATE
+from p2d_cli.engine.training_defaults import ANCHOR_RATE
 
 SCOPES = ("heads", "attention", "lora", "full")
 SETTINGS = ("held_out", "test_rows", "epochs", "batch_size", "max_new_tokens", "seeds")
@@ -36,12 +36,12 @@ def main() -> None:
     p2d("score-heads", "--model", options.model, "--method", "uniform", "--out", str(heads))
     sweep: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    best = {scope: DEFAULT_LEARNING_RATE[scope] for scope in SCOPES}
+    best = {scope: ANCHOR_RATE[scope] for scope in SCOPES}
     for name, train, test, metric, count in options.task:
         rows = cut(options, name, train, test, int(count))
         if name not in options.no_sweep:
             for scope in options.scopes:
-                tried, best[scope] = climb(DEFAULT_LEARNING_RATE[scope], partial(try_rate, options, name, rows, scope))
+                tried, best[scope] = climb(ANCHOR_RATE[scope], partial(try_rate, options, name, rows, scope))
                 sweep += tried
                 write(options, sweep, results)
         for seed in options.seeds:

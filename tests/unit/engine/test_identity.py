@@ -41,6 +41,8 @@ OTHER_VALUES = {
     "base_quantization": "4bit",
     "lm_eval": ["arc_easy"],
     "background": 20,
+    "lora_targets": ["all-linear"],
+    "lora_scaling": "rslora",
 }
 
 
@@ -75,7 +77,12 @@ def rewrite(folder, stage, config):
 
 @pytest.mark.parametrize(("stage", "name", "neutral"), list(neutral_settings()))
 def test_a_neutral_value_is_left_out_and_another_is_not(stage, name, neutral):
-    settings = {"lm_eval": {"data": None}, "depth": {"method": "readout"}}.get(name, {})
+    beside = {
+        "lm_eval": {"data": None},
+        "depth": {"method": "readout"},
+        "lora_targets": {"projections": ["q"]},  # what a LoRA adapts where its targets are not named
+    }
+    settings = beside.get(name, {})
     left_out = {} if name == "lm_eval" else settings
     assert name not in config(stage, **{name: neutral}, **left_out).identity()
     other = OTHER_VALUES.get(name, "other")
@@ -92,6 +99,19 @@ def test_a_setting_that_was_added_says_at_which_value_it_is_neutral(tiny_folder)
         added = {name for name, field in model.model_fields.items() if "neutral" in declared(field)}
         assert not added & first
         assert set(old_identity(stage, config(stage))) == added | first
+
+
+def test_a_lora_on_projections_is_the_one_on_targets_of_these_names():
+    """As version 0.1.0 called them."""
+
+    def trained(**settings):
+        return config("train", **settings).identity()
+
+    assert trained(projections=["q", "v"]) == trained(lora_targets=["q", "v"]) != trained()
+    assert trained(lora_targets=["attention"]) == trained(projections=["q", "k", "v", "o"])
+    assert trained() == trained(lora_targets=["all-linear"]) == trained(lora_targets=["all-linear"], projections=["q"])
+    full = trained(scope="full")
+    assert full == trained(scope="full", lora_targets=["q"], lora_scaling="plain")
 
 
 def test_auto_is_the_artifact_of_what_it_stands_for():

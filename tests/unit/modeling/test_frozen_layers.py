@@ -260,42 +260,39 @@ def test_they_go_into_memory_then_onto_the_disk_then_nowhere(tmp_path, monkeypat
     needed = 40 * 8 * 2
 
     def place(*, memory, disk, shared=False):
-        monkeypatch.setattr("p2d_cli.modeling.hidden_store.available_bytes", lambda: memory)
         usage = type("Usage", (), {"free": disk})
         monkeypatch.setattr("p2d_cli.modeling.hidden_store.shutil.disk_usage", lambda _: usage)
-        return place_for(rows, 8, 2, tmp_path, shared=shared)
+        return place_for(rows, 8, 2, memory=memory, folder=tmp_path, shared=shared)
 
-    assert place(memory=4 * needed, disk=0) == KeptWhere("memory", needed)
-    assert place(memory=4 * needed - 4, disk=2 * needed) == KeptWhere("disk", needed)
-    assert place(memory=4 * needed, disk=2 * needed, shared=True) == KeptWhere("disk", needed)
+    assert place(memory=needed, disk=0) == KeptWhere("memory", needed)
+    assert place(memory=needed - 1, disk=2 * needed) == KeptWhere("disk", needed)
+    assert place(memory=needed, disk=2 * needed, shared=True) == KeptWhere("disk", needed)
     assert place(memory=0, disk=2 * needed - 2) == KeptWhere("nowhere", needed)
-    assert "in memory" in str(place(memory=4 * needed, disk=0))
+    assert "in memory" in str(place(memory=needed, disk=0))
     assert "anew" in str(place(memory=0, disk=0))
 
 
 def test_a_training_with_little_memory_keeps_them_on_disk_or_not_at_all(deep, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.modeling.hidden_store.available_bytes", lambda: 0)
-    told = []
+    plan, told = replace(PLAN, frozen_memory=0), []
     hooks = TrainingHooks(tell=told.append)
-    _, on_disk, first = learn(deep(), tmp_path / "a", hooks=hooks)
+    _, on_disk, first = learn(deep(), tmp_path / "a", plan, hooks=hooks)
     assert on_disk.kept.place == "disk"
     assert "on disk" in told[-1]
     assert not [path for path in Path(tmp_path / "a").rglob("*") if "hidden" in path.name]
     monkeypatch.setattr("p2d_cli.modeling.hidden_store._DISK_SHARE", 0.0)
-    _, nowhere, second = learn(deep(), tmp_path / "b", hooks=hooks)
+    _, nowhere, second = learn(deep(), tmp_path / "b", plan, hooks=hooks)
     assert nowhere.kept.place == "nowhere"
     assert "anew" in told[-1]
     assert alike(first, second)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_no_failure(deep, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.modeling.hidden_store.available_bytes", lambda: 0)
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("p2d_cli.modeling.hidden_store.os.posix_fallocate", full)
     told = []
-    record = train(deep(), ROWS, PLAN, pad_id=0, scratch=tmp_path, hooks=TrainingHooks(tell=told.append))
+    plan, hooks = replace(PLAN, frozen_memory=0), TrainingHooks(tell=told.append)
+    record = train(deep(), ROWS, plan, pad_id=0, scratch=tmp_path, hooks=hooks)
     assert record.kept.place == "nowhere"
     assert not [path for path in tmp_path.rglob("*") if "hidden" in path.name]

@@ -18,6 +18,7 @@ from p2d_cli.modeling.head_adapter import (
     freeze_placing,
     load_adapter,
     prepare_full,
+    rank_stabilized,
     save_adapter,
     trainable_share,
     unfreeze_attention,
@@ -356,6 +357,37 @@ def test_lora_dropout_is_passed_on(tiny_model):
     model = attach_lora(tiny_model("llama"), 4, 8, ("q",), 0.25)
     dropouts = [m.p for name, m in model.named_modules() if name.endswith("lora_dropout.default")]
     assert dropouts == [0.25, 0.25]
+
+
+def test_rank_stabilised_scaling_is_peft_s_own(tiny_model):
+    """By a plain config that every tool reads the same."""
+    from peft import LoraConfig, get_peft_model
+
+    for rank, alpha in ((16, 8), (8, 8), (3, 5)):
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj"], use_rslora=True)
+        theirs = get_peft_model(tiny_model("llama"), config)
+        ours = attach_lora(tiny_model("llama"), rank, rank_stabilized(alpha, rank), ("q",))
+        scalings = [
+            {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+            for model in (theirs, ours)
+        ]
+        assert scalings[0].keys() == scalings[1].keys()
+        assert list(scalings[1].values()) == pytest.approx(list(scalings[0].values()))
+    assert isinstance(rank_stabilized(8, 16), int)
+
+
+def test_all_linear_layers_are_those_that_peft_finds(tiny_model, family):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+    theirs = get_peft_model(tiny_model(family), config)
+    ours = attach_lora(tiny_model(family), 2, 2, ("all-linear",))
+
+    def adapted(model):
+        return {name for name, _ in model.named_parameters() if "lora_" in name}
+
+    assert adapted(ours) == adapted(theirs)
+    assert trainable_share(ours).trained == trainable_share(theirs).trained
 
 
 def test_attention_scope_trains_the_projections_in_fp32_and_nothing_else(tiny_model, token_ids, family):
