@@ -266,6 +266,83 @@ def test_four_bits_without_bitsandbytes(p2d, words, monkeypatch):
     assert "pip install bitsandbytes" in done.said
 
 
+def test_rates_are_tried_beforehand(p2d, words, few, tmp_path, monkeypatch):
+    """Each on rows that lend themselves, or on those to look at; what an interrupted run has tried is kept."""
+    plain = words("heads", "plain")
+    assert p2d(*plain).code == 0
+    rate = manifest_of(tmp_path / "plain")["summary"]["learning_rate"]
+    for out, more in (("lent", ()), ("held-out", ("--eval-data", few["target"]))):
+        done = p2d(*words("heads", out, "--lr", "probe", *more))
+        assert done.code == 0, done.said
+        manifest = manifest_of(tmp_path / out)
+        tried = manifest["summary"]["lr_probe"]
+        assert [float(name) for name in tried] == pytest.approx([rate / 3, rate, 3 * rate], rel=0.05)
+        best = min(tried, key=tried.get)
+        assert manifest["summary"]["learning_rate"] == float(best)
+        assert f"{best} is taken" in done.said
+        assert manifest["seconds"]["probe"] > 0
+    assert manifest_of(tmp_path / "lent")["tokens"] > 2 * manifest_of(tmp_path / "plain")["tokens"]
+    calls, plain_try = [], stage.Tuning._try
+
+    def counted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain_try(self, *arguments)
+
+    monkeypatch.setattr(stage.Tuning, "_try", counted)
+    command = words("heads", "again", "--lr", "probe")
+    assert p2d(*command).code == 130
+    assert p2d(*command).code == 0
+    assert len(calls) == 4
+    assert same(tmp_path / "again", tmp_path / "lent")
+    spent = [manifest_of(tmp_path / name)["tokens"] for name in ("again", "lent")]
+    assert spent[0] == spent[1]
+
+
+def test_a_rate_that_diverges_is_not_taken(p2d, words, tmp_path, monkeypatch):
+    plain = CompletionTrainer._completion_loss
+
+    def diverge(self, model, inputs):
+        total, *rest = plain(self, model, inputs)
+        return (total * torch.nan if self.args.learning_rate > 3.1e-3 else total), *rest
+
+    monkeypatch.setattr(CompletionTrainer, "_completion_loss", diverge)
+    done = p2d(*words("lora", "lora", "--lr", "probe"))
+    assert done.code == 0, done.said
+    tried = manifest_of(tmp_path / "lora")["summary"]["lr_probe"]
+    assert tried["0.009"] is None
+    assert "diverged at 0.009" in done.said
+
+
+def test_an_update_has_as_many_rows_as_leave_sixty(p2d, tiny_folder, few, pipeline, tmp_path):
+    """Of 16 rows in so many epochs; the plan says the same."""
+    rows = ("--data", few["test"], "--heads", pipeline / "heads")
+    common = ("train", "--model", tiny_folder, "--dtype", "float32", *rows)
+    for epochs, size in ((1, 2), (60, 16)):
+        words = (*common, "--epochs", epochs, "--max-steps", 2, "--out", tmp_path / str(epochs))
+        [work] = p2d(*words, "--dry-run", "--json").json["plan"]["works"]
+        assert p2d(*words).code == 0
+        summary = manifest_of(tmp_path / str(epochs))["summary"]
+        assert summary["batch_size"] == summary["micro_batch"] == size
+        assert work["passes"] == 2
+
+
+def test_a_lora_adapts_all_linear_layers(p2d, words, tmp_path):
+    for name, more, modules in (
+        ("all", (), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", ("--lora-targets", "attention"), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("former", ("--projections", "q,v"), {"q_proj", "v_proj"}),
+        ("named", ("--lora-targets", "k"), {"k_proj"}),
+    ):
+        done = p2d(*words("lora", name, *more))
+        assert done.code == 0, done.said
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert {target.rsplit(".", 1)[-1] for target in config["target_modules"]} == modules
+        assert (config["r"], config["lora_alpha"]) == (16, 32)
+    assert p2d(*words("lora", "bad", "--lora-targets", "all-linear,q")).code == 2
+
+
 def test_a_tracker_is_told(p2d, words, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
