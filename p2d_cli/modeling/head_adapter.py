@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
-from p2d_cli.core.head_layout import PROJECTIONS, ProjectionName
+from p2d_cli.core.head_layout import PROJECTIONS, Placement, ProjectionName
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
 from p2d_cli.modeling.layouts import attention_parts, is_transposed, linear_modules, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
@@ -74,9 +74,12 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
         ModelError: the attention is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
-    layout = model_layout(model)
     _check_projections(projections)
-    placed = layout.placements(selected_LH, projections)
+    return attach_rows(model, model_layout(model).placements(selected_LH, projections))
+
+
+def attach_rows(model: Any, placed: Mapping[str, Placement]) -> Any:
+    """Make these rows and columns of modules trainable, by the modules' names, and nothing else; see `attach_heads`."""
     counts = {name: len(place.rows) for name, place in placed.items()}
     first = next(iter(counts.values()))
     # PEFT reads the names as patterns; a dot that matches anything confuses no two modules of one model.

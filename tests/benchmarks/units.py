@@ -1,0 +1,180 @@
+"""What is worth training: heads, channels of the MLPs, both, or a LoRA, at about equal seconds.
+
+    python tests/benchmarks/units.py --model MODEL --task NAME TRAIN HELD_OUT [--task ...] --out OUT
+        [--arms heads channels both lora full] [--rates 1 3] [--seeds 3] [--rows 200] [--held-out-rows 100]
+
+A channel is a row of an MLP's gate and up projection and the column of its down projection (S2FT, arXiv:2412.06289),
+trained as the same exact LoRA as heads. All arms but `full` train the upper half of the layers: `heads` a tenth of all
+heads there, evenly spread; `channels` as many weights in evenly spread channels; `both` half of each. `--rates`
+multiplies the default rate of heads, of LoRA for `lora`; each arm is judged at its best. 3 epochs, 4 rows an update.
+The loss is that of held-out answers in nats a token. OUT/units.json grows as results come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from readout_rules import open_reader
+
+from p2d_cli.core.head_layout import Placement
+from p2d_cli.core.head_selection import candidate_heads, select_uniform
+from p2d_cli.engine.reader import ModelReader
+from p2d_cli.engine.training_defaults import default_learning_rate
+from p2d_cli.engine.tuning import TokenizedRows
+from p2d_cli.modeling.head_adapter import attach_lora, attach_rows, prepare_full, trainable_share
+from p2d_cli.modeling.layouts import model_layout
+from p2d_cli.modeling.loading import load_model
+from p2d_cli.modeling.training import TrainingPlan, TrainingRow, train
+
+SHARE = 0.1
+PROJECTIONS = ("q", "k", "v", "o")
+EPOCHS, BATCH = 3.0, 4
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.pool = options.task[0][1]
+    path = options.out / "units.json"
+    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    reader = open_reader(options)
+    for name, learnt, held_out in options.task:
+        rows = tokens(reader, options, learnt)
+        looked_at = tokens(reader, options, held_out)[: options.held_out_rows]
+        for seed in range(options.seeds):
+            order = np.random.default_rng(seed).permutation(len(rows))[: options.rows]
+            for arm in options.arms:
+                for factor in options.rates:
+                    where = {"task": name, "seed": seed, "arm": arm, "factor": factor}
+                    if any(row | where == row for row in results):
+                        continue
+                    results.append(where | measure(options, where, [rows[place] for place in order], looked_at))
+                    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    print(json.dumps(results[-1]), flush=True)
+    show(results)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--task", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "HELD_OUT"))
+    parser.add_argument("--arms", nargs="*", default=["heads", "channels", "both", "lora"])
+    parser.add_argument("--rates", nargs="*", type=float, default=[1.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--held-out-rows", type=int, default=100)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def tokens(reader: ModelReader, options: argparse.Namespace, path: str) -> list[TrainingRow]:
+    del options
+    inputs = reader.job.inputs
+    records = inputs.read(inputs.rows("target", path)).records
+    examples = reader.examples(records, "all")
+    return TokenizedRows(tuple(records), tuple(examples), 0, ()).to_training()
+
+
+def measure(
+    options: argparse.Namespace, where: dict[str, Any], rows: list[TrainingRow], held_out: list[TrainingRow]
+) -> dict[str, Any]:
+    torch.manual_seed(where["seed"])
+    dtype = getattr(torch, options.dtype)
+    model = load_model(options.model, dtype=dtype, device="cpu")
+    width = model.config.get_text_config().hidden_size
+    model, rate = prepared(model, where["arm"], width)
+    updates = math.ceil(len(rows) / BATCH * EPOCHS)
+    plan = TrainingPlan(
+        epochs=EPOCHS, max_steps=None, learning_rate=rate * where["factor"], batch_size=BATCH, accumulation=1,
+        schedule="cosine", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0, autocast=options.dtype, device="cpu",
+        seed=where["seed"], checkpointing=False, trackers=(), eval_steps=10 * updates, keeps_best=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        train(model, rows, plan, pad_id=0, scratch=Path(scratch))
+        seconds = time.perf_counter() - started
+    return {
+        "rate": plan.learning_rate,
+        "trained": trainable_share(model).trained,
+        "seconds": seconds,
+        "loss": held_out_loss(model, held_out, dtype),
+    }
+
+
+def prepared(model: Any, arm: str, width: int) -> tuple[Any, float]:
+    """Return the model with what the arm trains, and the default rate."""
+    if arm == "full":
+        prepare_full(model)
+        return model, default_learning_rate("full", width)
+    if arm == "lora":
+        return attach_lora(model, 16, 32, ("all-linear",)), default_learning_rate("lora", width)
+    layout = model_layout(model)
+    rate = default_learning_rate("heads", width, SHARE)
+    part = SHARE / 2 if arm == "both" else SHARE
+    exists_LH = layout.geometry.exists_LH
+    layers = f"{layout.num_layers // 2}-{layout.num_layers - 1}"
+    heads_LH = select_uniform(round(part * exists_LH.sum()), candidate_heads(layers, exists_LH))
+    placed = layout.placements(heads_LH, PROJECTIONS)
+    weights = sum(len(place.rows) * place.width for place in placed.values())
+    if arm == "heads":
+        return attach_rows(model, placed), rate
+    channels = channel_placements(model, layout.num_layers, weights)
+    return attach_rows(model, channels if arm == "channels" else placed | channels), rate
+
+
+def channel_placements(model: Any, num_layers: int, weights: int) -> dict[str, Placement]:
+    """Return evenly spread channels of the upper half of the layers that have about so many weights together."""
+    config = model.config.get_text_config()
+    layers = range(num_layers // 2, num_layers)
+    count = round(weights / (3 * config.hidden_size) / len(layers))
+    rows = tuple((np.arange(count) * config.intermediate_size // count).tolist())
+    placed = {}
+    for layer in layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            module = f"model.layers.{layer}.mlp.{name}"
+            placed[module] = Placement(rows, name == "down_proj", config.hidden_size, config.intermediate_size)
+    return placed
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: list[TrainingRow], dtype: torch.dtype) -> float:
+    """Return the mean loss of the answer tokens, one row at a time."""
+    model.eval()
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)[1:]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits_TV = model(input_ids=ids).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits_TV, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print mean loss and seconds by task, arm and rate."""
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in results:
+        groups[row["task"], row["arm"], row["factor"]].append(row)
+    print(f"{'task':<16}{'arm':<10}{'rate':>8}{'loss':>9}{'spread':>8}{'seconds':>9}{'trained':>12}")
+    for (task, arm, _), rows in groups.items():
+        losses = [row["loss"] for row in rows]
+        spread = np.std(losses, ddof=1) if len(rows) > 1 else float("nan")
+        seconds = np.median([row["seconds"] for row in rows])
+        print(
+            f"{task:<16}{arm:<10}{rows[0]['rate']:>8.2g}{np.mean(losses):>9.4f}{spread:>8.4f}{seconds:>9.1f}"
+            f"{rows[0]['trained']:>12,}"
+        )
+
+
+if __name__ == "__main__":
+    main()
