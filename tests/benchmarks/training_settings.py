@@ -1,20 +1,21 @@
-"""What is worth training: heads, channels of the MLPs, both, or a LoRA, at about equal seconds.
+"""What is worth training, at which rate, and with how many rows an update: by the loss of held-out answers.
 
-    python tests/benchmarks/units.py --model MODEL --task NAME TRAIN HELD_OUT [--task ...] --out OUT
-        [--arms heads channels both lora full] [--rates 1 3] [--seeds 3] [--rows 200] [--held-out-rows 100]
+    python tests/benchmarks/training_settings.py --model MODEL --task NAME TRAIN HELD_OUT [--task ...] --out OUT
+        [--arms heads lora full ...] [--rates 0.3 1 3] [--batch-sizes 4] [--rows 200] [--seeds 3] [--held-out-rows 100]
 
-A channel is a row of an MLP's gate and up projection and the column of its down projection (S2FT, arXiv:2412.06289),
-trained as the same exact LoRA as heads. All arms but `full` train the upper half of the layers: `heads` a tenth of all
-heads there, evenly spread; `channels` as many weights in evenly spread channels; `both` half of each. `--rates`
-multiplies the default rate of heads, of LoRA for `lora`; each arm is judged at its best. 3 epochs, 4 rows an update.
-The loss is that of held-out answers in nats a token. OUT/units.json grows as results come.
+The arms: `heads`, a tenth of all heads, evenly spread over the upper half of the layers, q,k,v,o; `heads-qkv`, without
+the output projection; `heads-all-layers`, over all layers; `channels`, as many weights in evenly spread channels of the
+MLPs of the upper half (a channel is a row of gate and of up projection and the column of the down projection, as in
+S2FT, arXiv:2412.06289), trained as the same exact LoRA; `both`, half of `heads` and of `channels`; `lora`, on all
+linear layers; `lora-attention`; `full`. `--rates` are multiples of an arm's default. 3 epochs. The loss is in nats a token.
+OUT/training_settings.json grows as results come, and what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import tempfile
 import time
 from collections import defaultdict
@@ -37,29 +38,30 @@ from p2d_cli.modeling.training import TrainingPlan, TrainingRow, train
 
 SHARE = 0.1
 PROJECTIONS = ("q", "k", "v", "o")
-EPOCHS, BATCH = 3.0, 4
+EPOCHS = 3.0
 
 
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     options.pool = options.task[0][1]
-    path = options.out / "units.json"
+    path = options.out / "training_settings.json"
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     reader = open_reader(options)
     for name, learnt, held_out in options.task:
         rows = tokens(reader, options, learnt)
         looked_at = tokens(reader, options, held_out)[: options.held_out_rows]
-        for seed in range(options.seeds):
-            order = np.random.default_rng(seed).permutation(len(rows))[: options.rows]
-            for arm in options.arms:
-                for factor in options.rates:
-                    where = {"task": name, "seed": seed, "arm": arm, "factor": factor}
-                    if any(row | where == row for row in results):
-                        continue
-                    results.append(where | measure(options, where, [rows[place] for place in order], looked_at))
-                    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                    print(json.dumps(results[-1]), flush=True)
+        settings = itertools.product(
+            range(options.seeds), options.rows, options.batch_sizes, options.arms, options.rates
+        )
+        for seed, count, batch_size, arm, factor in settings:
+            where = {"task": name, "seed": seed, "rows": count, "batch": batch_size, "arm": arm, "factor": factor}
+            if any(row | where == row for row in results):
+                continue
+            order = np.random.default_rng(seed).permutation(len(rows))[:count]
+            results.append(where | measure(options, where, [rows[place] for place in order], looked_at))
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(results[-1]), flush=True)
     show(results)
 
 
@@ -70,7 +72,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", default=["heads", "channels", "both", "lora"])
     parser.add_argument("--rates", nargs="*", type=float, default=[1.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--batch-sizes", nargs="*", type=int, default=[4])
+    parser.add_argument("--rows", nargs="*", type=int, default=[200])
     parser.add_argument("--held-out-rows", type=int, default=100)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
@@ -93,11 +96,10 @@ def measure(
     model = load_model(options.model, dtype=dtype, device="cpu")
     width = model.config.get_text_config().hidden_size
     model, rate = prepared(model, where["arm"], width)
-    updates = math.ceil(len(rows) / BATCH * EPOCHS)
     plan = TrainingPlan(
-        epochs=EPOCHS, max_steps=None, learning_rate=rate * where["factor"], batch_size=BATCH, accumulation=1,
+        epochs=EPOCHS, max_steps=None, learning_rate=rate * where["factor"], batch_size=where["batch"], accumulation=1,
         schedule="cosine", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0, autocast=options.dtype, device="cpu",
-        seed=where["seed"], checkpointing=False, trackers=(), eval_steps=10 * updates, keeps_best=False,
+        seed=where["seed"], checkpointing=False, trackers=(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
@@ -116,18 +118,19 @@ def prepared(model: Any, arm: str, width: int) -> tuple[Any, float]:
     if arm == "full":
         prepare_full(model)
         return model, default_learning_rate("full", width)
-    if arm == "lora":
-        return attach_lora(model, 16, 32, ("all-linear",)), default_learning_rate("lora", width)
+    if arm.startswith("lora"):
+        targets = PROJECTIONS if arm == "lora-attention" else ("all-linear",)
+        return attach_lora(model, 16, 32, targets), default_learning_rate("lora", width)
     layout = model_layout(model)
     rate = default_learning_rate("heads", width, SHARE)
-    part = SHARE / 2 if arm == "both" else SHARE
     exists_LH = layout.geometry.exists_LH
-    layers = f"{layout.num_layers // 2}-{layout.num_layers - 1}"
-    heads_LH = select_uniform(round(part * exists_LH.sum()), candidate_heads(layers, exists_LH))
-    placed = layout.placements(heads_LH, PROJECTIONS)
-    weights = sum(len(place.rows) * place.width for place in placed.values())
-    if arm == "heads":
+    layers = None if arm == "heads-all-layers" else f"{layout.num_layers // 2}-{layout.num_layers - 1}"
+    count = round((SHARE / 2 if arm == "both" else SHARE) * exists_LH.sum())
+    heads_LH = select_uniform(count, candidate_heads(layers, exists_LH))
+    placed = layout.placements(heads_LH, PROJECTIONS[:3] if arm == "heads-qkv" else PROJECTIONS)
+    if arm.startswith("heads"):
         return attach_rows(model, placed), rate
+    weights = sum(len(place.rows) * place.width for place in placed.values())
     channels = channel_placements(model, layout.num_layers, weights)
     return attach_rows(model, channels if arm == "channels" else placed | channels), rate
 
@@ -161,18 +164,18 @@ def held_out_loss(model: Any, rows: list[TrainingRow], dtype: torch.dtype) -> fl
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print mean loss and seconds by task, arm and rate."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+    """Print mean loss and seconds over seeds, by all else."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in results:
-        groups[row["task"], row["arm"], row["factor"]].append(row)
-    print(f"{'task':<16}{'arm':<10}{'rate':>8}{'loss':>9}{'spread':>8}{'seconds':>9}{'trained':>12}")
-    for (task, arm, _), rows in groups.items():
+        groups[row["task"], row["rows"], row["batch"], row["arm"], row["factor"]].append(row)
+    print(f"{'task':<16}{'rows':>5}{'batch':>6} {'arm':<17}{'rate':>8}{'loss':>9}{'spread':>8}{'seconds':>9}  weights")
+    for (task, count, batch, arm, _), rows in groups.items():
         losses = [row["loss"] for row in rows]
         spread = np.std(losses, ddof=1) if len(rows) > 1 else float("nan")
         seconds = np.median([row["seconds"] for row in rows])
         print(
-            f"{task:<16}{arm:<10}{rows[0]['rate']:>8.2g}{np.mean(losses):>9.4f}{spread:>8.4f}{seconds:>9.1f}"
-            f"{rows[0]['trained']:>12,}"
+            f"{task:<16}{count:>5}{batch:>6} {arm:<17}{rows[0]['rate']:>8.2g}{np.mean(losses):>9.4f}{spread:>8.4f}"
+            f"{seconds:>9.1f}{rows[0]['trained']:>12,}"
         )
 
 
