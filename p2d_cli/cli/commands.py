@@ -295,7 +295,7 @@ def compare_command(
         int | None,
         typer.Option("--rows", min=0, metavar="N", help="Show so many changed rows (default 5, with --json all)."),
     ] = None,
-    confidence: Annotated[float, typer.Option("--confidence", help="Level of the bootstrap intervals.")] = 0.95,
+    confidence: Annotated[float, typer.Option("--confidence", help="Level of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:

@@ -22,6 +22,7 @@ from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.prompts import describe_prompt
 from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
+from p2d_cli.reporting.table import number_text
 from p2d_cli.stages.comparison import Comparison
 from p2d_cli.stages.examination import Examination
 
@@ -291,12 +292,11 @@ def _seeds_table(groups: list[dict[str, Any]], metric: str | None) -> Table:
 
 
 def _score(run: dict[str, Any], metric: str | None) -> str:
-    """Return the score of a run, or of a group of them, with half the width of its interval."""
+    """Return the score of a run, or of a group of them, with its interval, which need not lie evenly around it."""
     if (score := run["metrics"].get(metric)) is None:
         return ""
-    if score["low"] is None or score["high"] is None:
-        return f"{score['value']:.3f}"
-    return f"{score['value']:.3f} ±{(score['high'] - score['low']) / 2:.3f}"
+    value, low, high = (None if score[part] is None else number_text(score[part]) for part in ("value", "low", "high"))
+    return f"{value}" if low is None or high is None else f"{value} [{low}, {high}]"
 
 
 def _speedup(run: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A metric's mean over rows with its bootstrap interval."""
+    """A metric's mean over rows with its interval."""
 
     value: float
     low: float

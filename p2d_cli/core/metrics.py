@@ -1,4 +1,4 @@
-"""Scores of predicted answers against reference answers, and bootstrap intervals for their means."""
+"""Scores of predicted answers against reference answers, and intervals for their means."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ NumberMode = Literal["strict", "flexible"]
 ANSWER_MARKER = "####"
 """What stands before the final number in GSM8K."""
 
+ZERO_ONE_METRICS = frozenset({"exact_match", "accuracy", "number_match", "number_match_strict"})
+"""p2d's own metrics that score each row 0 or 1."""
 LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"})
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -125,6 +128,96 @@ ANSWER_METRICS: dict[str, dict[str, Callable[[str, str], float | None]]] = {
 """For each metric of a generated answer, the figures it gives; None marks an answer that cannot be parsed."""
 
 
+def mean_interval(scores: ArrayLike, *, confidence: float = 0.95, rng: np.random.Generator) -> tuple[float, float]:
+    """Return an interval of a mean: Wilson's where every score is 0 or 1, else the percentile bootstrap's.
+
+    Rows that all score the same have a bootstrap interval without any width, however few they are.
+
+    Args:
+        scores: One score for each row, [n].
+        confidence: Level of the interval, in (0, 1).
+        rng: Source of the bootstrap's resamples.
+
+    Returns:
+        (low, high); (nan, nan) if there are no scores or one is nan.
+    """
+    score_n = np.asarray(scores, dtype=np.float64).ravel()
+    if _are_zero_or_one(score_n):
+        return wilson_interval(int(score_n.sum()), score_n.size, confidence=confidence)
+    return bootstrap_interval(score_n, confidence=confidence, rng=rng)
+
+
+def wilson_interval(hits: int, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a share (Wilson, JASA 22, 1927), which has a width at 0 and at 1 too.
+
+    Args:
+        hits: Rows that score 1.
+        count: All rows, which score 0 or 1.
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        (low, high), both in [0, 1]; (nan, nan) without rows.
+    """
+    if count == 0:
+        return math.nan, math.nan
+    z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+    share, shrink = hits / count, 1.0 + z * z / count
+    middle = (share + z * z / (2 * count)) / shrink
+    reach = z * math.sqrt(share * (1.0 - share) / count + (z / (2 * count)) ** 2) / shrink
+    # At the ends rounding would leave a trace of the wrong side.
+    return (0.0 if hits == 0 else middle - reach), (1.0 if hits == count else middle + reach)
+
+
+def paired_shares_interval(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return an interval of `second - first`, two shares of the same rows (Newcombe, Stat. Med. 17, 1998, method 10).
+
+    It is put together from the Wilson intervals of both, less the more the two agree row by row, with Newcombe's
+    continuity correction of that agreement.
+
+    Args:
+        first: Scores of one run, 0 or 1, [n].
+        second: Scores of the other on the same rows, [n].
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        (low, high); (nan, nan) without rows.
+    """
+    scores_2n = _as_pairs(first, second)
+    count = scores_2n.shape[1]
+    if count == 0:
+        return math.nan, math.nan
+    before, after = scores_2n.mean(axis=1).tolist()
+    (low_before, high_before), (low_after, high_after) = (
+        wilson_interval(int(score_n.sum()), count, confidence=confidence) for score_n in scores_2n
+    )
+    agreement = _agreement(scores_2n)
+    below = _joined(after - low_after, high_before - before, agreement)
+    above = _joined(high_after - after, before - low_before, agreement)
+    return after - before - below, after - before + above
+
+
+def _are_zero_or_one(score_n: NDArray[np.float64]) -> bool:
+    return bool(score_n.size) and bool(((score_n == 0) | (score_n == 1)).all())
+
+
+def _agreement(scores_2n: NDArray[np.float64]) -> float:
+    """Return Newcombe's phi of two runs' scores, 0 or 1; 0 where one of them scores all rows alike."""
+    count = scores_2n.shape[1]
+    both, neither = scores_2n.all(axis=0).sum(), (scores_2n == 0).all(axis=0).sum()
+    one_n, other_n = scores_2n
+    only_one, only_other = (one_n > other_n).sum(), (other_n > one_n).sum()
+    margins = [float(score_n.sum()) for score_n in scores_2n]
+    scale = math.prod(hits * (count - hits) for hits in margins)
+    if scale == 0:
+        return 0.0
+    surplus = float(both * neither - only_one * only_other)
+    return (max(surplus - count / 2, 0.0) if surplus > 0 else surplus) / math.sqrt(scale)
+
+
+def _joined(first: float, second: float, agreement: float) -> float:
+    return math.sqrt(max(first * first - 2 * agreement * first * second + second * second, 0.0))
+
+
 def bootstrap_interval(
     values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, rng: np.random.Generator
 ) -> tuple[float, float]:
@@ -196,9 +289,10 @@ def compare_means(
     resamples: int = 2000,
     rng: np.random.Generator,
 ) -> PairedComparison:
-    """Compare two runs by the means of their scores, with the percentile bootstrap interval of the difference.
+    """Compare two runs by the means of their scores, with an interval of the difference.
 
-    Rows are resampled jointly: what makes a row hard for both runs cancels out of their difference.
+    It is the percentile bootstrap's, whose rows are resampled jointly: what makes a row hard for both runs cancels out
+    of their difference. Where every score is 0 or 1, it is Newcombe's (`paired_shares_interval`).
 
     Args:
         first: Scores of one run, [n].
@@ -213,7 +307,10 @@ def compare_means(
     """
     scores_2n = _as_pairs(first, second)
     difference_n = scores_2n[1] - scores_2n[0]
-    interval = bootstrap_interval(difference_n, confidence=confidence, resamples=resamples, rng=rng)
+    if _are_zero_or_one(scores_2n.ravel()):
+        interval = paired_shares_interval(*scores_2n, confidence=confidence)
+    else:
+        interval = bootstrap_interval(difference_n, confidence=confidence, resamples=resamples, rng=rng)
     values = (*scores_2n.mean(axis=1), difference_n.mean()) if difference_n.size else (math.nan,) * 3
     return _comparison(values, interval, -difference_n if lower_is_better else difference_n)
 

@@ -61,8 +61,8 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
     Args:
         first: an evaluation artifact.
         second: another one, of the same rows; differences are its value minus the first one's.
-        confidence: level of the bootstrap intervals.
-        seed: of the bootstrap's resamples.
+        confidence: level of the intervals.
+        seed: of the bootstrap's resamples, where scores are not 0 or 1.
 
     Raises:
         ArtifactError: one is not an evaluation or is damaged, or they are of other rows.
@@ -74,16 +74,17 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
     common = [name for name in named[0] if name in named[1] and _is_known_by_row(name, tables)]
     for folder, table in zip((first, second), tables, strict=True):
         _ensure_numbers(folder, table, common)
+    metrics = {
+        name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
+        for name in common
+    }
     return Comparison(
         first=first,
         second=second,
         rows=len(tables[0]),
         confidence=confidence,
         differences=tuple(identity_differences(*map(recorded_identity, manifests))),
-        metrics={
-            name: _compare_metric(name, tables, confidence, generator(seed, "compare", "bootstrap", name))
-            for name in common
-        },
+        metrics=metrics,
         left_out=tuple(name for name in {**named[0], **named[1]} if name not in common),
         changed=_changed_rows(common, tables),
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.artifacts.digests import digest_file, digest_json
@@ -14,6 +15,7 @@ from p2d_cli.artifacts.evaluation import metric_entries, save_evaluation
 from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.config import EvalConfig, Resolved
 from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.metrics import wilson_interval
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
 from p2d_cli.engine.cost import StagePlan
@@ -26,6 +28,9 @@ from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.modeling.token_ids import checked_ids
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.measuring import Measured, Measuring, require_references
+
+if TYPE_CHECKING:
+    from p2d_cli.modeling.harness import TaskFigure
 
 PHASE = "evaluate"
 NEEDS = Needs(tokenizer=True, logits=True)
@@ -156,7 +161,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
 
 
 def _run_tasks(job: StageRun[EvalConfig], reader: ModelReader) -> Measured:
-    """Hand the model to lm-eval; its standard errors become intervals, as of a normal distribution."""
+    """Hand the model to lm-eval, and give its figures intervals."""
     from p2d_cli.modeling.harness import harness_version, run_tasks
 
     config = job.config
@@ -176,14 +181,20 @@ def _run_tasks(job: StageRun[EvalConfig], reader: ModelReader) -> Measured:
             progress=job.progress.task,
         )
     reader.tokens += found.tokens
-    errors = NormalDist().inv_cdf((1 + config.confidence) / 2)
-    metrics = {
-        name: MetricValue(
-            value=figure.value,
-            low=figure.value - errors * figure.stderr,
-            high=figure.value + errors * figure.stderr,
-            count=figure.count,
-        )
-        for name, figure in found.figures.items()
-    }
+    metrics = {}
+    for name, figure in found.figures.items():
+        scores = [row[name] for row in found.rows if row.get(name) is not None]
+        low, high = _interval_of(figure, scores, config.confidence)
+        metrics[name] = MetricValue(value=figure.value, low=low, high=high, count=figure.count)
     return Measured(metrics, found.rows, {"lm_eval": harness_version()})
+
+
+def _interval_of(figure: TaskFigure, scores: Sequence[float], confidence: float) -> tuple[float, float]:
+    """Return the interval of a figure of lm-eval: Wilson's if it is the mean of scores of 0 and 1, else a normal one.
+
+    lm-eval's standard error of rows that all score the same is 0.
+    """
+    if len(scores) == figure.count and set(scores) <= {0.0, 1.0}:
+        return wilson_interval(round(sum(scores)), figure.count, confidence=confidence)
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * figure.stderr
+    return figure.value - reach, figure.value + reach

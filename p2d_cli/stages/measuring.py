@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from p2d_cli.config import EvalConfig
 from p2d_cli.core.aer import MetricValue
 from p2d_cli.core.batches import split_into_packs
-from p2d_cli.core.metrics import ANSWER_METRICS, bootstrap_interval, corpus_perplexity, perplexity_interval
+from p2d_cli.core.metrics import ANSWER_METRICS, corpus_perplexity, mean_interval, perplexity_interval
 from p2d_cli.data.records import Record, require_number
 from p2d_cli.engine.passes import Arrays, Pass
 from p2d_cli.engine.reader import Completion, ModelReader, Reader
@@ -214,7 +214,7 @@ class Measuring:
     def _mean(self, name: str, scores: Sequence[float]) -> MetricValue:
         values = np.array(scores)
         rng = generator(self._config.seed, "eval", "bootstrap", name)
-        low, high = bootstrap_interval(values, confidence=self._config.confidence, rng=rng)
+        low, high = mean_interval(values, confidence=self._config.confidence, rng=rng)
         return MetricValue(value=float(values.mean()), low=low, high=high, count=len(values))
 
 

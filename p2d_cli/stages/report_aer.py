@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +19,8 @@ from p2d_cli.artifacts.manifest import InputEntry
 from p2d_cli.artifacts.report import REPORT_PICTURE_NAME, save_report
 from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.config import ReportAerConfig, Resolved
-from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, RunCost, StageCost, compare
+from p2d_cli.core.aer import DEFAULT_CONFIDENCE, AerReport, MetricValue, RunCost, StageCost, compare
+from p2d_cli.core.metrics import ZERO_ONE_METRICS, wilson_interval
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, first_line
 from p2d_cli.recipes.recipe import read_recipe_text
@@ -76,8 +77,24 @@ def _open_run(job: StageRun[ReportAerConfig], name: str, spec: str) -> RunCost:
         ) from None
     stages = tuple(StageCost.from_dict(entry) for entry in manifest.ledger)
     name = _describe(stages)
-    run = RunCost(name, stages, metric_values(manifest.summary["metrics"]), path=spec, label=name)
+    run = RunCost(name, stages, _scores(manifest.summary["metrics"], stages), path=spec, label=name)
     return replace(run, is_control=_is_control(run))
+
+
+def _scores(entries: dict[str, dict[str, Any]], stages: Sequence[StageCost]) -> dict[str, MetricValue]:
+    """Return the scores; means of 0 and 1 to which an earlier version gave a bootstrap's interval get Wilson's."""
+    confidence = next((cost.settings.get("confidence") for cost in stages[::-1] if cost.stage == "eval"), None)
+
+    def renewed(metric: MetricValue) -> MetricValue:
+        hits = round(metric.value * metric.count)
+        low, high = wilson_interval(hits, metric.count, confidence=confidence or DEFAULT_CONFIDENCE)
+        return replace(metric, low=low, high=high)
+
+    scores = metric_values(entries)
+    return {
+        name: renewed(metric) if name in ZERO_ONE_METRICS and 0 <= metric.value <= 1 else metric
+        for name, metric in scores.items()
+    }
 
 
 def _is_control(run: RunCost) -> bool:

@@ -7,6 +7,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
+from p2d_cli.core.metrics import wilson_interval
+
 CHOICES = ["alpha", "bravo charlie", "delta"]
 CHOICE_TASK = """\
 task: p2d_choices
@@ -106,7 +108,8 @@ def test_figures_and_samples_become_an_evaluation(evaluate, tmp_path):
         scores = [row[name] for row in table if row["task"] == name.split("/")[0]]
         assert metric["value"] == pytest.approx(sum(scores) / 10)
         assert metric["count"] == 10
-        assert metric["low"] <= metric["value"] <= metric["high"]
+        assert set(scores) <= {0, 1}
+        assert (metric["low"], metric["high"]) == wilson_interval(round(sum(scores)), 10)
     for row in table:
         assert row["prompt"].endswith("\n")
         assert row["reference"] in CHOICES

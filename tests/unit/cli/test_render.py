@@ -195,7 +195,7 @@ def row(**changes):
 
 
 def test_report_cells_carry_marks_margins_and_gaps():
-    assert render._report_cells(row(), "exact_match")[:4] == ["run", "0.500 ±0.100", "0.100", "10.0x"]
+    assert render._report_cells(row(), "exact_match")[:4] == ["run", "0.500 [0.400, 0.600]", "0.100", "10.0x"]
     marked = render._report_cells(row(is_control=True, mixed=["precision"], speedup=None, metrics={}), "exact_match")
     assert marked[:4] == ["run *!", "", "0.100", ""]
     bare = {"exact_match": {"value": 0.5, "low": None, "high": None, "count": 1}}

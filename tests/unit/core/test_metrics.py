@@ -19,11 +19,14 @@ from p2d_cli.core.metrics import (
     compare_perplexities,
     corpus_perplexity,
     exact_match,
+    mean_interval,
     number_match,
+    paired_shares_interval,
     parse_number,
     perplexity_interval,
     rouge_l,
     token_f1,
+    wilson_interval,
 )
 from p2d_cli.errors import DataError
 
@@ -284,6 +287,86 @@ def test_intervals_of_nothing_one_value_and_nan():
             bootstrap_interval([1.0], rng=rng, **wrong)
 
 
+@given(st.integers(1, 400).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
+def test_shares_have_the_interval_of_scipy(hits_of: tuple[int, int]):
+    hits, count = hits_of
+    for confidence in (0.5, 0.95, 0.999):
+        expected = scipy.stats.binomtest(hits, count).proportion_ci(confidence, method="wilson")
+        low, high = wilson_interval(hits, count, confidence=confidence)
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert 0 <= low <= hits / count <= high <= 1
+        assert low < high
+
+
+def test_rows_that_all_score_the_same_leave_room():
+    """The bootstrap of 12 rows without a hit says 0, and nothing else is possible."""
+    rng = np.random.default_rng(0)
+    assert mean_interval([0] * 12, rng=rng) == wilson_interval(0, 12) == (0.0, pytest.approx(0.2425, abs=1e-4))
+    assert mean_interval([1] * 12, rng=rng) == (pytest.approx(0.7575, abs=1e-4), 1.0)
+    scores = np.random.default_rng(1).random(40)
+    assert mean_interval(scores, rng=np.random.default_rng(2)) == bootstrap_interval(
+        scores, rng=np.random.default_rng(2)
+    )
+    assert all(math.isnan(bound) for bound in (*mean_interval([], rng=rng), *wilson_interval(0, 0)))
+    assert all(math.isnan(bound) for bound in mean_interval([1.0, math.nan], rng=rng))
+
+
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80).map(
+    lambda pairs: np.array(pairs, dtype=float).T
+)
+
+
+@given(PAIRS)
+def test_the_interval_of_a_paired_difference_turns_with_it(pairs):
+    low, high = paired_shares_interval(*pairs)
+    assert -1 <= low <= pairs[1].mean() - pairs[0].mean() <= high <= 1
+    assert low < high
+    assert paired_shares_interval(*pairs[::-1]) == pytest.approx((-high, -low))
+    assert paired_shares_interval(1 - pairs[1], 1 - pairs[0]) == pytest.approx((low, high))
+
+
+def newcombe(both, first, second, neither, z=1.959963984540054):
+    """Method 10 as Newcombe writes it down, of the four counts."""
+    n = both + first + second + neither
+    shares = [(both + second) / n, (both + first) / n]
+    limits = [
+        tuple(scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")) for hits in (both + second, both + first)
+    ]
+    product = (both + first) * (second + neither) * (both + second) * (first + neither)
+    cross = both * neither - first * second
+    cross = cross - n / 2 if cross > n / 2 else 0 if cross >= 0 else cross
+    phi = cross / math.sqrt(product) if product else 0
+    (p1, p2), ((l1, u1), (l2, u2)) = shares, limits
+    below = math.sqrt((p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2)
+    above = math.sqrt((u1 - p1) ** 2 - 2 * phi * (u1 - p1) * (p2 - l2) + (p2 - l2) ** 2)
+    return p1 - p2 - below, p1 - p2 + above
+
+
+@pytest.mark.parametrize(
+    "counts", [(14, 5, 0, 22), (1, 1, 7, 12), (59, 6, 16, 80), (0, 0, 0, 50), (30, 0, 0, 0), (3, 9, 8, 1)]
+)
+def test_a_paired_difference_has_the_interval_of_newcombe(counts):
+    both, first, second, neither = counts
+    one = [1] * (both + first) + [0] * (second + neither)
+    other = [1] * both + [0] * first + [1] * second + [0] * neither
+    assert paired_shares_interval(one, other) == pytest.approx(newcombe(*counts), abs=1e-9)
+    found = compare_means(one, other, rng=np.random.default_rng(0))
+    assert (found.low, found.high) == paired_shares_interval(one, other)
+
+
+@pytest.mark.parametrize(("share", "change"), [(0.0, 0.0), (0.02, 0.0), (0.4, 0.1), (0.9, 0.05)])
+def test_paired_intervals_hold_what_they_promise(share, change):
+    """In at least 93 of 100 samples of 60 rows."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        first = rng.random(60) < share
+        second = np.where(rng.random(60) < change, ~first, first)
+        low, high = paired_shares_interval(first, second)
+        held += low <= change * (1 - 2 * share) <= high
+    assert held >= 0.93 * 400
+
+
 def test_the_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
     rng = np.random.default_rng(0)
     first = rng.normal(size=200)
@@ -305,11 +388,11 @@ def test_the_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
 
 def test_a_comparison_by_hand():
     """Of two rows, of which one is won, a quarter of the resamples hold it twice, and a quarter not at all."""
-    found = compare_means([0, 1], [1, 1], confidence=0.4, resamples=4000, rng=np.random.default_rng(0))
-    assert (found.first, found.second, found.difference) == (0.5, 1.0, 0.5)
-    assert (found.low, found.high) == (0.5, 0.5)
-    wider = compare_means([0, 1], [1, 1], confidence=0.6, resamples=4000, rng=np.random.default_rng(0))
-    assert (wider.low, wider.high) == (0.0, 1.0)
+    found = compare_means([0, 2], [2, 2], confidence=0.4, resamples=4000, rng=np.random.default_rng(0))
+    assert (found.first, found.second, found.difference) == (1.0, 2.0, 1.0)
+    assert (found.low, found.high) == (1.0, 1.0)
+    wider = compare_means([0, 2], [2, 2], confidence=0.6, resamples=4000, rng=np.random.default_rng(0))
+    assert (wider.low, wider.high) == (0.0, 2.0)
     assert (found.won, found.lost, found.count) == (1, 0, 2)
 
 
