@@ -600,7 +600,8 @@ class TrainConfig(RowOptions):
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "AdamW weight decay.", panel="Optimisation")
     max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, "Clip gradients to this norm.", panel="Optimisation")
     eval_data: PathSpec | None = input_setting(
-        None, "Held-out rows; the weights with the lowest loss on them are kept."
+        None,
+        "Held-out rows; the weights with the lowest loss on them are kept. The untrained model is looked at as well.",
     )
     eval_steps: Positive | None = setting(
         None, "Updates between looks at --eval-data; by default once an epoch.", panel="Optimisation", neutral=None

@@ -108,6 +108,9 @@ class _Adapter(_Summary):
     learning_rate: float
     first_loss: float | None
     final_loss: float | None
+    best_update: int | None = None
+    best_eval_loss: float | None = None
+    untrained_eval_loss: float | None = None
     trained_parameters: int
     total_parameters: int
     trainable_share: float

@@ -227,9 +227,20 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
     return [
         f"scope {summary['scope']}: {started}{summary['updates']} updates on {summary['rows']:,} rows,"
         f" peak lr {summary['learning_rate']:g}",
+        *_held_out_lines(summary),
         f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
         f" ({summary['trainable_share']:.2%})",
     ]
+
+
+def _held_out_lines(summary: dict[str, Any]) -> list[str]:
+    """Say which update was kept for its loss on held-out rows, where there were any."""
+    if summary.get("best_update") is None or summary.get("best_eval_loss") is None:
+        return []
+    untrained = summary.get("untrained_eval_loss")
+    before = "" if untrained is None else f"{untrained:.3f} untrained, "
+    best = f"{summary['best_eval_loss']:.3f} after update {summary['best_update']}, whose weights are kept"
+    return [f"held-out loss {before}{best}"]
 
 
 def _evaluation_lines(summary: dict[str, Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 import time
@@ -43,6 +44,17 @@ out = PlainConsole(highlight=False)
 err = PlainConsole(stderr=True, highlight=False)
 
 
+class _Bars(Progress):
+    """Bars, with what is told of the work in a line below, since a terminal of 80 columns has no room beside them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bars, and then a line for each of them that there is something to say of."""
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if told := task.fields.get("told"):
+                yield Text(f"  {told}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class BarProgress:
     """Bars on a terminal."""
 
@@ -52,9 +64,16 @@ class BarProgress:
         del found
         times = TimeElapsedColumn(), TimeRemainingColumn()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
-        with Progress(*columns, console=err, transient=True) as bars:
+        with _Bars(*columns, console=err, transient=True) as bars:
             bar = bars.add_task(label, total=total)
-            yield lambda units: bars.advance(bar, units)
+
+            def advance(units: int, told: str | None = None, /, *, at_once: bool = False) -> None:
+                del at_once  # a bar always shows it
+                if told is not None:
+                    bars.update(bar, told=told)
+                bars.advance(bar, units)
+
+            yield advance
 
     def note(self, message: str) -> None:
         """Write one line."""
@@ -62,30 +81,41 @@ class BarProgress:
 
 
 class LineProgress:
-    """A line now and then, for logs."""
+    """A line now and then, for logs, each with the time of day.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        clock: monotonic clock in seconds, which decides when a line is due.
+        now: the time of day.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime.datetime] = datetime.datetime.now,
+    ) -> None:
         self._clock = clock
+        self._now = now
 
     @contextmanager
     def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
-        """Write a line every ten seconds while the body runs."""
+        """Write a line every ten seconds while the body runs, and where there is something to say at once."""
         started = last = self._clock()
-        done = 0
+        done, told_last = 0, ""
 
-        def advance(units: int) -> None:
-            nonlocal done, last
+        def advance(units: int, told: str | None = None, /, *, at_once: bool = False) -> None:
+            nonlocal done, last, told_last
             done += units
+            told_last = told_last if told is None else f"; {told}"
             now = self._clock()
-            if now - last >= SECONDS_BETWEEN_LINES:
+            if at_once or now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                self.note(f"{label}: {_how_far(done, total, now - started, found)}")
+                self.note(f"{label}: {_how_far(done, total, now - started, found)}{told_last}")
 
         yield advance
 
     def note(self, message: str) -> None:
         """Write one line."""
-        sys.stderr.write(f"{visible(message)}\n")
+        sys.stderr.write(f"{self._now():%H:%M:%S} {visible(message)}\n")
         sys.stderr.flush()
 
 

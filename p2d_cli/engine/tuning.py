@@ -58,12 +58,14 @@ from p2d_cli.modeling.quantised import quantisation_of
 from p2d_cli.modeling.suitability import attention_sizes, linear_sizes
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import GIB, available_bytes
+from p2d_cli.runtime.progress import Advance
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
+from p2d_cli.runtime.timing import Throughput
 
 if TYPE_CHECKING:
     import torch
 
-    from p2d_cli.modeling.training import Ranks, TrainingPlan, TrainingRecord, TrainingRow
+    from p2d_cli.modeling.training import Ranks, TrainingPlan, TrainingRecord, TrainingRow, UpdateDone
 
 T = TypeVar("T")
 TIMED_UPDATES = 4
@@ -127,6 +129,30 @@ class TokenizedRows:
 def is_sharded() -> bool:
     """Say whether `accelerate launch` was told to shard the model over the ranks."""
     return distributed.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+class _Figures:
+    """What the bar of a training says: how the last update went, and the last loss on held-out rows."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._tokens = Throughput()
+        self._update: list[str] = []
+        self._held_out: list[str] = []
+
+    def update(self, done: UpdateDone) -> None:
+        """Count an update."""
+        speed = self._tokens.add(done.tokens, done.seconds)
+        self._update = [f"loss {done.loss:.3f}", f"lr {done.learning_rate:.1e}", f"{speed:,.0f} tokens/s"]
+        self._advance(done.count, self._text())
+
+    def look(self, loss: float) -> None:
+        """Say what was found on held-out rows."""
+        self._held_out = [f"held-out {loss:.3f}"]
+        self._advance(0, self._text(), at_once=True)
+
+    def _text(self) -> str:
+        return " · ".join(self._update + self._held_out)
 
 
 class Tuning:
@@ -402,6 +428,7 @@ class Tuning:
             # An update is worth finishing; behind the last one there is nothing left but to write the result.
             signals.deferred(),
         ):
+            figures = _Figures(advance)
 
             def seal(folder: Path, tokens: int) -> None:
                 seconds = spent + time.perf_counter() - started
@@ -418,7 +445,8 @@ class Tuning:
                 ranks=self._ranks(),
                 resume=ResumePoint(earlier.folder, earlier.progress["tokens"]) if earlier else None,
                 hooks=TrainingHooks(
-                    on_step=advance,
+                    on_step=figures.update,
+                    on_look=figures.look,
                     on_checkpoint=seal,
                     tell=job.progress.note,
                     should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
@@ -452,9 +480,8 @@ class Tuning:
         if epochs > first:
             works.append(self._updates(reader, rows, trained, times=epochs - first, above=frozen))
         if held_out is not None:
-            works.append(
-                self._looks(held_out, batch_size, times=max(int(updates // (config.eval_steps or an_epoch)), 1))
-            )
+            # One before the first update, and one behind the last.
+            works.append(self._looks(held_out, batch_size, times=1 + math.ceil(updates / (config.eval_steps or an_epoch))))
         reader.run(works)
         if frozen:
             kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB

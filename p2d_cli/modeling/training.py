@@ -26,7 +26,14 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from p2d_cli.core.batches import MEGABATCHES
-from p2d_cli.errors import ArtifactError, NonFiniteError, P2DError, StoppedEarlyError, UsageError, first_line
+from p2d_cli.errors import (
+    ArtifactError,
+    NonFiniteError,
+    P2DError,
+    StoppedEarlyError,
+    UsageError,
+    first_line,
+)
 from p2d_cli.modeling.frozen_layers import FrozenLayers, frozen_layers
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
@@ -97,7 +104,7 @@ class TrainingRecord:
     steps_planned: int
     """Updates that all epochs would take; more than `steps_done` when it was cut short."""
     tokens: int
-    """Tokens that were read, padding and held-out rows included."""
+    """Tokens that were read, padding included, to learn from them; those of held-out rows do not count."""
     tokens_planned: int | None
     """Those that all epochs would read, where it was cut short; None if there were held-out rows."""
     final_loss: float
@@ -108,6 +115,8 @@ class TrainingRecord:
     """The layers below the trained ones that were computed once a row."""
     kept: KeptWhere | None = None
     """Where their outputs were kept."""
+    untrained_eval_loss: float | None = None
+    """The loss on held-out rows before the first update."""
     full_state: dict[str, torch.Tensor] | None = None
     """Where the model is sharded over ranks: what was trained, whole and on the CPU of rank 0; empty elsewhere."""
 
@@ -139,11 +148,27 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class UpdateDone:
+    """How an update went."""
+
+    count: int
+    """Updates done since the last call: more than one where an interrupted training goes on."""
+    loss: float
+    learning_rate: float
+    tokens: int
+    """Tokens that all ranks read in it, padding included."""
+    seconds: float
+    """What it took, from its first micro-batch on."""
+
+
+@dataclass(frozen=True)
 class TrainingHooks:
     """Who wants to know how the training goes."""
 
-    on_step: Callable[[int], None] = lambda _: None
-    """Called with the number of updates done since the last call."""
+    on_step: Callable[[UpdateDone], None] = lambda _: None
+    """Called behind each update."""
+    on_look: Callable[[float], None] = lambda _: None
+    """Called with the loss on held-out rows when it was measured."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
     should_stop: Callable[[], bool] = lambda: False
@@ -187,6 +212,10 @@ class CompletionTrainer(Trainer):
         """The layers that are computed once a row."""
         self._reported = 0
         """The updates that `hooks.on_step` has been told."""
+        self._began: float | None = None
+        """When the first micro-batch of the update began that is being made."""
+        self._tokens_before = self._tokens_behind = tokens_seen
+        """Tokens that all ranks had read before the last update and behind it; only rank 0 knows of an earlier run."""
         self._saved_at: int | None = None
         """The update behind which the last checkpoint was written."""
         self._saved_time = time.monotonic()
@@ -226,6 +255,31 @@ class CompletionTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Note when an update begins, and do a micro-batch of it."""
+        self._began = time.perf_counter() if self._began is None else self._began
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep an entry of the log, and tell what it says."""
+        super().log(logs, start_time)
+        if "eval_loss" in logs:
+            self.hooks.on_look(logs["eval_loss"])
+        if "loss" in logs:
+            self._report(logs["loss"], logs["learning_rate"])
+
+    def _report(self, loss: float, learning_rate: float) -> None:
+        """Tell how the last update went."""
+        done = UpdateDone(
+            count=self.state.global_step - self._reported,
+            loss=loss,
+            learning_rate=learning_rate,
+            tokens=self._tokens_behind - self._tokens_before,
+            seconds=0.0 if self._began is None else time.perf_counter() - self._began,
+        )
+        self._reported, self._tokens_before, self._began = self.state.global_step, self._tokens_behind, None
+        self.hooks.on_step(done)
+
     def tokens_of_all_ranks(self) -> int:
         """Return how many tokens all ranks have read; all of them have to ask."""
         return sum(self.ranks.exchange(self.tokens_seen))
@@ -243,7 +297,9 @@ class CompletionTrainer(Trainer):
         found: list[tuple[float, int]] = []
         model: Any = self.model
         model.eval()
-        with torch.no_grad():
+        # Batches draw a random number, shuffled or not: the first look must not change what dropout draws later.
+        is_first = self.state.global_step == 0
+        with torch.no_grad(), torch.random.fork_rng(devices=(), enabled=is_first):
             for batch in self._eval_batches():
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)
@@ -299,13 +355,13 @@ class CompletionTrainer(Trainer):
         """Pass an update on, look at held-out rows and save where it is time to, and stop behind that if asked to."""
         done, updates = self.state.global_step, self.state.max_steps
         if done > self._reported:  # at the end of an epoch, Trainer comes here once more
-            self.hooks.on_step(done - self._reported)
-            self._reported = done
             if done >= updates and self.args.eval_strategy != "no":
                 self.control.should_evaluate = True
             is_old = time.monotonic() - self._saved_time >= self._seconds_between
             # Saving needs all ranks, and their clocks differ.
-            if done < updates and self.ranks.exchange(is_old)[0]:
+            told = self.ranks.exchange((is_old, self.tokens_seen))
+            self._tokens_behind = sum(tokens for _, tokens in told)
+            if done < updates and told[0][0]:
                 self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if done >= updates or self.control.should_training_stop or not self.hooks.should_stop():
@@ -430,7 +486,16 @@ def train(
     patience = plan.patience
     trainer = CompletionTrainer(
         model=model,
-        args=_arguments(plan, updates, warmup, scratch, num_rows=len(rows), evaluates=evaluates, size=ranks.size),
+        args=_arguments(
+            plan,
+            updates,
+            warmup,
+            scratch,
+            num_rows=len(rows),
+            evaluates=evaluates,
+            begins=resume is None,
+            size=ranks.size,
+        ),
         train_dataset=list(rows),
         order=LengthGrouped([len(row.input_ids) for row in rows], plan.batch_size, plan.seed),
         rate=lambda done: rate_share(plan.schedule, done, warmup, updates),
@@ -514,8 +579,10 @@ def _record(
         tokens=trainer.tokens_of_all_ranks(),
         tokens_planned=planned_tokens(trainer.order, plan, trainer.ranks.size) if is_cut_short else None,
         final_loss=next(entry["loss"] for entry in reversed(log) if "loss" in entry),
-        best_step=state.best_global_step if evaluates else None,
-        best_eval_loss=state.best_metric if evaluates else None,
+        best_step=state.best_global_step or None,
+        # Where no look found a number, none is the best.
+        best_eval_loss=state.best_metric if state.best_global_step else None,
+        untrained_eval_loss=next((entry["eval_loss"] for entry in log if entry["step"] == 0), None),
         frozen_layers=trainer.frozen.depth if trainer.frozen is not None else 0,
         kept=kept,
         full_state=whole,
@@ -644,7 +711,15 @@ def require_packing(model: Any) -> None:
 
 
 def _arguments(
-    plan: TrainingPlan, updates: int, warmup: int, scratch: Path, *, num_rows: int, evaluates: bool, size: int
+    plan: TrainingPlan,
+    updates: int,
+    warmup: int,
+    scratch: Path,
+    *,
+    num_rows: int,
+    evaluates: bool,
+    begins: bool,
+    size: int,
 ) -> TrainingArguments:
     """Return Trainer's settings.
 
@@ -675,6 +750,8 @@ def _arguments(
         data_seed=plan.seed,
         remove_unused_columns=False,
         eval_strategy="steps" if evaluates else "no",
+        # One that goes on knows from its checkpoint what was found before the first update.
+        eval_on_start=evaluates and begins,
         eval_steps=plan.eval_steps or updates_per_epoch(num_rows, plan),
         load_best_model_at_end=evaluates and plan.keeps_best,
         metric_for_best_model="eval_loss" if evaluates else None,

@@ -158,8 +158,8 @@ def loss_curve(
 ) -> None:
     """Draw the training loss, [n], over optimizer updates, [n], with a running mean where there are many.
 
-    A loss that is not finite leaves a gap. Of `held_out`, update and loss of each look at held-out rows, the lowest
-    loss is marked.
+    A loss that is not finite leaves a gap. Of `held_out`, update and loss of each look at held-out rows, 0 being the
+    one before the first update, the lowest loss behind an update is marked: its weights are kept.
     """
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (steps, losses))
     with _figure(path, (7.0, 3.6)) as figure:
@@ -175,9 +175,10 @@ def loss_curve(
         if held_out:
             looks, values = zip(*held_out, strict=True)
             axes.plot(looks, values, color=VERMILLION, linewidth=1.5, marker="o", markersize=3)
-            best = int(np.nanargmin(values))
-            axes.plot(looks[best], values[best], color=VERMILLION, marker="*", markersize=12)
-            note = "; ".join(filter(None, (note, "orange: held-out rows, a star at the best")))
+            kept = [look for look in held_out if look[0] > 0 and math.isfinite(look[1])]
+            for update, loss in [min(kept, key=lambda look: look[1])] if kept else []:
+                axes.plot(update, loss, color=VERMILLION, marker="*", markersize=12)
+            note = "; ".join(filter(None, (note, "orange: held-out rows, a star at the weights that are kept")))
         axes.set(xlabel="update", ylabel="loss")
         if y.size:
             axes.locator_params("x", integer=True)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """What the body of a piece of work calls as units are done."""
+
+    def __call__(self, units: int, told: str | None = None, /, *, at_once: bool = False) -> None:
+        """Count units.
+
+        Args:
+            units: how many were done since the last call.
+            told: what there is to say of the work by now, such as a loss; shown until something else is told.
+            at_once: say it in a log now, and not only when its next line is due.
+        """
+        ...
 
 
 class Progress(Protocol):
@@ -37,7 +49,11 @@ class SilentProgress:
     def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
         """Yield an `advance` that does nothing."""
         del label, total, found
-        yield lambda _: None
+
+        def advance(units: int, told: str | None = None, /, *, at_once: bool = False) -> None:
+            del units, told, at_once
+
+        yield advance
 
     def note(self, message: str) -> None:
         """Drop the message."""
@@ -53,18 +69,20 @@ class LogProgress:
     @contextmanager
     def task(self, label: str, total: int | None, *, found: int = 0) -> Iterator[Advance]:
         """Write a line when the body begins, and one with its seconds when it ends, however it does."""
-        started, done = time.monotonic(), 0
+        started, done, last = time.monotonic(), 0, ""
 
-        def advance(units: int) -> None:
-            nonlocal done
+        def advance(units: int, told: str | None = None, /, *, at_once: bool = False) -> None:
+            del at_once
+            nonlocal done, last
             done += units
+            last = last if told is None else f"; {told}"
 
         self.note(label if total is None else f"{label}: {total - found} to do")
         try:
             yield advance
         finally:
             of_total = "" if total is None else f"/{total}"
-            self.note(f"{label}: {done}{of_total} in {time.monotonic() - started:.1f} s")
+            self.note(f"{label}: {done}{of_total} in {time.monotonic() - started:.1f} s{last}")
 
     def note(self, message: str) -> None:
         """Write one line, with the time of day."""

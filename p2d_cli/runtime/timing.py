@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class Throughput:
+    """Units a second of work that is done in pieces, over the last `window` seconds of it."""
+
+    def __init__(self, window: float = 10.0) -> None:
+        self._window = window
+        self._pieces: deque[tuple[int, float]] = deque()
+
+    def add(self, units: int, seconds: float) -> float:
+        """Count a piece, and return the units a second of it and of those before; 0 where no time has passed."""
+        self._pieces.append((units, seconds))
+        while len(self._pieces) > 1 and sum(spent for _, spent in self._pieces) - self._pieces[0][1] >= self._window:
+            self._pieces.popleft()
+        done, spent = (sum(values) for values in zip(*self._pieces, strict=True))
+        return done / spent if spent > 0 else 0.0
 
 
 class PhaseTimer:

@@ -214,10 +214,11 @@ def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, sh
         "batch_size": plan.batch_size,
         "micro_batch_asked": plan.batch_size // config.accumulation,
         "packing": plan.packing,
-        "first_loss": record.log[0]["loss"],
+        "first_loss": next(entry["loss"] for entry in record.log if "loss" in entry),
         "final_loss": record.final_loss,
         "best_update": record.best_step,
         "best_eval_loss": record.best_eval_loss,
+        "untrained_eval_loss": record.untrained_eval_loss,
         "frozen_layers": record.frozen_layers,
         "frozen_kept": None if record.kept is None else record.kept.place,
         "frozen_kept_bytes": 0 if record.kept is None else record.kept.bytes,
@@ -274,8 +275,17 @@ def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:
         "Updates": summary["updates"],
         "Peak learning rate": summary["learning_rate"],
         "Final loss": f"{summary['final_loss']:.4f}",
+        **_held_out_figures(summary),
         "Trained parameters": f"{summary['trained_parameters']:,} ({summary['trainable_share']:.3%})",
     }
+
+
+def _held_out_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    if summary["best_eval_loss"] is None:
+        return {}
+    untrained, best = summary["untrained_eval_loss"], f"{summary['best_eval_loss']:.4f}"
+    before = "" if untrained is None else f"{untrained:.4f} untrained, "
+    return {"Held-out loss": f"{before}{best} after update {summary['best_update']}, whose weights these are"}
 
 
 def _draw(job: StageRun[TrainConfig], log: list[dict[str, float]], folder: Path) -> None:

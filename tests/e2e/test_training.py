@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from p2d_cli.artifacts import checkpoints
+from p2d_cli.cli import terminal
 from p2d_cli.engine import tuning as stage
 from p2d_cli.modeling.training import CompletionTrainer
 
@@ -137,9 +139,11 @@ def test_the_best_weights_on_held_out_rows_are_kept(p2d, words, few, tmp_path):
     assert done.code == 0
     log = log_of(tmp_path / "best")
     looks = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    untrained = looks.pop(0)
     best = min(looks, key=looks.get)
     summary = manifest_of(tmp_path / "best")["summary"]
     assert (summary["best_update"], summary["best_eval_loss"]) == (best, looks[best])
+    assert summary["untrained_eval_loss"] == untrained
     assert summary["updates"] == best + 2 < summary["updates_planned"]
     [cost] = [cost for cost in manifest_of(tmp_path / "best")["ledger"] if cost["stage"] == "train"]
     assert cost["steps_done"] == cost["steps_planned"] == best + 2, "it is whole, and no report scales its time"
@@ -149,12 +153,63 @@ def test_the_best_weights_on_held_out_rows_are_kept(p2d, words, few, tmp_path):
 
 
 def test_the_loss_on_held_out_rows_is_that_of_eval(p2d, words, few, tiny_folder, tmp_path):
+    """Before the first update too, where it is that of the model alone."""
     held_out = ("--eval-data", few["target"])
     assert p2d(*words("heads", "adapter", *held_out)).code == 0
-    common = ("--model", tiny_folder, "--dtype", "float32", "--adapter", tmp_path / "adapter")
-    assert p2d("eval", *common, "--data", few["target"], "--metric", "perplexity", "--out", tmp_path / "e").code == 0
-    perplexity = json.loads((tmp_path / "e" / "metrics.json").read_text())["perplexity"]["value"]
-    assert manifest_of(tmp_path / "adapter")["summary"]["best_eval_loss"] == pytest.approx(math.log(perplexity), 1e-4)
+    summary = manifest_of(tmp_path / "adapter")["summary"]
+    common = ("--model", tiny_folder, "--dtype", "float32", "--data", few["target"], "--metric", "perplexity")
+    adapter = ("--adapter", tmp_path / "adapter")
+    for name, more in (("best_eval_loss", adapter), ("untrained_eval_loss", ())):
+        assert p2d("eval", *common, *more, "--out", tmp_path / name).code == 0
+        perplexity = json.loads((tmp_path / name / "metrics.json").read_text())["perplexity"]["value"]
+        assert summary[name] == pytest.approx(math.log(perplexity), 1e-4)
+
+
+@pytest.mark.parametrize(("steps", "looks"), [((), [0, 3, 6]), (("--eval-steps", 4), [0, 4, 6])])
+def test_looks_are_taken_before_the_first_update_and_behind_the_last_and_are_planned(
+    p2d, words, few, tmp_path, steps, looks
+):
+    line = words("lora", "x", "--eval-data", few["target"], *steps)
+    planned = p2d(*line, "--dry-run", "--json").json["plan"]
+    work = next(work for work in planned["works"] if work["name"] == "look at held-out rows")
+    assert work["rows"] == 12 * len(looks)
+    assert p2d(*line).code == 0
+    log = log_of(tmp_path / "x")
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == looks
+    assert log[0].keys() == {"step", "epoch", "eval_loss"}
+    assert p2d(*words("lora", "y")).code == 0
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[: looks[1]] == [entry["loss"] for entry in log_of(tmp_path / "y")][: looks[1]], (
+        "dropout's draws are the same"
+    )
+
+
+def test_a_held_out_loss_that_is_no_number_is_no_reason_to_fail(p2d, words, few, tmp_path, monkeypatch):
+    compute = CompletionTrainer._completion_loss
+
+    def poisoned(self, model, inputs):
+        total, count, outputs = compute(self, model, inputs)
+        return (total if model.training else total * math.nan), count, outputs
+
+    monkeypatch.setattr(CompletionTrainer, "_completion_loss", poisoned)
+    done = p2d(*words("heads", "x", "--eval-data", few["test"]))
+    assert done.code == 0, done.said
+    summary = manifest_of(tmp_path / "x")["summary"]
+    assert summary["best_update"] is summary["best_eval_loss"] is None
+
+
+def test_a_log_shows_loss_rate_and_speed(p2d, words, few, monkeypatch):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    lines = p2d(*words("heads", "x", "--eval-data", few["target"])).err.splitlines()
+    shown = [line for line in lines if "train (heads): " in line]
+    assert len(shown) == 6 + 3
+    figures = r"loss \d+\.\d{3} · lr \d\.\de[-+]\d\d · [\d,]+ tokens/s"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d train \(heads\): 0/6, \d+ s; held-out \d\.\d{3}", shown[0])
+    for number, line in enumerate(shown[1:4], start=1):
+        assert re.search(rf" {number}/6, .*; {figures} · held-out \d\.\d{{3}}$", line)
+    assert shown[4].split("; ")[0].split(": ")[1][:3] == "3/6", "the look behind the first epoch"
+    told = {line.rpartition("held-out ")[2] for line in shown}
+    assert len(told) == 3
 
 
 def test_an_interrupted_early_stopping_ends_the_same(p2d, words, few, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a person sees: bars on a terminal, lines in a log, numbers in a table."""
 
+import datetime
 import io
 import re
 from dataclasses import replace
@@ -24,6 +25,12 @@ class FakeClock:
         return self.now
 
 
+def lines_at(clock):
+    """Progress in lines, by a clock that began at 23:59:50 on some day."""
+    began = datetime.datetime(2026, 3, 1, 23, 59, 50)
+    return terminal.LineProgress(clock, lambda: began + datetime.timedelta(seconds=clock.now))
+
+
 @pytest.fixture
 def said(monkeypatch):
     """Collect what is written to both streams."""
@@ -35,12 +42,12 @@ def said(monkeypatch):
 
 def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
     clock = FakeClock()
-    with terminal.LineProgress(clock).task("read rows", 100) as advance:
+    with lines_at(clock).task("read rows", 100) as advance:
         advance(10)
         assert capsys.readouterr().err == ""
         clock.now = 10
         advance(10)
-        assert capsys.readouterr().err == "read rows: 20/100, 10 s, about 40 s left\n"
+        assert capsys.readouterr().err == "00:00:00 read rows: 20/100, 10 s, about 40 s left\n"
         clock.now = 19
         advance(10)
         assert capsys.readouterr().err == ""
@@ -48,27 +55,58 @@ def test_off_a_terminal_a_line_is_written_now_and_then(capsys):
 
 def test_work_of_unknown_length_says_how_far_it_is(capsys, said):
     clock = FakeClock()
-    with terminal.LineProgress(clock).task("count rows", None) as advance:
+    with lines_at(clock).task("count rows", None) as advance:
         clock.now = 12
         advance(1024)
-    assert capsys.readouterr().err == "count rows: 1024, 12 s\n"
+    assert capsys.readouterr().err == "00:00:02 count rows: 1024, 12 s\n"
     with terminal.BarProgress().task("count rows", None) as advance:
         advance(3)
 
 
 def test_what_an_interrupted_run_finished_does_not_count_as_speed(capsys):
     clock = FakeClock()
-    with terminal.LineProgress(clock).task("train", 100, found=60) as advance:
+    with lines_at(clock).task("train", 100, found=60) as advance:
         advance(60)
         clock.now = 10
         advance(0)
-        assert capsys.readouterr().err == "train: 60/100, 10 s\n"
+        assert capsys.readouterr().err == "00:00:00 train: 60/100, 10 s\n"
         clock.now = 20
         advance(8)
-        assert capsys.readouterr().err == "train: 68/100, 20 s, about 80 s left\n"
+        assert capsys.readouterr().err == "00:00:10 train: 68/100, 20 s, about 80 s left\n"
         clock.now = 900
         advance(8)
-        assert capsys.readouterr().err == "train: 76/100, 900 s, about 22 min left\n"
+        assert capsys.readouterr().err == "00:14:50 train: 76/100, 900 s, about 22 min left\n"
+
+
+def test_what_is_told_stands_in_the_line_and_some_of_it_at_once(capsys):
+    clock = FakeClock()
+    progress = lines_at(clock)
+    with progress.task("train", 100) as advance:
+        advance(0, "held-out 1.900", at_once=True)
+        assert capsys.readouterr().err == "23:59:50 train: 0/100, 0 s; held-out 1.900\n"
+        clock.now = 9
+        advance(9, "loss 1.200 · held-out 1.900")
+        assert capsys.readouterr().err == ""
+        clock.now = 10
+        advance(1)
+        assert capsys.readouterr().err == (
+            "00:00:00 train: 10/100, 10 s, about 90 s left; loss 1.200 · held-out 1.900\n"
+        )
+    progress.note("going on from checkpoint-3 of the interrupted run")
+    assert capsys.readouterr().err == "00:00:00 going on from checkpoint-3 of the interrupted run\n"
+
+
+def test_a_bar_shows_what_is_told_in_a_line_below_that_fits_the_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=stream, width=80, force_terminal=True, color_system=None))
+    told = "loss 1.234 · lr 2.8e-03 · 1,240 tokens/s · held-out 1.101"
+    with terminal.BarProgress().task("train (heads)", 189) as advance:
+        advance(63, told)
+        advance(1)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").splitlines()
+    assert max(map(len, shown)) <= 80
+    last = max(place for place, line in enumerate(shown) if " 64/189 " in line)
+    assert shown[last + 1].rstrip() == f"  {told}"
 
 
 def test_progress_fits_the_listener(monkeypatch, said):
@@ -211,3 +249,30 @@ def test_a_report_fits_80_columns(said):
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "extrapolated" in text
     assert "warning: a control does as well" in text
+
+
+ADAPTER = {
+    "scope": "heads", "first_loss": 2.5, "final_loss": 1.25, "updates": 189, "rows": 1050, "learning_rate": 3e-3,
+    "trained_parameters": 5, "total_parameters": 100, "trainable_share": 0.05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "lines"),
+    [
+        ({}, []),
+        ({"best_update": None, "best_eval_loss": None, "untrained_eval_loss": None}, []),
+        (
+            {"best_update": 126, "best_eval_loss": 1.101},
+            ["held-out loss 1.101 after update 126, whose weights are kept"],
+        ),
+        (
+            {"best_update": 126, "best_eval_loss": 1.101, "untrained_eval_loss": 1.93},
+            ["held-out loss 1.930 untrained, 1.101 after update 126, whose weights are kept"],
+        ),
+    ],
+)
+def test_a_training_says_which_update_was_kept(said, more, lines):
+    """Adapters of earlier versions do not know of the untrained model, and some of no held-out rows."""
+    render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | more))
+    assert [line.strip() for line in said["out"].getvalue().splitlines()[1:-1]] == lines

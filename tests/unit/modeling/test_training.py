@@ -11,6 +11,7 @@ from p2d_cli.modeling.training import (
     LengthGrouped,
     RankBatches,
     Ranks,
+    ResumePoint,
     TrainingHooks,
     TrainingPlan,
     TrainingRow,
@@ -209,3 +210,51 @@ def test_every_update_changes_weights(tiny_model, tmp_path, schedule, rows, sett
     for entry, change in zip(record.log, changes, strict=True):
         assert entry["learning_rate"] > 0
         assert change > 0.1 * entry["learning_rate"]
+
+
+# --- what is told
+
+
+@pytest.mark.parametrize(("accumulation", "resumed"), [(1, False), (2, False), (1, True)])
+def test_each_update_is_told_with_what_it_read(tiny_model, tmp_path, accumulation, resumed):
+    rows, plan = rows_of_tokens(*(4 + place % 5 for place in range(24))), replace(PLAN, accumulation=accumulation)
+    resume, told, looks = None, [], []
+    if resumed:
+        kept = []
+        hooks = TrainingHooks(on_checkpoint=lambda folder, tokens: kept.append(ResumePoint(folder, tokens)))
+        train(
+            tiny_model("llama"), rows, replace(plan, checkpoint_minutes=0, max_steps=3), pad_id=0, scratch=tmp_path,
+            hooks=hooks,
+        )  # fmt: skip
+        resume = kept[-1]
+    record = train(
+        tiny_model("llama"), rows, plan, pad_id=0, scratch=tmp_path, resume=resume, eval_rows=rows[:3],
+        hooks=TrainingHooks(on_step=told.append, on_look=looks.append),
+    )  # fmt: skip
+    updates = [entry for entry in record.log if "loss" in entry]
+    assert sum(done.count for done in told) == record.steps_done == len(updates)
+    assert [done.count for done in told[1:]] == [1] * (len(told) - 1)
+    assert [done.loss for done in told] == [entry["loss"] for entry in updates][-len(told) :]
+    assert [done.learning_rate for done in told] == [entry["learning_rate"] for entry in updates][-len(told) :]
+    assert sum(done.tokens for done in told) + (resume.tokens if resume else 0) == record.tokens
+    assert all(done.seconds > 0 for done in told)
+    assert looks == [entry["eval_loss"] for entry in record.log if "eval_loss" in entry]
+    # The training that it goes on with had no held-out rows, and nobody can look at the untrained model any more.
+    assert record.untrained_eval_loss == (None if resumed else looks[0])
+
+
+def test_a_look_before_the_first_update_changes_no_weights(tiny_model, tmp_path):
+    """Not even where dropout draws random numbers, which the batches of a look draw as well."""
+    rows, found = rows_of_tokens(*[6] * 16), []
+    for eval_rows in ((), rows[:3]):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        model.config.attention_dropout = 0.2
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        plan = replace(PLAN, max_steps=2, eval_steps=99)
+        record = train(model, rows, plan, pad_id=0, scratch=tmp_path, eval_rows=eval_rows)
+        found.append([entry["loss"] for entry in record.log if "loss" in entry])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2

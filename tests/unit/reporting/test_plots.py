@@ -147,6 +147,30 @@ def test_any_losses_can_be_drawn(losses, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("held_out", "star"),
+    [
+        ([(0, 2.0), (4, 1.5), (8, 1.7)], (4, 1.5)),
+        ([(0, 1.0), (4, 1.5), (8, 1.7)], (4, 1.5)),  # the untrained model is better, and is not what is kept
+        ([(0, 2.0), (4, np.nan), (8, 1.7)], (8, 1.7)),
+        ([(0, np.nan), (4, np.nan)], None),
+    ],
+)
+def test_the_star_is_at_the_weights_that_are_kept(tmp_path, monkeypatch, held_out, star):
+    from matplotlib.axes import Axes
+
+    plot, stars = Axes.plot, []
+
+    def noted(self, *args, marker="", **more):
+        if marker == "*":
+            stars.append(args)
+        return plot(self, *args, marker=marker, **more)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    loss_curve([1, 2, 3], [3.0, 2.0, 1.0], tmp_path / "a.png", held_out=held_out)
+    assert stars == ([] if star is None else [star])
+
+
 @settings(max_examples=60)
 @given(st.lists(st.floats(-10, 10) | st.just(np.nan), min_size=9, max_size=40), st.sampled_from([3, 5, 9]))
 def test_the_running_mean_is_that_of_the_neighbours(values, width):

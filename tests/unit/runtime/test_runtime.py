@@ -17,7 +17,7 @@ from p2d_cli.runtime.hardware import (
 )
 from p2d_cli.runtime.progress import LogProgress, SilentProgress
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
-from p2d_cli.runtime.timing import PhaseTimer
+from p2d_cli.runtime.timing import PhaseTimer, Throughput
 
 
 class FakeClock:
@@ -112,10 +112,25 @@ def test_the_highest_memory_counts():
     }
 
 
+@pytest.mark.parametrize("window", [0.5, 10.0])
+def test_throughput_is_that_of_the_last_seconds_of_work(window):
+    speed = Throughput(window)
+    assert speed.add(100, 1.0) == 100
+    pieces = [(100, 1.0)]
+    for units in range(20, 400, 20):
+        pieces.append((units, 0.25))
+        while sum(seconds for _, seconds in pieces[1:]) >= window:
+            pieces.pop(0)
+        expected = sum(units for units, _ in pieces) / sum(seconds for _, seconds in pieces)
+        assert speed.add(*pieces[-1]) == pytest.approx(expected)
+    assert Throughput().add(5, 0.0) == 0.0
+
+
 def test_silence():
     progress = SilentProgress()
     with progress.task("x", 3) as advance:
         advance(1)
+        advance(1, "loss 1.0", at_once=True)
     progress.note("nothing")
 
 
@@ -128,6 +143,14 @@ def test_a_log_tells_what_was_begun_and_what_came_of_it(tmp_path):
     assert begun.endswith(" read rows: 3 to do")
     assert " read rows: 2/3 in " in ended
     assert note.endswith(" enough")
+
+
+def test_a_log_ends_with_what_was_told_last(tmp_path):
+    with LogProgress(tmp_path / "log").task("train", 3) as advance:
+        advance(1, "loss 2.0")
+        advance(1, "loss 1.0", at_once=True)
+        advance(1)
+    assert (tmp_path / "log").read_text().rstrip().endswith(" s; loss 1.0")
 
 
 def test_a_large_parent_is_not_charged_to_its_child():
