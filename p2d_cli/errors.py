@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
+INTERRUPTED_EXIT_CODE = 130
+
 
 class P2DError(Exception):
     """Base of all errors that are reported without a traceback."""
@@ -84,11 +86,15 @@ class StoppedEarlyError(P2DError):
     exit_code = 75
 
 
+class InterruptedEarlyError(StoppedEarlyError):
+    """Stopped before the end by Ctrl-C, where that waits for the end of what is being done."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
 class PeerLostError(StoppedEarlyError):
     """Another process of the same command is gone without saying why; what was finished is kept."""
 
-
-INTERRUPTED_EXIT_CODE = 130
 
 EXIT_CODES: dict[int, str] = {
     0: "done, or already up to date",

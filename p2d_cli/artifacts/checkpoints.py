@@ -32,7 +32,12 @@ class Checkpoint:
     @property
     def updates(self) -> int:
         """How many updates were made."""
-        return int(self.folder.name.rpartition("-")[2])
+        return updates_of(self.folder)
+
+
+def updates_of(folder: Path) -> int:
+    """Return how many updates were made before a checkpoint, as its name says."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def seal_checkpoint(folder: Path, progress: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from p2d_cli.cli.streams import prepare_streams
 from p2d_cli.config import STAGE_CONFIGS
 from p2d_cli.errors import EXIT_CODES
 from p2d_cli.pipeline import EXPORT, STAGES
+from p2d_cli.runtime.signals import BEGINS_ANEW
 
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 POSITIONAL: dict[str, tuple[str, ...]] = {"report-aer": ("evaluations",), "export": ("adapter",)}
@@ -77,6 +78,6 @@ app.command("run", rich_help_panel="Tools")(
         )
     )
 )
-app.command("doctor", rich_help_panel="Tools")(guarded(doctor_command))
-app.command("inspect", rich_help_panel="Tools")(guarded(inspect_command))
-app.command("compare", rich_help_panel="Tools")(guarded(compare_command))
+app.command("doctor", rich_help_panel="Tools")(guarded(doctor_command, promise=BEGINS_ANEW))
+app.command("inspect", rich_help_panel="Tools")(guarded(inspect_command, promise=BEGINS_ANEW))
+app.command("compare", rich_help_panel="Tools")(guarded(compare_command, promise=BEGINS_ANEW))

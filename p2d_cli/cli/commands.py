@@ -62,13 +62,18 @@ CHANGED_ROWS = 5
 """How many `compare` shows unless asked for more."""
 
 
-def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Catch every error once, at the command boundary, and end with the documented exit code."""
+def guarded(command: Callable[Parameters, None], *, promise: str = signals.KEPT) -> Callable[Parameters, None]:
+    """Catch every error once, at the command boundary, and end with the documented exit code.
+
+    Args:
+        command: the command.
+        promise: what is said of its work when a signal ends it; see `signals.promising`.
+    """
 
     @wraps(command)
     def boundary(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
-            with signals.listening():
+            with signals.listening(), signals.promising(lambda: promise):
                 command(*args, **kwargs)
                 sys.stdout.flush()
         except P2DError as problem:

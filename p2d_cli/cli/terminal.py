@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from p2d_cli.cli.streams import visible
-from p2d_cli.errors import P2DError
+from p2d_cli.errors import InterruptedEarlyError, P2DError
 from p2d_cli.runtime.distributed import is_main_process
 from p2d_cli.runtime.progress import Advance, SilentProgress
 from p2d_cli.runtime.progress import Progress as ProgressProtocol
@@ -153,7 +153,8 @@ def print_json(document: dict[str, Any]) -> None:
 
 def print_error(problem: P2DError, note: str | None = None) -> None:
     """Write what went wrong and what to do next, and a note if there is one."""
-    err.print(Text("error: ", style="bold red") + Text(problem.message), soft_wrap=True)
+    start = Text() if isinstance(problem, InterruptedEarlyError) else Text("error: ", style="bold red")
+    err.print(start + Text(problem.message), soft_wrap=True)
     if problem.hint:
         err.print(Text("  try: ", style="bold") + Text(problem.hint), soft_wrap=True)
     if note:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
@@ -155,6 +155,9 @@ class StageRun(Generic[ConfigT]):
         self._unfinished: Path | None = None
         self._identity: dict[str, Any] = {}
         self._key: str | None = None
+        self.promise: Callable[[], str] = lambda: signals.KEPT
+        """What is said of the work when a signal ends it before the artifact is there; see `signals.promising`."""
+        self._is_committed = False
         self._until_committed = ExitStack()
         self._started = time.perf_counter()
 
@@ -207,6 +210,10 @@ class StageRun(Generic[ConfigT]):
         folder = self._scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def until_committed(self, context: AbstractContextManager[None]) -> None:
+        """Enter a context that lasts until the artifact is there."""
+        self._until_committed.enter_context(context)
 
     def see_through(self) -> None:
         """Let signals wait until the artifact is there: the work is done, and writing it does not take long."""
@@ -274,7 +281,9 @@ class StageRun(Generic[ConfigT]):
             self._unfinished = decision.unfinished
             forget_peak_memory()
             with ExitStack() as self._until_committed:
+                self.until_committed(signals.promising(lambda: signals.KEPT if self._is_committed else self.promise()))
                 manifest = self._do(compute, decision.folder, alone=alone)
+                self._is_committed = True
         return self._result("done", manifest)
 
     def _foretell(self, plan: Planning | None, check: Callable[[], int | None]) -> StageResult:

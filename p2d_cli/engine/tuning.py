@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint
+from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint, updates_of
 from p2d_cli.config import TrainConfig
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.core.geometry import SelectedHeads
@@ -169,6 +169,8 @@ class Tuning:
         self._heads = heads
         self.probe: RateProbe | None = None
         """The rates that were tried beforehand."""
+        self._kept = 0
+        """The update behind which the newest checkpoint was written; 0 if there is none."""
         quantised = quantisation_of(files)
         if quantised is not None and not quantised.shards and is_sharded():
             raise UsageError(
@@ -371,6 +373,14 @@ class Tuning:
             raise_together=distributed.raise_together,
         )
 
+    def _promise(self) -> str:
+        if not self._kept:
+            return "no update is kept yet, the same command begins anew"
+        return f"update {self._kept} is the last that is kept, run the same command again to go on there"
+
+    def _notice(self) -> None:
+        self._job.progress.note("finishing what has begun, to keep it; Ctrl-C again does not wait for it")
+
     def _as_far_as_known(self, plan: TrainingPlan) -> TrainingPlan:
         """Begin with the micro-batch that an interrupted run had come down to; several processes keep to theirs."""
         if distributed.world_size() > 1:
@@ -398,6 +408,7 @@ class Tuning:
             f"out of memory with micro-batches of {plan.micro_batch} rows: beginning anew with {size}, "
             f"{plan.batch_size // size} of them an update"
         )
+        self._kept = 0
         shutil.rmtree(self._checkpoints(plan))
         return replace(plan, accumulation=plan.batch_size // size)
 
@@ -421,7 +432,9 @@ class Tuning:
         job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
         spent, started = job.timer.seconds["train"], time.perf_counter()
         updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
-        found = earlier.updates if earlier else 0
+        self._kept = found = earlier.updates if earlier else 0
+        job.promise = self._promise
+        job.until_committed(signals.courteous(self._notice))
         with (
             job.timer.phase("train"),
             job.progress.task(f"train ({self._config.resolved_scope})", updates, found=found) as advance,
@@ -434,6 +447,7 @@ class Tuning:
                 seconds = spent + time.perf_counter() - started
                 if job.is_main:
                     seal_checkpoint(folder, {"seconds": seconds, "tokens": tokens, "work": job.key})
+                self._kept = updates_of(folder)
 
             record = train(
                 model,
@@ -449,7 +463,7 @@ class Tuning:
                     on_look=figures.look,
                     on_checkpoint=seal,
                     tell=job.progress.note,
-                    should_stop=lambda: any(distributed.exchange(signals.stop_requested())),
+                    should_stop=lambda: next(filter(None, distributed.exchange(signals.stop_requested())), None),
                     after_loading=freeze_placing if self._config.resolved_scope == "heads" else lambda _: None,
                 ),
             )

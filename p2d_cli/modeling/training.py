@@ -10,6 +10,7 @@ Legend: B batch, T tokens, n completion tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 import math
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.errors import (
     ArtifactError,
+    InterruptedEarlyError,
     NonFiniteError,
     P2DError,
     StoppedEarlyError,
@@ -171,8 +173,9 @@ class TrainingHooks:
     """Called with the loss on held-out rows when it was measured."""
     on_checkpoint: Callable[[Path, int], None] = lambda _folder, _tokens: None
     """Called when a checkpoint has been written, with the tokens read so far."""
-    should_stop: Callable[[], bool] = lambda: False
-    """Asked after each update whether to stop there, with a checkpoint to go on from; all ranks get one answer."""
+    should_stop: Callable[[], str | None] = lambda: None
+    """Asked after each update whether to stop there, with a checkpoint to go on from: returns the name of the signal
+    that wants it, the same one on all ranks."""
     tell: Callable[[str], None] = lambda _: None
     """Told what the user should know beforehand."""
     after_loading: Callable[[Any], None] = lambda _: None
@@ -304,6 +307,8 @@ class CompletionTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     loss, tokens, _ = self._completion_loss(model, batch)
                 found += self.ranks.exchange((loss.item(), tokens))
+                if is_first:
+                    self._stop_before_the_first_update()
         model.train()
         losses, counts = zip(*found, strict=True)
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / sum(counts)}
@@ -364,15 +369,18 @@ class CompletionTrainer(Trainer):
             if done < updates and told[0][0]:
                 self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if done >= updates or self.control.should_training_stop or not self.hooks.should_stop():
-            # Behind the last update there is nothing left but to write the result.
+        # Behind the last update there is nothing left but to write the result.
+        if done >= updates or self.control.should_training_stop or (name := self.hooks.should_stop()) is None:
             return
         if self._saved_at != done:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        raise StoppedEarlyError(
-            f"stopped after update {done} of {updates}, which is kept; run the same command again to go on"
-        )
+        raise _stopped(name, f"after update {done} of {updates}, which is kept; run the same command again to go on")
+
+    def _stop_before_the_first_update(self) -> None:
+        """Stop if asked to while there is nothing to keep yet: in the look at held-out rows that comes first."""
+        if (name := self.hooks.should_stop()) is not None:
+            raise _stopped(name, "before the first update; run the same command again")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -388,6 +396,13 @@ class CompletionTrainer(Trainer):
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         self.hooks.after_loading(self.model)
+
+
+def _stopped(name: str, where: str) -> StoppedEarlyError:
+    """Return the error that a signal ends the training with."""
+    if name == signal.SIGINT.name:
+        return InterruptedEarlyError(f"interrupted {where}")
+    return StoppedEarlyError(f"stopped {where}")
 
 
 class LengthGrouped(Sampler[int]):

@@ -168,17 +168,19 @@ def raise_together(problem: P2DError | None) -> None:
     _raise_first(exchange(problem))
 
 
-def stop_together(name: str | None) -> None:
+def stop_together(
+    name: str | None, promise: str = "what was finished is kept, run the same command again to go on"
+) -> None:
     """End all ranks at the same place, if one of them was asked to stop.
 
     Args:
         name: the signal that asked this rank.
+        promise: what the same command does next time.
 
     Raises:
         StoppedEarlyError: on all ranks.
     """
-    kept = "what was finished is kept, run the same command again to go on"
-    raise_together(StoppedEarlyError(f"stopped by {name}; {kept}") if name else None)
+    raise_together(StoppedEarlyError(f"stopped by {name}; {promise}") if name else None)
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:

@@ -1,15 +1,17 @@
 """Being told to stop: Ctrl-C by a user, SIGTERM or SIGUSR1 by a batch queue.
 
-Wherever nothing would be lost, a signal ends the work at once, by an `Interruption` raised in the main thread. Three
+Wherever nothing would be lost, a signal ends the work at once, by an `Interruption` raised in the main thread. Some
 kinds of code want it otherwise:
 
 - a batch or an update is worth finishing: inside `deferred`, the batch queue's signals wait for the end of the block;
+- of work that is only kept once it is finished, a user wants to lose nothing either: inside `courteous`, the first
+  Ctrl-C waits wherever the batch queue's signals do;
 - an artifact that is being written is worth completing: inside `shielded`, all signals do;
 - several processes that work together have to stop at the same batch: there, the batch queue's signals are only taken
   note of, and the work asks `stop_requested` and agrees.
 
 What waits does not wait for ever. A signal that comes again, and one that has not taken effect when its patience is
-over, ends the process; everything on disk is made to survive that.
+over, ends the process; everything on disk is made to survive that. What was kept by then the message says: `promising`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import FrameType
@@ -34,10 +36,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _CHECK_SECONDS = 0.1
 PATIENCE_SECONDS: dict[int, float] = {signal.SIGINT: 1.5, signal.SIGTERM: 20.0, signal.SIGUSR1: 300.0}
 """How long each signal waits. Slurm sends SIGKILL 30 s after SIGTERM; SIGUSR1 comes minutes before the time is up."""
+COURTESY_SECONDS = 300.0
+"""How long the first Ctrl-C waits inside `courteous`; whoever does not want to wait sends another one."""
 CLEANUP_SECONDS = 2.0
 """How long what an `Interruption` ends may take to do so; longer means that it was caught where nothing should be."""
 SAME_SIGNAL_SECONDS = 1.0
 """Launchers and terminals pass one signal on twice; a second one after this time means what it says."""
+
+
+KEPT = "what was finished is kept, run the same command again to go on"
+BEGINS_ANEW = "the same command begins anew"
+"""What to promise of work of which nothing is kept before it is done."""
 
 
 class Interruption(BaseException):
@@ -45,11 +54,13 @@ class Interruption(BaseException):
 
     Args:
         number: the signal.
+        promise: what the same command does next time.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, promise: str = KEPT) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+        self.promise = promise
 
     @property
     def exit_code(self) -> int:
@@ -60,7 +71,7 @@ class Interruption(BaseException):
     def message(self) -> str:
         """One line for the user."""
         what = "interrupted" if self.number == signal.SIGINT else f"stopped by {self}"
-        return f"{what}; what was finished is kept, run the same command again to go on"
+        return f"{what}; {self.promise}"
 
 
 @dataclass
@@ -74,6 +85,10 @@ class _State:
     """When each signal first came."""
     deferrals: int = 0
     shields: int = 0
+    notices: list[Callable[[], None]] = field(default_factory=list)
+    """What tells a user that the first Ctrl-C has come and waits, one for each `courteous` block that is open."""
+    promises: list[Callable[[], str]] = field(default_factory=list)
+    """What an interruption may promise, one for each `promising` block that is open."""
     took_effect: float | None = None
     """When an `Interruption` was raised."""
     over: bool = False
@@ -131,15 +146,47 @@ def took_effect() -> bool:
 
 
 def stop_requested() -> str | None:
-    """Return the name of the batch queue's signal that asked this process to stop, if one did."""
+    """Return the name of the signal that asked this process to stop and waits for that, if one did."""
     return _state.requested
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Let a batch queue's signals wait for the end of this block, where they raise an `Interruption`; Ctrl-C does not.
+def promising(promise: Callable[[], str]) -> Iterator[None]:
+    """Let a signal that ends the work in this block say what the same command does next time; by default `KEPT`.
 
-    Among several processes they raise nothing, here or elsewhere.
+    Args:
+        promise: returns it, in words that follow a semicolon.
+    """
+    state = _state
+    state.promises.append(promise)
+    try:
+        yield
+    finally:
+        state.promises.remove(promise)
+
+
+@contextmanager
+def courteous(notice: Callable[[], None]) -> Iterator[None]:
+    """Let the first Ctrl-C of this block wait where a batch queue's signals do; a second one ends the work.
+
+    Args:
+        notice: tells the user that it has come; called from another thread.
+    """
+    state = _state
+    state.notices.append(notice)
+    try:
+        yield
+    finally:
+        state.notices.remove(notice)
+    _act(state)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let a batch queue's signals wait for the end of this block, where they raise an `Interruption`.
+
+    Ctrl-C does not wait, but for the first one inside `courteous`. Among several processes they raise nothing, here or
+    elsewhere.
     """
     state = _state
     state.deferrals += 1
@@ -178,10 +225,10 @@ def _receive(number: int, frame: FrameType | None) -> None:
     state, now = _state, time.monotonic()
     if state.over:
         return
-    if number in STOP_SIGNALS:
+    if _may_wait(number):
         state.requested = signal.Signals(number).name
     arrived = state.arrivals.setdefault(number, now)
-    if now - arrived > SAME_SIGNAL_SECONDS and not _together(number):
+    if now - arrived > SAME_SIGNAL_SECONDS and (number == signal.SIGINT or not _together(number)):
         _interrupt(state, number)
     if arrived == now:
         # Ctrl-C is acted upon wherever another signal is, and in more places.
@@ -194,7 +241,7 @@ def _act(state: _State) -> None:
     number = state.waiting
     if number is None or state.over or state.shields or _together(number):
         return
-    if number in STOP_SIGNALS and state.deferrals:
+    if state.deferrals and _may_wait(number):
         return
     state.waiting = None
     _interrupt(state, number)
@@ -202,16 +249,27 @@ def _act(state: _State) -> None:
 
 def _interrupt(state: _State, number: int) -> NoReturn:
     state.took_effect = time.monotonic()
-    raise Interruption(number)
+    raise Interruption(number, _promise(state))
+
+
+def _promise(state: _State) -> str:
+    promises = [*state.promises]  # which the main thread may leave while another one asks
+    return promises[-1]() if promises else KEPT
+
+
+def _may_wait(number: int) -> bool:
+    """Whether a signal waits for the end of a batch, an update or the like."""
+    return number in STOP_SIGNALS or bool(_state.notices)
 
 
 def _together(number: int) -> bool:
     """Whether to leave a signal to what several processes agree upon."""
-    return number in STOP_SIGNALS and distributed.world_size() > 1
+    return _may_wait(number) and distributed.world_size() > 1
 
 
 def _watch(read_end: int, say: Callable[[str], None]) -> None:
     """End the process when a signal's patience is over; Python hands over its number as soon as it arrives."""
+    came: dict[int, float] = {}
     deadlines: dict[int, float] = {}
     while True:
         ready, _, _ = select.select([read_end], [], [], _CHECK_SECONDS if deadlines else None)
@@ -219,15 +277,29 @@ def _watch(read_end: int, say: Callable[[str], None]) -> None:
         if ready:
             number = os.read(read_end, 1)[0]
             if number in PATIENCE_SECONDS:
-                deadlines.setdefault(number, now + PATIENCE_SECONDS[number])
+                _await(number, now, came, deadlines)
         number = min(deadlines, key=deadlines.__getitem__, default=0)
         raised = _state.took_effect
         if _state.over or number == 0:
             continue
         if now > deadlines[number] or (raised is not None and now > raised + CLEANUP_SECONDS):
-            interruption = Interruption(number)
+            interruption = Interruption(number, _promise(_state))
             say(interruption.message)
             os._exit(interruption.exit_code)
+
+
+def _await(number: int, now: float, came: dict[int, float], deadlines: dict[int, float]) -> None:
+    """Set until when a signal that has come just now may wait, and tell the user of a Ctrl-C that does."""
+    first = came.setdefault(number, now)
+    latest = now + PATIENCE_SECONDS[number]
+    notices = list(_state.notices) if number == signal.SIGINT else []
+    if first == now:
+        deadlines[number] = now + COURTESY_SECONDS if notices else latest
+        for notice in notices[-1:]:
+            with suppress(OSError, ValueError):
+                notice()
+    elif now - first > SAME_SIGNAL_SECONDS:
+        deadlines[number] = min(deadlines[number], latest)
 
 
 @cache

@@ -14,6 +14,7 @@ from pathlib import Path
 
 RANK = int(os.environ["RANK"])
 UNTIL_THE_END = contextlib.ExitStack()
+UNTIL_THE_NEXT = contextlib.ExitStack()
 
 
 def last_rank():
@@ -31,6 +32,26 @@ def asked_to_stop_at(batch):
         return "SIGTERM" if last_rank() and len(calls) >= batch else None
 
     signals.stop_requested = stop_requested
+
+
+def signalled_in(number, handler):
+    """A fault: a real signal reaches one rank only, in the middle of an update."""
+
+    def fault(update):
+        from p2d_cli.modeling.training import CompletionTrainer
+
+        signal.signal(number, handler)  # which an earlier command left ignored when it was done
+        plain = CompletionTrainer.training_step
+
+        def step(self, *arguments, **more):
+            if last_rank() and self.state.global_step == update - 1:
+                os.kill(os.getpid(), number)
+            return plain(self, *arguments, **more)
+
+        CompletionTrainer.training_step = step
+        UNTIL_THE_NEXT.callback(setattr, CompletionTrainer, "training_step", plain)
+
+    return fault
 
 
 def killed_at(batch):
@@ -90,6 +111,8 @@ def methods_of_its_own(_):
 FAULTS = {
     "own": methods_of_its_own,
     "stop": asked_to_stop_at,
+    "SIGINT": signalled_in(signal.SIGINT, signal.default_int_handler),
+    "SIGTERM": signalled_in(signal.SIGTERM, signal.SIG_DFL),
     "kill": killed_at,
     "nan": out_of_numbers_at,
     "crash": crashing_at,
@@ -121,6 +144,7 @@ def main():
             main()
         except SystemExit as end:
             code = end.code or 0
+        UNTIL_THE_NEXT.close()
         with path.with_name(f"{path.name}.rank{RANK}").open("a") as log:
             log.write(json.dumps({"command": words[0], "code": code, "seconds": time.monotonic() - started}) + "\n")
     sys.exit(code)

@@ -112,7 +112,7 @@ def alone(p2d, work, tmp_path_factory):
 
 
 def shared_work(work, folder):
-    """All commands; two that are stopped and taken up again; one whose numbers go wrong; one that crashes, the last."""
+    """All commands; some that are stopped and taken up again; one whose numbers go wrong; one that crashes, at last."""
     steps = work(folder)
     again = work(folder / "again")
     mining, training = again["subset"], (*again["best"], "--checkpoint-minutes", 0)
@@ -121,14 +121,15 @@ def shared_work(work, folder):
         (steps["subset"], None),
         (mining, ("stop", 2)),
         (mining, None),
-        (training, ("stop", 3)),
+        (training, ("SIGINT", 2)),
+        (training, ("SIGTERM", 3)),
         (training, None),
         ((*steps["full"][:-1], folder / "nan"), ("nan", 3)),
         ((*steps["full"][:-1], folder / "crash"), ("crash", 3)),
     ]
 
 
-SHARED_CODES = [0] * 8 + [0, 75, 0, 75, 0, 70, 70]
+SHARED_CODES = [0] * 8 + [0, 75, 0, 130, 75, 0, 70, 70]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.skipif(not SLOW, reason="P2D_SLOW=1"))])
@@ -231,7 +232,8 @@ def test_only_rank_0_speaks(shared):
     for said, name in (("up to date", "subset"), (" done ", "pad")):
         lines = [line for line in shared.out.splitlines() if said in line and line.rstrip().endswith(f"/{name}")]
         assert len(lines) == 1, shared.out
-    for said in ("stopped after update 3 of 6", "the loss of update 2 is nan"):
+    stops = ("interrupted after update 2 of 6, which is kept", "stopped after update 3 of 6")
+    for said in (*stops, "the loss of update 2 is nan"):
         assert shared.err.count(said) == 1, shared.err
     assert "Traceback" not in shared.err.split("error: ")[1]
 
@@ -239,6 +241,8 @@ def test_only_rank_0_speaks(shared):
 def test_a_signal_to_one_rank_stops_all_and_the_work_goes_on(shared, alone):
     assert "exit code 75: stopped early" in shared.err
     assert "batches were finished before" in shared.err
+    assert "exit code 130: interrupted with Ctrl-C" in shared.err
+    assert "going on from checkpoint-2" in shared.err
     assert "going on from checkpoint-3" in shared.err
     found, expected = (pq.read_table(f / "subset" / "pool_scores.parquet") for f in (shared.folder / "again", alone))
     assert repr(found.to_pydict()) == repr(expected.to_pydict())

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 REPEATS = "repeats"
 PHASES = ("proxy", "score")
 """What tuning the proxy and comparing its weights are charged to."""
+PROMISE = "of the proxy finished draws alone are kept, the same command begins this one anew"
 
 
 class Pad(HeadMethod):
@@ -228,7 +229,8 @@ class Pad(HeadMethod):
             return
         self._before = dict(job.timer.seconds)
         model, layout = reader.model, reader.layout
-        with job.timer.phase("proxy"), job.progress.task("tune the proxy", len(self._batches)) as advance:
+        task = job.progress.task("tune the proxy", len(self._batches))
+        with job.timer.phase("proxy"), signals.promising(lambda: PROMISE), task as advance:
             self._proxy = AttentionProxy(
                 model, layout, lr=self.task.config.proxy_lr, sum_over_ranks=distributed.sum_tensors
             )
@@ -236,7 +238,7 @@ class Pad(HeadMethod):
                 self._losses.append(loss)
                 advance(1)
                 if distributed.world_size() > 1:
-                    distributed.stop_together(signals.stop_requested())
+                    distributed.stop_together(signals.stop_requested(), PROMISE)
 
     def _own_rows(self, reader: ModelReader) -> Iterator[Batch | None]:
         """Yield this rank's rows of each step, None where it has none."""
@@ -257,7 +259,7 @@ class Pad(HeadMethod):
             return
         proxy, layout = self._proxy, reader.layout
         assert proxy is not None, "it was tuned"
-        with job.timer.phase("score"):
+        with job.timer.phase("score"), signals.promising(lambda: PROMISE):
             pairs = ((proxy.base_weights(layer.layer), proxy.task_weights(layer.layer)) for layer in layout)
             self._scores_LH = _distances(self.task, pairs, len(layout))
             proxy.restore()

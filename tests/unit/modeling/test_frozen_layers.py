@@ -171,7 +171,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(deep, tmp_path):
     hooks = TrainingHooks(
         on_step=steps.append,
         on_checkpoint=lambda folder, tokens: saved.append((folder, tokens)),
-        should_stop=lambda: len(steps) == 6,
+        should_stop=lambda: "SIGTERM" if len(steps) == 6 else None,
     )
     with pytest.raises(Exception, match="stopped after update 6"):
         train(deep(), ROWS, PLAN, pad_id=0, scratch=tmp_path / "cut", hooks=hooks)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from p2d_cli.runtime import signals
-from p2d_cli.runtime.signals import Interruption, deferred, listening, shielded, stop_requested
+from p2d_cli.runtime.signals import Interruption, courteous, deferred, listening, promising, shielded, stop_requested
 
 QUEUE = [signal.SIGTERM, signal.SIGUSR1]
 
@@ -62,6 +62,85 @@ def test_ctrl_c_does_not_wait_for_a_batch():
         send(signal.SIGINT)
         done.append("more")
     assert not done
+
+
+def test_the_first_ctrl_c_waits_where_courtesy_is_asked_for():
+    done = []
+    with interrupted(by=signal.SIGINT), courteous(lambda: None):
+        with deferred():
+            send(signal.SIGINT)
+            done.append(stop_requested())
+        done.append("more")
+    assert done == ["SIGINT"]
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_the_second_ctrl_c_does_not_wait(size, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    done = []
+    with interrupted(by=signal.SIGINT), courteous(lambda: None), deferred(), shielded():
+        send(signal.SIGINT)
+        done.append("once")
+        send(signal.SIGINT)
+        done.append("twice")
+    assert done == ["once"]
+
+
+def test_courtesy_without_a_batch_has_nothing_to_wait_for():
+    done = []
+    with interrupted(by=signal.SIGINT), courteous(lambda: None):
+        send(signal.SIGINT)
+        done.append("more")
+    assert not done
+
+
+def test_courtesy_ends_with_its_block():
+    with listening():
+        with courteous(lambda: None):
+            pass
+        with pytest.raises(Interruption), deferred():
+            send(signal.SIGINT)
+
+
+def test_several_processes_agree_on_a_ctrl_c_too(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with interrupted(by=signal.SIGINT), courteous(lambda: None):
+        with deferred():
+            send(signal.SIGINT)
+        assert stop_requested() == "SIGINT", "it is for the work to stop"
+
+
+def test_an_interruption_promises_what_was_kept_where_it_came():
+    kept = ["nothing"]
+    with listening(), promising(lambda: "not this"), promising(lambda: f"{kept[-1]} is kept"):
+        kept.append("update 3")
+        with pytest.raises(Interruption) as ended:
+            send(signal.SIGTERM)
+    assert ended.value.message == "stopped by SIGTERM; update 3 is kept"
+    with listening(), pytest.raises(Interruption) as ended:
+        send(signal.SIGINT)
+    assert ended.value.message == f"interrupted; {signals.KEPT}"
+
+
+def test_how_long_a_signal_may_wait():
+    told, came, deadlines = [], {}, {}
+    with listening():
+        signals._await(signal.SIGINT, 10.0, came, deadlines)
+        assert deadlines == {signal.SIGINT: 11.5}
+        came.clear()
+        with courteous(lambda: told.append("told")):
+            signals._await(signal.SIGINT, 10.0, came, deadlines)
+            assert deadlines == {signal.SIGINT: 10.0 + signals.COURTESY_SECONDS}
+            signals._await(signal.SIGINT, 10.5, came, deadlines)  # the same one, passed on
+            assert deadlines == {signal.SIGINT: 10.0 + signals.COURTESY_SECONDS}
+            signals._await(signal.SIGINT, 20.0, came, deadlines)
+            assert deadlines == {signal.SIGINT: 21.5}
+            signals._await(signal.SIGTERM, 20.0, came, deadlines)
+            assert deadlines == {signal.SIGINT: 21.5, signal.SIGTERM: 40.0}
+    assert told == ["told"], "once"
 
 
 @pytest.mark.parametrize("number", [*QUEUE, signal.SIGINT])

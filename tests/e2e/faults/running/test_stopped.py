@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,13 +13,19 @@ from p2d_cli.runtime import signals
 from .conftest import SLOW, WORK, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
 
 GO_ON = "run the same command again to go on"
+ANEW = "the same command begins anew"
 QUEUE = {work: (signal.SIGTERM, signal.SIGUSR1)[number % 2] for number, work in enumerate(WORK)}
 """The signals take turns."""
 
 
-def says_one_line(done):
+def says_one_line(done, promise=GO_ON):
     lines = [line for line in done.err.splitlines() if "interrupted" in line or "stopped" in line]
-    return len(lines) == 1 and GO_ON in lines[0] and done.err.rstrip().endswith(lines[0])
+    return len(lines) == 1 and promise in lines[0] and done.err.rstrip().endswith(lines[0])
+
+
+def promise_of(work):
+    """A draw of the proxy is kept as a whole or not at all."""
+    return "the same command begins this one anew" if work == ("score-heads", "pad") else GO_ON
 
 
 @pytest.mark.parametrize(
@@ -30,7 +37,7 @@ def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tm
     with at_forward(2, send(QUEUE[work])):
         done = p2d(*line)
     assert done.code == 75, done.said
-    assert says_one_line(done), done.err
+    assert says_one_line(done, promise_of(work)), done.err
     assert not (tmp_path / "out").exists()
     again = p2d(*line)
     assert again.code == 0, again.said
@@ -38,6 +45,22 @@ def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tm
     assert not leftovers(tmp_path / "out")
 
 
+def in_update(patch, update, act):
+    """Do something in the middle of an update."""
+    from p2d_cli.modeling.training import CompletionTrainer
+
+    step = CompletionTrainer.training_step
+
+    def step_and_act(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == update - 1:
+            act()
+        return loss
+
+    patch.setattr(CompletionTrainer, "training_step", step_and_act)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
 @pytest.mark.parametrize(
     ("name", "update"),
     [
@@ -47,31 +70,80 @@ def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tm
         ("lora", 5),
     ],
 )
-def test_a_stop_at_any_update_costs_none(p2d, words, undisturbed, name, update, tmp_path, monkeypatch):
+def test_a_stop_at_any_update_costs_none(p2d, words, undisturbed, name, update, number, code, tmp_path, monkeypatch):
     """Also at the end of an epoch, and where held-out rows are looked at."""
-    from p2d_cli.modeling.training import CompletionTrainer
-
     work = ("train", name)
     # There, a checkpoint is written behind each update anyway.
     saves = ("--checkpoint-minutes", 0) if name == "lora" else ()
     expected = undisturbed(p2d, words, work, *saves)
-    step = CompletionTrainer.training_step
-
-    def step_and_stop(self, *args, **kwargs):
-        loss = step(self, *args, **kwargs)
-        if self.state.global_step == update - 1:
-            send(signal.SIGTERM)()
-        return loss
-
     with monkeypatch.context() as patch:
-        patch.setattr(CompletionTrainer, "training_step", step_and_stop)
+        in_update(patch, update, send(number))
         done = p2d(*words(work, tmp_path / "out", *saves))
-    assert done.code == 75
-    assert f"stopped after update {update} of 6" in done.said
+    assert done.code == code
+    assert says_one_line(done)
+    said = f"{'interrupted' if code == 130 else 'stopped'} after update {update} of 6, which is kept; {GO_ON}"
+    assert said in done.said
+    assert ("error:" in done.err) == (code == 75)
     again = p2d(*words(work, tmp_path / "out", *saves))
     assert f"going on from checkpoint-{update}" in again.said
     assert "not going on" not in again.said
     assert results(tmp_path / "out") == results(expected)
+
+
+@pytest.mark.parametrize("saves", [(), ("--checkpoint-minutes", 0)], ids=["nothing-kept", "kept"])
+def test_a_second_ctrl_c_does_not_wait_and_says_what_is_kept(p2d, words, undisturbed, saves, tmp_path, monkeypatch):
+    work = ("train", "heads")
+    expected = undisturbed(p2d, words, work, *saves)
+
+    def twice():
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+        raise AssertionError("this is not reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.0)
+        in_update(patch, 4, twice)
+        done = p2d(*words(work, tmp_path / "out", *saves), "--json")
+    promise = f"update 3 is the last that is kept, {GO_ON} there" if saves else f"no update is kept yet, {ANEW}"
+    assert done.code == done.json["exit_code"] == 130
+    assert done.json["message"] == f"interrupted; {promise}"
+    again = p2d(*words(work, tmp_path / "out", *saves))
+    assert ("going on from checkpoint-3" in again.said) == bool(saves)
+    assert results(tmp_path / "out") == results(expected)
+
+
+def test_a_stop_before_the_first_update_does_not_wait_for_one(p2d, words, tmp_path):
+    """The look at held-out rows that comes first may take minutes, and there is nothing to keep yet."""
+    reached = []
+    with at_forward(2, send(signal.SIGINT)), at_forward(3, reached.append):
+        done = p2d(*words(("train", "held-out"), tmp_path / "out"))
+    assert done.code == 130
+    assert done.err.rstrip().endswith("interrupted before the first update; run the same command again")
+    assert not reached
+
+
+def test_ctrl_c_in_a_draw_of_the_proxy_promises_no_more_than_finished_draws(p2d, words, tmp_path):
+    work = ("score-heads", "pad")
+    with at_forward(2, send(signal.SIGINT)):
+        done = p2d(*words(work, tmp_path / "out"))
+    assert done.code == 130
+    assert says_one_line(done, promise_of(work))
+
+
+def test_ctrl_c_where_nothing_is_kept_promises_nothing(p2d, words, tmp_path, monkeypatch):
+    from p2d_cli.methods import words as counting
+
+    count_words = counting.count_words
+
+    def count_and_stop(*args):
+        send(signal.SIGINT)()
+        return count_words(*args)
+
+    monkeypatch.setattr(counting, "count_words", count_and_stop)
+    [stage, *line] = words(("mine-data", "loss"), tmp_path / "out")
+    done = p2d(stage, *line, "--method", "lexical")
+    assert done.code == 130
+    assert done.err.rstrip().endswith(f"interrupted; {ANEW}")
 
 
 @pytest.mark.parametrize(
@@ -97,10 +169,13 @@ def test_an_artifact_that_is_being_written_is_completed(p2d, words, work, number
     assert "up to date" in again.said
 
 
-def test_a_stop_in_the_last_update_loses_nothing(p2d, words, undisturbed, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
+def test_a_stop_in_the_last_update_loses_nothing(p2d, words, undisturbed, tmp_path, number, code):
     expected = undisturbed(p2d, words, ("train", "heads"))
-    with at_forward(6, send(signal.SIGTERM)):
-        assert p2d(*words(("train", "heads"), tmp_path / "out")).code == 75
+    with at_forward(6, send(number)):
+        done = p2d(*words(("train", "heads"), tmp_path / "out"))
+    assert done.code == code
+    assert says_one_line(done, signals.KEPT)
     assert results(tmp_path / "out") == results(expected), "there was nothing left to do but to write it"
 
 
@@ -130,7 +205,7 @@ def test_ctrl_c_does_not_wait_for_the_batch(p2d, words, undisturbed, work, tmp_p
     with at_forward(2, send(signal.SIGINT)), at_forward(3, reached.append):
         done = p2d(*words(work, tmp_path / "out"))
     assert done.code == 130
-    assert says_one_line(done)
+    assert says_one_line(done, promise_of(work))
     assert not reached
     assert p2d(*words(work, tmp_path / "out")).code == 0
     assert results(tmp_path / "out") == results(expected)
@@ -214,12 +289,12 @@ def start(code, *words):
     return process
 
 
-def ends_in_one_line(process, number=signal.SIGINT):
+def ends_in_one_line(process, number=signal.SIGINT, promise=signals.KEPT):
     process.send_signal(number)
     _, said = process.communicate()
     code, what = (130, "interrupted") if number == signal.SIGINT else (75, f"stopped by {number.name}")
     assert process.returncode == code, said
-    assert said == f"{what}; what was finished is kept, {GO_ON}\n"
+    assert said == f"{what}; {promise}\n"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +303,7 @@ def ends_in_one_line(process, number=signal.SIGINT):
 def test_a_signal_ends_what_does_not_listen(where, number):
     code = f"def inspect(_):\n    print('begun', flush=True); {STUCK[where]}\n"
     code = f"import p2d_cli.stages.inspection\n{code}p2d_cli.stages.inspection.inspect = inspect\n"
-    ends_in_one_line(start(code, "inspect", "."), number)
+    ends_in_one_line(start(code, "inspect", "."), number, ANEW)
 
 
 WAITING_IMPORT = """\
@@ -256,3 +331,46 @@ def test_what_is_done_stays_done(number):
     process.send_signal(number)
     _, said = process.communicate()
     assert (process.returncode, said) == (0, "")
+
+
+# Says so in the middle of an update, and takes its time for it.
+LONG_UPDATE = """\
+from p2d_cli.modeling.training import CompletionTrainer
+step = CompletionTrainer.training_step
+def step_slowly(self, *args, **kwargs):
+    if self.state.global_step == 1:
+        print('begun', flush=True)
+        {wait}
+    return step(self, *args, **kwargs)
+CompletionTrainer.training_step = step_slowly
+"""
+NOTICE = "finishing what has begun, to keep it; Ctrl-C again does not wait for it"
+
+
+def test_ctrl_c_in_a_process_of_its_own_keeps_the_update_and_ends_with_the_same_bits(p2d, words, undisturbed, tmp_path):
+    work = ("train", "held-out")
+    line = words(work, tmp_path / "out")
+    process = start(LONG_UPDATE.format(wait="time.sleep(2)"), *line)  # longer than what else waits for Ctrl-C
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    *_, last = said.splitlines()
+    assert said.count(NOTICE) == 1
+    assert last == f"interrupted after update 2 of 6, which is kept; {GO_ON}"
+    again = p2d(*line)
+    assert "going on from checkpoint-2" in again.said
+    assert results(tmp_path / "out") == results(undisturbed(p2d, words, work))
+
+
+@pytest.mark.parametrize(
+    "wait", ["time.sleep(9999)", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"], ids=["py", "c"]
+)
+def test_a_second_ctrl_c_ends_an_update_that_takes_for_ever(words, tmp_path, wait):
+    process = start(LONG_UPDATE.format(wait=wait), *words(("train", "heads"), tmp_path / "out"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(signals.SAME_SIGNAL_SECONDS + signals.PATIENCE_SECONDS[signal.SIGINT])
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == f"interrupted; no update is kept yet, {ANEW}"
