@@ -32,6 +32,7 @@ class _Template(_Part):
 
 class _Summary(_Part):
     template: _Template | None = None
+    warnings: list[str] = []
 
 
 class _Repeatability(_Part):

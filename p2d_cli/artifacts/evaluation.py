@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from p2d_cli.artifacts.cards import save_data_card
 from p2d_cli.core.aer import MetricValue
+from p2d_cli.core.metrics import ANSWER_METRICS
 from p2d_cli.errors import ArtifactError, first_line
 
 METRICS_NAME = "metrics.json"
@@ -21,15 +22,32 @@ PREDICTIONS_NAME = "predictions.parquet"
 _TEXTS = ("id", "prompt", "reference")
 _TEXTS_OR_NULL = ("prediction", "choice")
 _METRIC = TypeAdapter(MetricValue)
+GENERATED_METRICS = frozenset(figure for figures in ANSWER_METRICS.values() for figure in figures)
+"""Figures that are of generated answers."""
 
 
-def save_evaluation(folder: Path, metrics: Mapping[str, MetricValue], predictions: Sequence[Mapping[str, Any]]) -> None:
+def save_evaluation(
+    folder: Path,
+    metrics: Mapping[str, MetricValue],
+    predictions: Sequence[Mapping[str, Any]],
+    *,
+    answers_cut: int | None = None,
+) -> None:
     """Write `metrics.json` (`{metric: {value, low, high, count}}`) and `predictions.parquet` (a row an example).
 
     A card is added, by which `datasets.load_dataset` opens the folder: the predictions, as split `test`.
+
+    Args:
+        folder: of the artifact.
+        metrics: by name.
+        predictions: rows of one shape.
+        answers_cut: how many generated answers ended at the limit of new tokens; stands with each metric of such
+            answers, where versions that do not know it pass over it.
     """
-    entries = json.dumps(metric_entries(metrics), indent=2)
-    (folder / METRICS_NAME).write_text(entries + "\n", encoding="utf-8")
+    entries = metric_entries(metrics)
+    for name in GENERATED_METRICS & entries.keys() if answers_cut is not None else ():
+        entries[name]["answers_cut"] = answers_cut
+    (folder / METRICS_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in predictions]), folder / PREDICTIONS_NAME)
     # A table without rows has no columns either, and opens as no data set.
     tables = {"default": (PREDICTIONS_NAME, "test")} if predictions else {}

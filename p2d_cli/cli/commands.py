@@ -205,7 +205,13 @@ def _print_config(resolved: Resolved[Any], *, as_json: bool) -> None:
 
 def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
     """Do a whole recipe."""
-    from p2d_cli.cli.render import plan_totals, print_plan_totals, print_result, result_document
+    from p2d_cli.cli.render import (
+        plan_totals,
+        print_plan_totals,
+        print_result,
+        print_warnings_of,
+        result_document,
+    )
     from p2d_cli.cli.terminal import print_json
     from p2d_cli.stages.run import RecipeRun
 
@@ -228,8 +234,10 @@ def run_body(settings: dict[str, Any], invocation: Invocation) -> None:
         document = {"out": str(outcome.out), "stages": [result_document(result) for result in outcome.stages]}
         print_json(document | ({"total": plan_totals(outcome.stages)} if invocation.dry_run else {}))
         return
-    for result in outcome.stages if invocation.verbose or invocation.dry_run else outcome.stages[-1:]:
+    hidden = 0 if invocation.verbose or invocation.dry_run else len(outcome.stages) - 1
+    for result in outcome.stages[hidden:]:
         print_result(result)
+    print_warnings_of(outcome.stages[:hidden], outcome.out)
     if invocation.dry_run:
         print_plan_totals(outcome.stages)
     skipped = sum(result.status in {"up-to-date", "would-skip"} for result in outcome.stages)

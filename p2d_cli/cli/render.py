@@ -28,6 +28,8 @@ from p2d_cli.stages.examination import Examination
 
 SHADES = (238, 24, 31, 38, 73, 114, 155, 190, 220, 214, 208)
 """xterm colours from low to high, readable on light and dark."""
+FOLDERS_NAMED = 3
+"""How many folders are named beside a warning that all of them have."""
 
 
 def _table(headings: Sequence[str], *, no_wrap: Collection[str]) -> Table:
@@ -163,6 +165,25 @@ def print_summary(manifest: Manifest) -> None:
     for name, bad in manifest.summary.get("bad_rows", {}).items():
         text = f"{bad['count']} bad rows of --{name} were left out, the first: {bad['first'][0]}"
         out.print("  " + escape(text), soft_wrap=True)
+    for warning in manifest.summary.get("warnings", ()):
+        print_warning(warning)
+
+
+def print_warnings_of(results: Sequence[StageResult], out_folder: Path) -> None:
+    """Write the warnings of stages whose results are not shown, each once, with the folders that it is of."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for warning in result.manifest.summary.get("warnings", ()) if result.manifest is not None else ():
+            where = result.out.relative_to(out_folder) if result.out.is_relative_to(out_folder) else result.out
+            found.setdefault(warning, []).append(str(where))
+    for warning, folders in found.items():
+        more = f" and {len(folders) - FOLDERS_NAMED} more" if len(folders) > FOLDERS_NAMED else ""
+        print_warning(f"{', '.join(folders[:FOLDERS_NAMED])}{more}: {warning}")
+
+
+def print_warning(text: str) -> None:
+    """Write what a user should know before relying on a result."""
+    out.print(Text.assemble("  ", ("warning:", "yellow"), f" {text}"), soft_wrap=True)
 
 
 def _heads_lines(summary: dict[str, Any]) -> list[Any]:
@@ -266,7 +287,7 @@ def _report_lines(summary: dict[str, Any]) -> list[Any]:
     lines.append("* control, = reference, ! another model, hardware, precision or number of epochs")
     if any(row.get("scorer_model") for row in summary["rows"]):
         lines.append("^ a smaller model chose the rows; its seconds are charged")
-    return lines + [f"warning: {warning}" for warning in summary["warnings"]]
+    return lines
 
 
 def _report_cells(row: dict[str, Any], metric: str | None) -> list[str]:
@@ -478,6 +499,8 @@ def print_comparison(found: Comparison, rows: int) -> None:
         table.add_row(name, *values, interval, str(metric.won), str(metric.lost))
     out.print(table)
     out.print("won, lost: rows on which B is better, worse; * the interval excludes 0", style="dim")
+    for warning in found.warnings:
+        print_warning(warning)
     if found.left_out:
         out.print(f"not compared: {escape(', '.join(found.left_out))}", style="dim")
     out.print(f"\n[bold]{len(found.changed)} of {found.rows} rows changed[/]")

@@ -352,7 +352,7 @@ def compare(runs: Sequence[RunCost], reference: RunCost, *, allow_mixed: bool = 
         tuple(rows),
         tuple(flags),
         # Where there are groups, they are what a control is held against.
-        (*_training_warnings(runs, reference), *control_warnings(groups or rows)),
+        (*_training_warnings(runs, reference), *(zero_warnings(rows) or control_warnings(groups or rows))),
         groups,
         _head_maps(runs),
         confidence=None if len(levels) > 1 else min(levels, default=DEFAULT_CONFIDENCE),
@@ -528,6 +528,18 @@ def _training_warnings(runs: Sequence[RunCost], reference: RunCost) -> Iterator[
                     f"'{run.name}' stopped after {cost.steps_done} of {cost.steps_planned} updates: its cost and score"
                     " are those of an unfinished training"
                 )
+
+
+def zero_warnings(rows: Sequence[AerRow]) -> list[str]:
+    """Say so if no run scores anything on the main metric of all of them: then a table ranks costs alone."""
+    mains = {next(iter(row.metrics), None) for row in rows}
+    if len(mains) != 1 or (metric := mains.pop()) is None or lower_is_better(metric):
+        return []
+    if any(row.metrics[metric].value != 0 for row in rows):
+        return []
+    others = [name for name in rows[0].metrics if any(row.metrics[name].value for row in rows if name in row.metrics)]
+    more = f"; {', '.join(others)} may tell them apart" if others else "; look at the answers in predictions.parquet"
+    return [f"every run scores 0 on {metric}, so that it tells none from another{more}"]
 
 
 def control_warnings(rows: Sequence[AerRow] | Sequence[SeedGroup]) -> list[str]:

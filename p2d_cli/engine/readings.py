@@ -32,6 +32,7 @@ def answer_pass(
     frames: Sequence[TurnFrame],
     stop: tuple[str, ...],
     names: Sequence[str] = (),
+    cut_N: NDArray[np.bool_] | None = None,
     **options: Any,
 ) -> AnswerPass:
     """Return a pass that lets the model write greedily behind prompts.
@@ -43,13 +44,14 @@ def answer_pass(
         frames: what stands around each answer.
         stop: strings that end an answer.
         names: what an error calls each prompt.
+        cut_N: is told which answers ended at `longest`.
         options: see `AnswerPass`.
     """
 
     def generate(reader: ModelReader, batch: list[int], most: int) -> Arrays:
         from p2d_cli.modeling.generation import generate_greedy
 
-        texts, new_tokens = generate_greedy(
+        found = generate_greedy(
             reader.model,
             reader.tokenizer,
             [prompts[row] for row in batch],
@@ -58,15 +60,19 @@ def answer_pass(
             names=[names[row] for row in batch] if names else (),
             frames=[frames[row] for row in batch],
         )
-        return {"answers": pack_texts(texts), "new_tokens": np.array([new_tokens])}
+        return {"answers": pack_texts(found.texts), "new_tokens": np.array([found.tokens]), "cut": np.array(found.cut)}
 
     def join(first: Arrays, second: Arrays) -> Arrays:
         texts = [*unpack_texts(first["answers"]), *unpack_texts(second["answers"])]
-        return {"answers": pack_texts(texts), "new_tokens": np.concatenate([first["new_tokens"], second["new_tokens"]])}
+        joined = {name: np.concatenate([first[name], second[name]]) for name in ("new_tokens", "cut")}
+        return {"answers": pack_texts(texts), **joined}
 
     def take(batch: list[int], arrays: Arrays) -> None:
         for row, text in zip(batch, unpack_texts(arrays["answers"]), strict=True):
             answers[row] = text
+        # A journal that an earlier version left does not say.
+        if cut_N is not None and "cut" in arrays:
+            cut_N[batch] = arrays["cut"]
 
     return AnswerPass(
         lengths=[len(prompt) for prompt in prompts],

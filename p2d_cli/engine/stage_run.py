@@ -113,6 +113,8 @@ class Outcome:
     """Payload files that are not part of what the artifact says, such as pictures and logs."""
     charged: bool = True
     """Whether the stage is a cost that a run is charged for."""
+    warnings: Sequence[str] = ()
+    """What a user should know before relying on the result, a sentence each; part of the summary."""
 
 
 @dataclass(frozen=True)
@@ -428,7 +430,10 @@ class StageRun(Generic[ConfigT]):
             hardware=hardware,
             precision=outcome.precision,
             versions=package_versions(),
-            summary=outcome.summary | self.facts | ({"bad_rows": bad_rows} if bad_rows else {}),
+            summary={"warnings": list(outcome.warnings)}
+            | outcome.summary
+            | self.facts
+            | ({"bad_rows": bad_rows} if bad_rows else {}),
             ledger=[*self.inputs.ledger.values(), *([cost.to_dict()] if outcome.charged else [])],
         )
         self._draft.commit(manifest)

@@ -26,6 +26,7 @@ from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.core.head_layout import PROJECTIONS
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
+from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import (
     FLOAT32,
     BatchShape,
@@ -503,6 +504,9 @@ class Tuning:
                 0, f"outputs of the first {frozen} layers, which stay as they are: {kept:.1f} GiB, kept"
             )
         reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
+        reader.notes += caveats.of_plan(
+            math.ceil(an_epoch * config.epochs), config.lr or self.default_rate, self.default_rate
+        )
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
         weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
         reader.need({"gradients": FLOAT32 * trained.parameters, "optimizer state": trained.optimizer_bytes})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,19 @@ _PROBED_TOKENS = 8
 _READS_PADDING: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """What a model wrote behind prompts."""
+
+    texts: list[str]
+    """The turns, cut before the first stop string of the answer and without special tokens but those that mark where
+    the answer begins."""
+    cut: list[bool]
+    """Whether each ended at the limit of new tokens, and not by a token or a string that ends an answer."""
+    tokens: int
+    """Tokens generated for them in all, those that ended a text included."""
+
+
 def generate_greedy(
     model: Any,
     tokenizer: Any,
@@ -41,7 +55,7 @@ def generate_greedy(
     stop: tuple[str, ...] = (),
     names: Sequence[str] = (),
     frames: Sequence[TurnFrame] = (),
-) -> tuple[list[str], int]:
+) -> Continuations:
     """Continue prompts, taking the most likely token each time.
 
     The sampling settings, penalties and length limits of the model's own `generation_config` are left out of account;
@@ -55,10 +69,6 @@ def generate_greedy(
         stop: strings, of special tokens too, that end an answer; in the turn before it they are passed over.
         names: what an error calls each prompt.
         frames: what a turn has around the answer to each prompt; nothing without.
-
-    Returns:
-        The turns, cut before the first stop string of the answer and without special tokens but those that mark where
-        the answer begins; and the number of tokens generated for them in all, those that ended a text included.
 
     Raises:
         NonFiniteError: the logits of a token are not finite.
@@ -93,8 +103,11 @@ def generate_greedy(
         )
     new_ids = stopper.generated(output_BT, eos_ids)
     turns = decode_turns(tokenizer, new_ids, frames)
-    cut = [_cut(turn, stop, frame) for turn, frame in zip(turns, frames, strict=True)]
-    return cut, sum(map(len, new_ids))
+    return Continuations(
+        texts=[_cut(turn, stop, frame) for turn, frame in zip(turns, frames, strict=True)],
+        cut=[not stopper.has_ended(row) and ids[-1] not in eos_ids for row, ids in enumerate(new_ids)],
+        tokens=sum(map(len, new_ids)),
+    )
 
 
 def _by_length(
@@ -104,12 +117,12 @@ def _by_length(
     names: Sequence[str],
     frames: Sequence[TurnFrame],
     **options: Any,
-) -> tuple[list[str], int]:
+) -> Continuations:
     """Continue prompts of one length after those of another, so that none is padded."""
-    texts, new_tokens = [""] * len(prompt_ids), 0
+    texts, cut, tokens = [""] * len(prompt_ids), [False] * len(prompt_ids), 0
     for length in sorted(set(map(len, prompt_ids))):
         rows = [row for row, ids in enumerate(prompt_ids) if len(ids) == length]
-        found, tokens = generate_greedy(
+        found = generate_greedy(
             model,
             tokenizer,
             [prompt_ids[row] for row in rows],
@@ -117,10 +130,10 @@ def _by_length(
             frames=[frames[row] for row in rows],
             **options,
         )
-        new_tokens += tokens
-        for row, text in zip(rows, found, strict=True):
-            texts[row] = text
-    return texts, new_tokens
+        tokens += found.tokens
+        for row, text, is_cut in zip(rows, found.texts, found.cut, strict=True):
+            texts[row], cut[row] = text, is_cut
+    return Continuations(texts, cut, tokens)
 
 
 def reads_padding(model: Any) -> bool:
@@ -238,6 +251,10 @@ class _StopStrings(StoppingCriteria):
         # Some versions of transformers take no rows for one row without tokens.
         texts: list[str] = self._tokenizer.batch_decode(rows) if rows else []
         return texts
+
+    def has_ended(self, row: int) -> bool:
+        """Say whether a stop string ended this row."""
+        return self._stopped_at[row] is not None
 
     def generated(self, output_BT: Tensor, eos_ids: Sequence[int]) -> list[list[int]]:
         """Take the new tokens of each row, up to the one that ended it."""

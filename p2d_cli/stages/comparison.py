@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -53,6 +53,8 @@ class Comparison:
     left_out: tuple[str, ...]
     """Metrics that only one of the two has, or that are not known row by row."""
     changed: tuple[ChangedRow, ...]
+    warnings: tuple[str, ...] = ()
+    """What a reader should know before relying on a difference."""
 
 
 def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
@@ -87,7 +89,15 @@ def compare(first: Path, second: Path, *, confidence: float = 0.95, seed: int = 
         metrics=metrics,
         left_out=tuple(name for name in {**named[0], **named[1]} if name not in common),
         changed=_changed_rows(common, tables),
+        warnings=tuple(_zero_warnings(metrics)),
     )
+
+
+def _zero_warnings(metrics: Mapping[str, PairedComparison]) -> Iterator[str]:
+    """Say on which metrics neither run scores anything."""
+    scored = {name: found for name, found in metrics.items() if found.count and not lower_is_better(name)}
+    if zero := [name for name, found in scored.items() if found.first == found.second == 0]:
+        yield f"both score 0 on {', '.join(zero)}: no difference can show there"
 
 
 def _ensure_same_rows(folders: tuple[Path, Path], tables: Sequence[Sequence[Row]]) -> None:

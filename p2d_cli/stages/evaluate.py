@@ -18,6 +18,7 @@ from p2d_cli.core.aer import MetricValue
 from p2d_cli.core.metrics import wilson_interval
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
+from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader
@@ -146,7 +147,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
             measured = measuring.result()
     if job.is_main:
         with job.saving():
-            save_evaluation(folder, measured.metrics, measured.rows)
+            save_evaluation(folder, measured.metrics, measured.rows, answers_cut=measured.notes.get("answers_cut"))
     return Outcome(
         summary={"rows": len(measured.rows), "metrics": metric_entries(measured.metrics), **measured.notes},
         settings={
@@ -158,6 +159,9 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
         device=reader.device,
         tokens=reader.tokens,
         extras=frozenset({CARD_NAME}),
+        warnings=[]
+        if inputs.data is None
+        else caveats.of_answers(len(measured.rows), measured.cut, job.config.max_new_tokens),
     )
 
 

@@ -33,6 +33,8 @@ class Measured:
     rows: list[dict[str, Any]]
     notes: dict[str, Any]
     """Further figures for the summary."""
+    cut: int = 0
+    """How many generated answers ended at the limit of new tokens."""
 
 
 class Measuring:
@@ -48,6 +50,8 @@ class Measuring:
         self._offered = [record.choices or choices or () for record in records]
         """The answers that each row chooses from, one row's behind the other's in `_weights`."""
         self._turns = [""] * len(records)
+        self._cut_N = np.zeros(len(records), np.bool_)
+        """Which answers ended at the limit of new tokens."""
         self._weights = np.zeros(sum(map(len, self._offered)))
         self._log_likelihood_N = np.zeros(len(records))
         self._tokens_N = np.zeros(len(records), np.int64)
@@ -66,6 +70,7 @@ class Measuring:
                 frames=reader.frames(records),
                 stop=config.stop,
                 names=[record.where for record in records],
+                cut_N=self._cut_N,
             )
         if "accuracy" in config.metric:
             self._note_missing()
@@ -158,6 +163,7 @@ class Measuring:
         }
         if generated := [name for name in self._config.metric if name in ANSWER_METRICS]:
             columns["generated"] = self._turns
+            columns["answer_cut"] = self._cut_N.tolist()
             columns["prediction"] = [
                 reader.template.frame(reader.tokenizer, record).answer(turn)
                 for record, turn in zip(records, self._turns, strict=True)
@@ -170,7 +176,9 @@ class Measuring:
         position = self._config.metric.index
         names = sorted(metrics, key=lambda name: (position(name.removesuffix("_strict")), name))
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return Measured({name: metrics[name] for name in names}, rows, self._notes)
+        cut = int(self._cut_N.sum())
+        notes = self._notes | ({"answers_cut": cut} if generated else {})
+        return Measured({name: metrics[name] for name in names}, rows, notes, cut)
 
     @cached_property
     def _references(self) -> list[str]:

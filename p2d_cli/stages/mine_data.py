@@ -25,6 +25,7 @@ from p2d_cli.config import MineDataConfig, Resolved
 from p2d_cli.core.geometry import share_count
 from p2d_cli.data.pool import Pool, digest64
 from p2d_cli.data.records import Record, require_number
+from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
@@ -65,6 +66,7 @@ def _plan(job: StageRun[MineDataConfig], inputs: MiningInputs, unfinished: Path 
     config, method = job.config, inputs.method
     reader = CountingReader(job, inputs.model, unfinished)
     target = reader.sample("target", inputs.target)
+    reader.notes += caveats.of_target(target)
     pool = Pool.of(reader.sample("pool", inputs.pool), target)
     if reader.is_exact:
         _tell_twins(job, pool)
@@ -166,6 +168,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
         device=reader.device if is_read else "cpu",
         tokens=reader.tokens,
         extras=frozenset({PICTURE_NAME, CARD_NAME}),
+        warnings=caveats.of_target(target),
     )
 
 

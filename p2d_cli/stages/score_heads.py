@@ -30,6 +30,7 @@ from p2d_cli.core.readout import held_out_area
 from p2d_cli.data.pool import Pool
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.records import Record
+from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import FLOAT32, StagePlan
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
@@ -139,6 +140,7 @@ def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | N
     if job.config.scores is not None:
         return reader.plan()
     target = reader.sample("target", inputs.target)
+    reader.notes += caveats.of_target(target)
     pool = Pool.of(reader.sample("pool", inputs.pool), target) if inputs.pool is not None else None
     for task in inputs.tasks(reader, target, pool):
         reader.run(inputs.method(task).passes())
@@ -150,7 +152,7 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
     if not inputs.reads_rows:
         job.promise = lambda: signals.BEGINS_ANEW
     reader = ModelReader(job, inputs.model)
-    shape, repeats_RLH, found = _score(job, inputs, reader)
+    shape, repeats_RLH, found, target = _score(job, inputs, reader)
     # As they are saved, so that whoever selects by saved scores has the same ties.
     repeats_RLH = repeats_RLH.astype(np.float32).astype(np.float64)
     found_LH = repeats_RLH.mean(axis=0) if inputs.scored is None else inputs.scored.scores_LH
@@ -194,13 +196,14 @@ def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> 
         device=reader.device if is_read else "cpu",
         tokens=reader.tokens,
         extras=frozenset({PICTURE_NAME}),
+        warnings=caveats.of_target(target),
     )
 
 
 def _score(
     job: StageRun[ScoreHeadsConfig], inputs: _Inputs, reader: ModelReader
-) -> tuple[HeadGeometry, NDArray[np.float64], RepeatScores]:
-    """Return the model's shape, the scores of all repeats `[R, L, H]`, and what the last one found."""
+) -> tuple[HeadGeometry, NDArray[np.float64], RepeatScores, tuple[Record, ...]]:
+    """Return the model's shape, the scores of all repeats `[R, L, H]`, what the last one found, and the target rows."""
     if inputs.scored is not None:
         shape = inputs.scored.geometry
         _require_candidates(job.config, shape)
@@ -208,6 +211,7 @@ def _score(
             shape,
             inputs.scored.repeats_RLH.astype(np.float64),
             RepeatScores(inputs.scored.scores_LH.astype(np.float64)),
+            (),
         )
     if job.config.resolved_layers is not None:
         _require_candidates(job.config, reader.shape_without_weights())
@@ -226,7 +230,7 @@ def _score(
             found = method.score()
         repeats.append(found.scores_LH)
     shape = reader.shape if inputs.reads_rows else reader.shape_without_weights()
-    return shape, np.stack(repeats), found
+    return shape, np.stack(repeats), found, target
 
 
 def _candidates(config: ScoreHeadsConfig, shape: HeadGeometry) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from p2d_cli.artifacts.cards import CARD_NAME
 from p2d_cli.config import Resolved, Scope, TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
+from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
@@ -177,6 +178,10 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_done=record.steps_done,
         steps_planned=_steps_meant(config, record),
         extras=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
+        warnings=[
+            *caveats.of_plan(record.steps_planned, plan.learning_rate, tuning.default_rate),
+            *caveats.of_losses(record.log, record.untrained_eval_loss, record.best_eval_loss),
+        ],
     )
 
 

@@ -84,6 +84,18 @@ def test_a_run_compared_with_itself(p2d, evaluations):
         assert -metric["low"] == pytest.approx(metric["high"], abs=1e-12)
 
 
+def test_metrics_on_which_neither_scores_are_named(p2d, evaluations, rewritten):
+    assert "both score 0" not in p2d("compare", *evaluations).out.replace("both score 0 on exact_match", "")
+
+    def all_wrong(rows):
+        return [row | {"exact_match": 0.0, "accuracy": 0.0, "token_f1": 0.5} for row in rows]
+
+    wrong = [rewritten(folder, folder.name, all_wrong) for folder in evaluations]
+    told = "both score 0 on exact_match, accuracy: no difference can show there"
+    assert f"warning: {told}" in p2d("compare", *wrong).out
+    assert p2d("compare", *wrong, "--json").json["warnings"] == [told]
+
+
 def test_seed_and_confidence_count(p2d, evaluations):
     def interval(*flags):
         metric = p2d("compare", *evaluations, "--json", *flags).json["metrics"]["perplexity"]

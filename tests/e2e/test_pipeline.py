@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from p2d_cli.modeling.generation import Continuations
+
 
 def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text())
@@ -336,7 +338,7 @@ def test_answers_without_a_number_are_wrong_and_counted(p2d, tiny_folder, tmp_pa
     answers = iter(["#### 1,234", "I make it $7.0", "no idea", "#### none, perhaps 3"])
 
     def answer(_model, _tokenizer, _prompts, **_settings):
-        return [next(answers)], 1
+        return Continuations([next(answers)], [False], 1)
 
     monkeypatch.setattr("p2d_cli.modeling.generation.generate_greedy", answer)
     data = tmp_path / "rows.jsonl"

@@ -184,6 +184,51 @@ def test_looks_are_taken_before_the_first_update_and_behind_the_last_and_are_pla
     )
 
 
+# --- what a user is told
+
+
+def warnings_of(folder):
+    return manifest_of(folder)["summary"]["warnings"]
+
+
+def test_few_updates_and_a_far_rate_are_told_by_the_plan_and_by_the_result(p2d, words, tmp_path):
+    line = words("heads", "x", "--lr", 0.5)
+    few, far = "6 updates are few to learn from", "--lr 0.5 is 185 times the default of such a training, 0.0027"
+    planned = p2d(*line, "--dry-run").said
+    done = p2d(*line)
+    inspected = p2d("inspect", tmp_path / "x")
+    for said in (planned, done.said, inspected.said):
+        assert said.count(few) == said.count(far) == 1, said
+    assert done.err.count("few to learn from") == 0, "once, and not as a note besides"
+    assert p2d(*line).out.count(few) == 1, "what is up to date is told of as well"
+
+
+def test_an_ordinary_training_is_told_nothing_of(p2d, words, few, tmp_path):
+    assert p2d(*words("heads", "x", "--epochs", 10, "--eval-data", few["test"])).code == 0
+    assert manifest_of(tmp_path / "x")["summary"]["updates"] == 30
+    assert warnings_of(tmp_path / "x") == []
+    # One that is cut short on purpose is no short training.
+    assert p2d(*words("heads", "y", "--epochs", 10, "--max-steps", 5)).code == 0
+    assert warnings_of(tmp_path / "y") == []
+
+
+def test_a_training_that_makes_the_model_worse_is_told_as_such(p2d, words, few, tmp_path):
+    worse = ("--lr", 3.0, "--schedule", "constant", "--epochs", 10)
+    done = p2d(*words("full", "held-out", *worse, "--eval-data", few["test"]))
+    summary = manifest_of(tmp_path / "held-out")["summary"]
+    untrained, best = summary["untrained_eval_loss"], summary["best_eval_loss"]
+    assert best > untrained
+    told = f"its loss there is {untrained:.3f}, the lowest after any update {best:.3f}"
+    assert done.out.count(told) == 1
+    assert f"held-out loss {untrained:.3f} untrained, {best:.3f} after update {summary['best_update']}" in done.out
+    assert p2d(*words("full", "blind", *worse)).out.count("the loss rose, from ") == 1
+    losses = [entry["loss"] for entry in log_of(tmp_path / "blind")]
+    first, last = losses[0], np.mean(losses[-10:])
+    assert warnings_of(tmp_path / "blind")[-1] == (
+        f"the loss rose, from {first:.3f} in the first update to {last:.3f} in the last 10 updates: try a lower --lr"
+    )
+
+
 def test_a_held_out_loss_that_is_no_number_is_no_reason_to_fail(p2d, words, few, tmp_path, monkeypatch):
     compute = CompletionTrainer._completion_loss
 

@@ -248,7 +248,8 @@ def test_a_report_fits_80_columns(said):
     text = said["out"].getvalue()
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "extrapolated" in text
-    assert "warning: a control does as well" in text
+    render.print_summary(SimpleNamespace(kind="report", summary=summary))
+    assert said["out"].getvalue().splitlines()[-1] == "  warning: a control does as well"
 
 
 ADAPTER = {
@@ -276,3 +277,23 @@ def test_a_training_says_which_update_was_kept(said, more, lines):
     """Adapters of earlier versions do not know of the untrained model, and some of no held-out rows."""
     render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | more))
     assert [line.strip() for line in said["out"].getvalue().splitlines()[1:-1]] == lines
+
+
+def test_warnings_stand_below_the_result(said):
+    render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | {"warnings": ["the [red]loss[/] rose"]}))
+    assert said["out"].getvalue().splitlines()[-1] == "  warning: the [red]loss[/] rose"
+
+
+def test_warnings_of_stages_that_are_not_shown_name_their_folders_and_are_said_once(said):
+    results = [
+        StageResult(
+            "train", Path(f"runs/x/adapter/{name}"), "done", "key", {}, SimpleNamespace(summary={"warnings": told}), 1.0
+        )
+        for name, told in {"a": ["12 updates"], "b": [], "c": ["12 updates", "it rose"], "d": ["12 updates"]}.items()
+    ]
+    more = [replace(results[0], out=Path("elsewhere")), replace(results[0], manifest=None)]
+    render.print_warnings_of([*results, *more], Path("runs/x"))
+    assert said["out"].getvalue().splitlines() == [
+        "  warning: adapter/a, adapter/c, adapter/d and 1 more: 12 updates",
+        "  warning: adapter/c: it rose",
+    ]

@@ -335,3 +335,37 @@ def test_the_level_of_the_intervals_is_told():
     mixed = compare([at(_method(), 0.9)], at(_full(), 0.95))
     assert mixed.confidence is None
     assert any("several levels: 0.9, 0.95" in flag for flag in mixed.flags)
+
+
+def _of_zeros(**others: float) -> list[RunCost]:
+    """A method, a control and the reference; each scores 0 on the main metric, and `others` on more of them."""
+    scores = {"exact_match": 0.0, **others}
+    metrics = {name: MetricValue(value, value, value + 0.1, 40) for name, value in scores.items()}
+    runs = [_method("p2d"), replace(_method("random", heads="none"), is_control=True), _full()]
+    return [replace(run, metrics=metrics) for run in runs]
+
+
+def test_a_table_of_zeros_says_so_and_holds_nothing_against_a_control():
+    *runs, full = _of_zeros()
+    [warning] = compare(runs, full).warnings
+    assert warning.startswith(
+        "every run scores 0 on exact_match, so that it tells none from another; look at the answers"
+    )
+
+
+def test_another_metric_may_tell_runs_of_zeros_apart():
+    *runs, full = _of_zeros(token_f1=0.3, rougeL=0.0)
+    [warning] = compare(runs, full).warnings
+    assert warning.endswith("; token_f1 may tell them apart")
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "task/word_perplexity,none"])
+def test_zeros_are_no_failure_where_lower_is_better(metric):
+    runs = [replace(run, metrics={metric: MetricValue(0.0, 0.0, 0.0, 4)}) for run in _of_zeros()]
+    assert not any("scores 0" in warning for warning in compare(runs[:-1], runs[-1]).warnings)
+
+
+def test_one_hit_is_enough():
+    *runs, full = _of_zeros()
+    scored = replace(full, metrics={"exact_match": MetricValue(0.025, 0.0, 0.1, 40)})
+    assert not any("scores 0" in warning for warning in compare(runs, scored).warnings)

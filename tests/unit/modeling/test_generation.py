@@ -54,12 +54,10 @@ def _generated(model: Any, tokenizer: Any, prompts: Any, batches: Any, **setting
     texts, total = [""] * len(prompts), 0
     for indices in batches:
         chosen = [prompts[index] for index in indices]
-        batch_texts, new_tokens = generate_greedy(
-            model, tokenizer, chosen, **({"max_new_tokens": NEW_TOKENS} | settings)
-        )
-        for index, text in zip(indices, batch_texts, strict=True):
+        found = generate_greedy(model, tokenizer, chosen, **({"max_new_tokens": NEW_TOKENS} | settings))
+        for index, text in zip(indices, found.texts, strict=True):
             texts[index] = text
-        total += new_tokens
+        total += found.tokens
     return texts, total
 
 
@@ -141,6 +139,22 @@ def test_stop_strings_cut_the_text_and_end_the_row(
     assert texts[4] == free[4] != ""
     lengths = [_length_until(stop, _oracle_ids(model, prompt), tokenizer) for prompt in prompts]
     assert total == sum(lengths) < all_tokens
+
+
+def test_a_row_is_cut_where_neither_a_token_nor_a_string_ends_it(
+    tiny_model: ModelFactory, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    """Where it is the last one that the limit allows, it ends the row all the same."""
+    model = tiny_model("llama")
+    new = [_oracle_ids(model, prompt, ()) for prompt in prompts]
+    stop = tokenizer.decode(new[1])[1:3]
+    seen = set()
+    for limit in range(1, NEW_TOKENS + 1):
+        found = generate_greedy(model, tokenizer, prompts, max_new_tokens=limit, stop=(stop,))
+        ended = [2 in ids[:limit] or stop in tokenizer.decode(ids[:limit]) for ids in new]
+        assert found.cut == [not has_ended for has_ended in ended]
+        seen.update(found.cut[:2])
+    assert seen == {True, False}
 
 
 def test_stop_string_ends_the_row_at_once(tiny_model: ModelFactory, tokenizer: Any, prompts: list[list[int]]) -> None:
