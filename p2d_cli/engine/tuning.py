@@ -208,6 +208,10 @@ class Tuning:
         share = None if self._heads is None else self._heads.share
         return default_learning_rate(self._config.resolved_scope, self._files.hidden_size, share)
 
+    @property
+    def _named_rate(self) -> float | None:
+        return None if self._config.lr in (None, "probe") else float(self._config.lr)
+
     def _settings(self, rows: int) -> TrainingPlan:
         from p2d_cli.modeling.training import TrainingPlan
 
@@ -217,7 +221,7 @@ class Tuning:
         return TrainingPlan(
             **alike
             | {
-                "learning_rate": config.lr if isinstance(config.lr, float) else self.default_rate,
+                "learning_rate": self._named_rate or self.default_rate,
                 "batch_size": self.batch_size(rows),
                 "autocast": str(self.dtype).removeprefix("torch."),
                 "device": self.device,
@@ -496,7 +500,8 @@ class Tuning:
             works.append(self._updates(reader, rows, trained, times=epochs - first, above=frozen))
         if held_out is not None:
             # One before the first update, and one behind the last.
-            works.append(self._looks(held_out, batch_size, times=1 + math.ceil(updates / (config.eval_steps or an_epoch))))
+            looks = 1 + math.ceil(updates / (config.eval_steps or an_epoch))
+            works.append(self._looks(held_out, batch_size, times=looks))
         reader.run(works)
         if frozen:
             kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
@@ -505,7 +510,7 @@ class Tuning:
             )
         reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
         reader.notes += caveats.of_plan(
-            math.ceil(an_epoch * config.epochs), config.lr or self.default_rate, self.default_rate
+            math.ceil(an_epoch * config.epochs), self._named_rate or self.default_rate, self.default_rate
         )
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
         weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
