@@ -1,4 +1,4 @@
-"""How a model is trained within the memory there is, and what that takes: one description of the rows, run or counted.
+"""How a model is trained within the memory there is, and taken up again where it was interrupted.
 
 Legend: L layers, H query heads a layer.
 """
@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,28 +20,11 @@ import numpy as np
 
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint, updates_of
 from p2d_cli.config import TrainConfig
-from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.core.geometry import SelectedHeads
-from p2d_cli.core.head_layout import PROJECTIONS
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
-from p2d_cli.engine import caveats
-from p2d_cli.engine.cost import (
-    FLOAT32,
-    BatchShape,
-    ModelSize,
-    Trained,
-    backward_flops,
-    forward_flops,
-    heads_trained,
-    largest_of,
-    learn_bytes,
-    lora_trained,
-)
-from p2d_cli.engine.counting import CountingReader
-from p2d_cli.engine.passes import Steps, repeated
 from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_ROWS, RateProbe, probed
-from p2d_cli.engine.reader import ModelReader, Reader
+from p2d_cli.engine.reader import Reader
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.engine.training_defaults import batch_size_for, default_learning_rate
 from p2d_cli.errors import (
@@ -56,9 +38,8 @@ from p2d_cli.errors import (
 )
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
-from p2d_cli.modeling.suitability import attention_sizes, linear_sizes
 from p2d_cli.runtime import distributed, signals
-from p2d_cli.runtime.hardware import GIB, available_bytes
+from p2d_cli.runtime.hardware import available_bytes
 from p2d_cli.runtime.progress import Advance
 from p2d_cli.runtime.seeding import derive_seed, seed_everything
 from p2d_cli.runtime.timing import Throughput
@@ -69,14 +50,9 @@ if TYPE_CHECKING:
     from p2d_cli.modeling.training import Ranks, TrainingPlan, TrainingRecord, TrainingRow, UpdateDone
 
 T = TypeVar("T")
-TIMED_UPDATES = 4
 TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
-CHECKPOINTS_AT_ONCE = 3
-"""Two are kept, and a third is there while it is being written."""
 FROZEN_SHARE = 0.25
 """How much of the memory that is available the outputs of frozen layers may take."""
-FOUR_BITS = 0.56
-"""Bytes a weight, with the scales of its block."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +141,9 @@ class Tuning:
 
     def __init__(self, job: StageRun[TrainConfig], files: ModelFiles, heads: SelectedHeads | None) -> None:
         self._job = job
-        self._config = job.config
-        self._files = files
-        self._heads = heads
+        self.config = job.config
+        self.files = files
+        self.heads = heads
         self.probe: RateProbe | None = None
         """The rates that were tried beforehand."""
         self._kept = 0
@@ -184,7 +160,7 @@ class Tuning:
         """The device to train on."""
         from p2d_cli.modeling.loading import resolve_device
 
-        device = str(resolve_device(distributed.own_device(self._config.device)))
+        device = str(resolve_device(distributed.own_device(self.config.device)))
         self._job.use_device(device)
         return device
 
@@ -193,11 +169,11 @@ class Tuning:
         """The precision of the frozen part, and of the computation."""
         from p2d_cli.modeling.loading import resolve_dtype
 
-        return resolve_dtype(self._config.dtype, self.device)
+        return resolve_dtype(self.config.dtype, self.device)
 
     def batch_size(self, rows: int) -> int:
         """Return the rows of an update, out of so many."""
-        config = self._config
+        config = self.config
         if config.batch_size != "auto":
             return config.batch_size
         return batch_size_for(rows, config.epochs, config.accumulation * distributed.world_size())
@@ -205,23 +181,25 @@ class Tuning:
     @property
     def default_rate(self) -> float:
         """The peak learning rate where none is named."""
-        share = None if self._heads is None else self._heads.share
-        return default_learning_rate(self._config.resolved_scope, self._files.hidden_size, share)
+        share = None if self.heads is None else self.heads.share
+        return default_learning_rate(self.config.resolved_scope, self.files.hidden_size, share)
 
     @property
-    def _named_rate(self) -> float | None:
-        return None if self._config.lr in (None, "probe") else float(self._config.lr)
+    def rate(self) -> float:
+        """The peak learning rate, as long as none was probed."""
+        return self.default_rate if self.config.lr in (None, "probe") else float(self.config.lr)
 
-    def _settings(self, rows: int) -> TrainingPlan:
+    def settings(self, rows: int) -> TrainingPlan:
+        """Return how so many rows are trained on."""
         from p2d_cli.modeling.training import TrainingPlan
 
-        config = self._config
+        config = self.config
         names = {one.name for one in fields(TrainingPlan)}
         alike = {name: value for name, value in config if name in names}
         return TrainingPlan(
             **alike
             | {
-                "learning_rate": self._named_rate or self.default_rate,
+                "learning_rate": self.rate,
                 "batch_size": self.batch_size(rows),
                 "autocast": str(self.dtype).removeprefix("torch."),
                 "device": self.device,
@@ -232,7 +210,7 @@ class Tuning:
             }
         )
 
-    def _build(self) -> tuple[Any, bool]:
+    def build(self) -> tuple[Any, bool]:
         """Load the model and prepare it for training, each time from the same random numbers; say if it packs rows."""
         from p2d_cli.modeling.head_adapter import (
             attach_heads,
@@ -243,14 +221,14 @@ class Tuning:
         )
         from p2d_cli.modeling.loading import load_model
 
-        config, scope = self._config, self._config.resolved_scope
+        config, scope = self.config, self.config.resolved_scope
         with self._job.timer.phase("load"):
             seed_everything(derive_seed(config.seed, "train"))
             four_bit = config.base_quantization == "4bit"
             # A model that is to be sharded may not fit where it goes as a whole.
             place = "cpu" if is_sharded() else self.device
             model = load_model(
-                self._files.folder,
+                self.files.folder,
                 dtype=self.dtype,
                 device=place,
                 four_bit=four_bit,
@@ -258,8 +236,8 @@ class Tuning:
             )
         packs = self._packs(model)
         with self._job.timer.phase("prepare"):
-            if scope == "heads" and self._heads is not None:
-                model = attach_heads(model, self._heads.selected_LH, config.projections)
+            if scope == "heads" and self.heads is not None:
+                model = attach_heads(model, self.heads.selected_LH, config.projections)
             elif scope == "lora":
                 rank, alpha = config.lora_rank, config.lora_alpha
                 scaled = alpha if config.lora_scaling == "plain" else rank_stabilized(alpha, rank)
@@ -274,12 +252,12 @@ class Tuning:
         """Say whether rows are packed; a model that mixes packed rows pads them, or is refused if it was to pack."""
         from p2d_cli.modeling.training import keeps_rows_apart, require_packing
 
-        if self._config.packing:
+        if self.config.packing:
             require_packing(model)
-        elif self._config.tries_packing:
+        elif self.config.tries_packing:
             # All ranks do the same, though one of them may round otherwise.
             return all(distributed.exchange(keeps_rows_apart(model)))
-        return self._config.tries_packing
+        return self.config.tries_packing
 
     # --- training
 
@@ -291,12 +269,12 @@ class Tuning:
         A training that runs out of memory is begun anew with a smaller one, from the weights that it began with: it
         ends with the very numbers that it would have had with the smaller one in the first place.
         """
-        plan = self._settings(len(rows))
-        if self._config.lr == "probe":
+        plan = self.settings(len(rows))
+        if self.config.lr == "probe":
             plan = replace(plan, learning_rate=self._probe(plan, rows, eval_rows, pad_id))
 
         def work(plan: TrainingPlan) -> tuple[Any, TrainingPlan, TrainingRecord]:
-            model, packs = self._build()
+            model, packs = self.build()
             plan = replace(plan, packing=packs)
             return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
 
@@ -329,7 +307,7 @@ class Tuning:
         """
         learnt, looked_at = list(rows), list(eval_rows[:PROBED_ROWS])
         if not looked_at:
-            order = np.random.default_rng(derive_seed(self._config.seed, "train", "probe")).permutation(len(rows))
+            order = np.random.default_rng(derive_seed(self.config.seed, "train", "probe")).permutation(len(rows))
             lent = set(order[: min(PROBED_ROWS, len(rows) // 4)].tolist())
             looked_at = [row for place, row in enumerate(rows) if place in lent]
             learnt = [row for place, row in enumerate(rows) if place not in lent]
@@ -358,7 +336,7 @@ class Tuning:
         """Return the loss of held-out rows behind a short training, and the tokens it read; inf if it diverged."""
         from p2d_cli.modeling.training import train
 
-        model, packs = self._build()
+        model, packs = self.build()
         plan, scratch = replace(plan, packing=packs), self._job.scratch("rate-probe")
         try:
             record = train(model, rows, plan, pad_id=pad_id, scratch=scratch, eval_rows=held_out, ranks=self._ranks())
@@ -442,7 +420,7 @@ class Tuning:
         job.until_committed(signals.courteous(self._notice))
         with (
             job.timer.phase("train"),
-            job.progress.task(f"train ({self._config.resolved_scope})", updates, found=found) as advance,
+            job.progress.task(f"train ({self.config.resolved_scope})", updates, found=found) as advance,
             # An update is worth finishing; behind the last one there is nothing left but to write the result.
             signals.deferred(),
         ):
@@ -469,7 +447,7 @@ class Tuning:
                     on_checkpoint=seal,
                     tell=job.progress.note,
                     should_stop=lambda: next(filter(None, distributed.exchange(signals.stop_requested())), None),
-                    after_loading=freeze_placing if self._config.resolved_scope == "heads" else lambda _: None,
+                    after_loading=freeze_placing if self.config.resolved_scope == "heads" else lambda _: None,
                 ),
             )
             job.see_through()
@@ -483,185 +461,3 @@ class Tuning:
             self._job.progress.note(f"going on from {checkpoint.folder.name} of the interrupted run")
         discard_newer(scratch, checkpoint)
         return checkpoint
-
-    # --- what it takes
-
-    def count(self, reader: CountingReader, rows: TokenizedRows, held_out: TokenizedRows | None) -> None:
-        """Have a reader count the updates, and what they need of memory and disk."""
-        config, size, trained = self._config, reader.size, self._trained(reader)
-        reader.notes += rows.notes if reader.is_exact else ()
-        batch_size = self.batch_size(len(rows.sizes))
-        an_epoch = -(-len(rows.sizes) // batch_size)
-        updates = min(float(np.ceil(an_epoch * config.epochs)), config.max_steps or np.inf)
-        epochs, first = updates / an_epoch, min(updates / an_epoch, 1.0)
-        frozen = self._frozen_layers(size, trained) if epochs > first else 0
-        works = [self._updates(reader, rows, trained, times=first)]
-        if epochs > first:
-            works.append(self._updates(reader, rows, trained, times=epochs - first, above=frozen))
-        if held_out is not None:
-            # One before the first update, and one behind the last.
-            looks = 1 + math.ceil(updates / (config.eval_steps or an_epoch))
-            works.append(self._looks(held_out, batch_size, times=looks))
-        reader.run(works)
-        if frozen:
-            kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
-            reader.notes.insert(
-                0, f"outputs of the first {frozen} layers, which stay as they are: {kept:.1f} GiB, kept"
-            )
-        reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
-        reader.notes += caveats.of_plan(
-            math.ceil(an_epoch * config.epochs), self._named_rate or self.default_rate, self.default_rate
-        )
-        adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
-        weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
-        reader.need({"gradients": FLOAT32 * trained.parameters, "optimizer state": trained.optimizer_bytes})
-        reader.memory["weights"] = weights
-        reader.need({"adapter": adapter})
-        whole = size.parameters * reader.itemsize
-        reader.disk["artifact"] = trained.saved * FLOAT32 if config.makes_adapter else whole
-        kept = (adapter if config.makes_adapter else weights) + trained.optimizer_bytes
-        reader.disk["checkpoints"] = CHECKPOINTS_AT_ONCE * kept
-        if config.eval_data is None:
-            reader.notes.append(f"checkpoints only if it takes more than {config.checkpoint_minutes:g} minutes")
-
-    def _trained(self, reader: CountingReader) -> Trained:
-        config, size = self._config, reader.size
-        if self._heads is not None:
-            return heads_trained(reader.layout, self._heads.selected_LH, config.projections)
-        if config.resolved_scope == "full":
-            return Trained(size.text_parameters, 0, size.depth)
-        if config.resolved_scope == "lora":
-            return lora_trained(self._adapted().values(), config.lora_rank, size.depth)
-        modules = attention_sizes(self._files, PROJECTIONS, once=True).values()
-        return Trained(sum(map(math.prod, modules)), 0, size.depth)
-
-    def _adapted(self) -> dict[str, tuple[int, int]]:
-        """Return the two sizes of each module that a LoRA adapts."""
-        targets = self._config.resolved_lora_targets
-        if targets == ("all-linear",):
-            return linear_sizes(self._files)
-        return attention_sizes(self._files, [name for name in PROJECTIONS if name in targets])
-
-    def _frozen_layers(self, size: ModelSize, trained: Trained) -> int:
-        """Return how many layers are computed once a row, where the model allows it."""
-        is_kept = self._config.cache_frozen and self._config.makes_adapter and not is_sharded()
-        return size.depth - trained.layers if is_kept else 0
-
-    def _weight_bytes(self, size: ModelSize, trained: int, itemsize: int) -> int:
-        """Return the bytes of the model's own weights, of which so many are trained."""
-        scope = self._config.resolved_scope
-        if scope == "full":
-            return size.parameters * FLOAT32
-        if scope == "attention":
-            return size.parameters * itemsize + trained * (FLOAT32 - itemsize)
-        if self._config.base_quantization == "none":
-            return size.weight_bytes(itemsize)
-        quantised = round(size.first()[0])
-        return (size.parameters - quantised) * itemsize + round(quantised * FOUR_BITS)
-
-    def _updates(
-        self, reader: CountingReader, rows: TokenizedRows, trained: Trained, *, times: float, above: int = 0
-    ) -> Steps:
-        """Return the micro-batches of an epoch, which are done so many times, above so many layers."""
-        config, shapes = self._config, self._micro_batches(rows.sizes)
-
-        def flops(size: ModelSize, shape: BatchShape) -> float:
-            below = forward_flops(size, replace(shape, logits=0), layers=above)
-            forward = (forward_flops(size, shape) - below) * (2 if config.checkpointing else 1)
-            return forward + backward_flops(size, shape, layers=trained.layers, trained=trained.parameters)
-
-        def memory(size: ModelSize, itemsize: int) -> dict[str, int]:
-            return learn_bytes(
-                size,
-                largest_of(shapes),
-                itemsize,
-                layers=trained.layers,
-                weights_trained=not config.makes_adapter,
-                recompute=config.checkpointing,
-            )
-
-        return Steps(
-            work="train",
-            kind="learn",
-            rows=round(len(rows.sizes) * times),
-            shapes=shapes,
-            times=times,
-            flops=flops,
-            seconds=lambda _, step: self._time(reader, shapes[step]),
-            memory=memory,
-        )
-
-    def _looks(self, held_out: TokenizedRows, batch_size: int, times: int) -> Steps:
-        """Return the batches of a look at held-out rows, which is taken so many times."""
-        micro = batch_size // self._config.accumulation
-        starts = range(0, len(held_out.sizes), micro)
-
-        def seconds(load: Callable[[], ModelReader], step: int) -> float:
-            model, chosen = load(), held_out.examples[starts[step] : starts[step] + micro]
-            examples = [(example.input_ids, example.answer_start) for example in chosen]
-            return repeated(lambda: model.completion_losses(examples), model.device)
-
-        return Steps(
-            work="look at held-out rows",
-            kind="read",
-            rows=len(held_out.sizes) * times,
-            shapes=[BatchShape.of(held_out.sizes[start : start + micro]) for start in starts],
-            times=times,
-            flops=forward_flops,
-            seconds=seconds,
-            memory=lambda *_: {},
-            counted=False,
-        )
-
-    def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> list[BatchShape]:
-        """Return the micro-batches of an epoch: rows in random order, sorted by length within so many batches."""
-        config = self._config
-        batch_size = self.batch_size(len(sizes))
-        micro = batch_size // config.accumulation
-        order = np.random.default_rng(derive_seed(config.seed, "plan", "order")).permutation(len(sizes))
-        part = MEGABATCHES * batch_size
-        shapes = []
-        for start in range(0, len(order), part):
-            by_length = sorted((sizes[index] for index in order[start : start + part]), key=lambda size: -size[0])
-            for first in range(0, len(by_length), micro):
-                rows = by_length[first : first + micro]
-                # Packed, they are one sequence.
-                packed = [(sum(length for length, _ in rows), sum(labels for _, labels in rows))]
-                shapes.append(BatchShape.of(packed if config.tries_packing else rows))
-        return shapes
-
-    def _time(self, reader: CountingReader, shape: BatchShape) -> float:
-        """Return the seconds of a micro-batch, from a few updates on made-up rows, and tell those before the first."""
-        from p2d_cli.modeling.gradients import IGNORED_LABEL
-        from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
-
-        model, packs = self._build()
-        learnt = max(1, min(shape.length - 1, round(shape.logits / shape.rows)))
-        ids = tuple(5 + place % 50 for place in range(shape.length))
-        row = TrainingRow("made up", ids, (IGNORED_LABEL,) * (shape.length - learnt) + ids[shape.length - learnt :])
-        ends: list[float] = []
-        settings = self._settings(shape.rows)
-        plan = replace(
-            settings,
-            batch_size=shape.rows * settings.accumulation,
-            epochs=1.0,
-            max_steps=TIMED_UPDATES,
-            trackers=(),
-            eval_steps=None,
-            patience=None,
-            checkpoint_minutes=math.inf,
-            packing=packs,
-        )
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            train(
-                model,
-                [row] * (plan.batch_size * TIMED_UPDATES),
-                plan,
-                pad_id=reader.tokenizer.pad_token_id,
-                scratch=Path(scratch),
-                hooks=TrainingHooks(on_step=lambda _: ends.append(time.perf_counter())),
-            )
-        update = (ends[-1] - ends[0]) / (len(ends) - 1)
-        reader.starts_with(max(ends[0] - started - update, 0.0))
-        return update / settings.accumulation

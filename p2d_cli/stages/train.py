@@ -24,6 +24,7 @@ from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
+from p2d_cli.engine.training_costs import TrainingCosts
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.errors import UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
@@ -117,7 +118,7 @@ def _plan(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path | None) 
     rows = TokenizedRows.read(reader, reader.sample("data", inputs.data))
     looked_at = reader.sample("eval_data", inputs.eval_data)
     held_out = TokenizedRows.read(reader, looked_at) if inputs.eval_data is not None else None
-    Tuning(job, inputs.model, inputs.heads).count(reader, rows, held_out)
+    TrainingCosts(Tuning(job, inputs.model, inputs.heads)).count(reader, rows, held_out)
     return reader.plan()
 
 
