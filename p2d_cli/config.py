@@ -699,18 +699,27 @@ class TrainConfig(RowOptions):
         """Whether what is written is an adapter, and not the whole model."""
         return self.resolved_scope in {"heads", "lora"}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_targets_named(cls, values: Any) -> Any:
+        """Take LoRA's targets from `projections`, which version 0.1.0 called them by, or else all linear layers."""
+        if isinstance(values, dict) and values.get("lora_targets") is None:
+            return values | {"lora_targets": values.get("projections", ("all-linear",))}
+        return values
+
     @property
     def resolved_lora_targets(self) -> tuple[LoraTarget, ...]:
-        """What a LoRA adapts: what was asked for, by either name, or else all linear layers."""
-        if self.lora_targets is not None:
-            return ("q", "k", "v", "o") if self.lora_targets == ("attention",) else self.lora_targets
-        return self.projections if "projections" in self.model_fields_set else ("all-linear",)
+        """What a LoRA adapts, `attention` being all of q, k, v and o."""
+        targets = self.lora_targets or ("all-linear",)
+        return ("q", "k", "v", "o") if targets == ("attention",) else targets
 
     def resolved(self) -> dict[str, Any]:
         """Return the scope, and what a LoRA adapts, which once was called its projections."""
         scope, targets = self.resolved_scope, self.resolved_lora_targets
         if scope != "lora":
-            return {"scope": scope, "lora_targets": None, "lora_scaling": "plain"}
+            # As version 0.1.0 recorded what it did not use.
+            unused = {"lora_targets": None, "lora_scaling": "plain", "lora_rank": 16, "lora_alpha": 32}
+            return {"scope": scope, "lora_dropout": 0.0} | unused
         is_all = targets == ("all-linear",)
         named: dict[str, Any] = {"projections": [], "lora_targets": [*targets]}
         return {"scope": scope} | (named if is_all else {"projections": [*targets], "lora_targets": None})

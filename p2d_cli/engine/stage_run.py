@@ -152,6 +152,8 @@ class StageRun(Generic[ConfigT]):
         """The devices of a divided model, each with its number of modules; empty for a model on one device."""
         self.facts: dict[str, Any] = {}
         """What to add to the stage's own summary."""
+        self.rules: dict[str, str] = {}
+        """What the identity says beside the settings: by which rule a model settles one that is not given."""
         self.num_embeddings: int | None = None
         """How many tokens the model that reads rows has embeddings for, once it was checked."""
         self._unfinished: Path | None = None
@@ -270,7 +272,7 @@ class StageRun(Generic[ConfigT]):
             return self._foretell(plan, check)
         self._identity = {
             "schema": f"p2d.{self.kind}/{SCHEMA_VERSIONS[self.kind]}",
-            "settings": self.config.identity(),
+            "settings": self.config.identity() | self.rules,
             "inputs": {name: entry.digest for name, entry in self.inputs.entries.items()},
         }
         self._key = artifact_key(self._identity)

@@ -25,6 +25,7 @@ from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.reader import ModelReader, Reader
 from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.engine.training_costs import TrainingCosts
+from p2d_cli.engine.training_defaults import ANCHOR_WIDTH
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.errors import UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
@@ -59,6 +60,8 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
             raise UnavailableError(f"--tracker {tracker}: it is not installed", hint=f"pip install {tracker}")
     job.shown = "conversation" if config.loss_on == "all" else "example"
     model = job.inputs.model(config.model)
+    if config.lr in (None, "probe") and model.hidden_size > ANCHOR_WIDTH:
+        job.rules["lr_rule"] = "width"  # version 0.1.0 had one rate for all widths
     heads = None
     if config.resolved_scope == "heads" and config.heads is not None:
         heads = job.inputs.heads(config.heads, model)

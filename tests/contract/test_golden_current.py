@@ -15,6 +15,7 @@ CHOSEN_SINCE = {
         *("--layers", "all", "--depth", "trained", "--background", "1000"),
     ),
     "subset": ("--affinity", "attention"),
+    "adapter": ("--projections", "q,k,v"),
 }
 """What today's defaults would do otherwise than those that the artifacts were made with."""
 CHANGES = {
@@ -61,6 +62,7 @@ def test_it_is_stale_for_another_and_the_message_names_what_differs_alone(p2d, c
     [
         ("heads", "setting background, setting depth, setting layers, setting method, setting selection"),
         ("subset", "setting affinity, setting background, setting floor_quantile, setting pick"),
+        ("adapter", "setting projections"),
     ],
 )
 def test_a_default_that_changed_since_makes_it_stale(p2d, commands, kind, difference):

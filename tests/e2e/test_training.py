@@ -415,6 +415,19 @@ def test_a_rate_that_diverges_is_not_taken(p2d, words, tmp_path, monkeypatch):
     assert "diverged at 0.009" in done.said
 
 
+def test_a_rate_by_another_rule_makes_an_artifact_of_its_own(p2d, words, monkeypatch):
+    """In wider models than the anchor's, whose rate version 0.1.0 took for all."""
+    former, named = words("heads", "former"), words("heads", "named", "--lr", "1e-3")
+    assert p2d(*former).code == p2d(*named).code == 0
+    monkeypatch.setattr("p2d_cli.stages.train.ANCHOR_WIDTH", 8)
+    done = p2d(*former)
+    assert done.code == 73
+    assert "it differs in setting lr_rule" in done.said
+    assert p2d(*former, "--force").code == 0
+    for command in (former, named):
+        assert p2d(*command, "--json").json["status"] == "up-to-date"
+
+
 def test_an_update_has_as_many_rows_as_leave_sixty(p2d, tiny_folder, few, pipeline, tmp_path):
     """Of 16 rows in so many epochs; the plan says the same."""
     rows = ("--data", few["test"], "--heads", pipeline / "heads")
@@ -440,6 +453,8 @@ def test_a_lora_adapts_all_linear_layers(p2d, words, tmp_path):
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert {target.rsplit(".", 1)[-1] for target in config["target_modules"]} == modules
         assert (config["r"], config["lora_alpha"]) == (16, 32)
+        again = p2d(*words("lora", name, *more), "--json")
+        assert again.json["status"] == "up-to-date"
     assert p2d(*words("lora", "bad", "--lora-targets", "all-linear,q")).code == 2
 
 

@@ -80,7 +80,7 @@ def test_a_neutral_value_is_left_out_and_another_is_not(stage, name, neutral):
     beside = {
         "lm_eval": {"data": None},
         "depth": {"method": "readout"},
-        "lora_targets": {"projections": ["q"]},  # what a LoRA adapts where its targets are not named
+        "lora_targets": {"projections": ["q"]},  # which are a LoRA's targets where these are not named
     }
     settings = beside.get(name, {})
     left_out = {} if name == "lm_eval" else settings
@@ -111,7 +111,7 @@ def test_a_lora_on_projections_is_the_one_on_targets_of_these_names():
     assert trained(lora_targets=["attention"]) == trained(projections=["q", "k", "v", "o"])
     assert trained() == trained(lora_targets=["all-linear"]) == trained(lora_targets=["all-linear"], projections=["q"])
     full = trained(scope="full")
-    assert full == trained(scope="full", lora_targets=["q"], lora_scaling="plain")
+    assert full == trained(scope="full", lora_targets=["q"], lora_scaling="plain", lora_alpha=2, lora_rank=3)
 
 
 def test_auto_is_the_artifact_of_what_it_stands_for():
