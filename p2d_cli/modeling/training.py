@@ -9,7 +9,9 @@ Legend: B batch, T tokens, n completion tokens of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import signal
 import time
 import uuid
@@ -383,7 +385,13 @@ class CompletionTrainer(Trainer):
             raise _stopped(name, "before the first update; run the same command again")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as problem:
+            # All that torch.save says of a disk that is full.
+            if "inline_container" not in str(problem):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.args.output_dir)) from problem
         self._saved_at, self._saved_time = self.state.global_step, time.monotonic()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         # Once all have told their tokens, all have written their part.

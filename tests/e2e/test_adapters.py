@@ -78,7 +78,7 @@ def foreign(tiny_folder, tmp_path):
 def test_a_single_update_changes_weights(p2d, pipeline, tiny_folder, eight, tmp_path, scope, more):
     heads = ("--heads", pipeline / "heads") if scope == "heads" else ()
     train = ("train", "--model", tiny_folder, "--data", eight, "--dtype", "float32", "--scope", scope, *heads, *more)
-    done = p2d(*train, "--out", tmp_path / "t", "--json")
+    done = p2d(*train, "--batch-size", 16, "--out", tmp_path / "t", "--json")
     assert done.code == 0, done.said
     assert done.json["summary"]["updates"] == 1
     [entry] = map(json.loads, (tmp_path / "t" / "training_log.jsonl").read_text().splitlines())
@@ -120,7 +120,7 @@ def test_reported_parameters_are_those_that_were_trained(pipeline, tiny_folder):
     model = json.loads((tiny_folder / "config.json").read_text())
     size = model["num_attention_heads"] // model["num_key_value_heads"]
     groups = sum(len({int(head) // size for head in row.nonzero()}) for row in heads)
-    assert summary["trained_parameters"] == (int(heads.sum()) + 2 * groups) * model["head_dim"] * model["hidden_size"]
+    assert summary["trained_parameters"] == 2 * (int(heads.sum()) + groups) * model["head_dim"] * model["hidden_size"]
 
 
 def test_a_path_that_yaml_reads_otherwise_is_quoted(p2d, tiny_folder, eight, tmp_path):

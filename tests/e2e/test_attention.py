@@ -87,6 +87,7 @@ def test_answers_are_alike(both, pipeline, few, tmp_path):
 
 def test_flash_attention_packs_rows_unless_told_not_to(p2d, flash_kernel, tiny_folder, few, tmp_path):
     words = ("train", "--model", tiny_folder, "--data", few["pool"], "--dtype", "bfloat16", "--max-steps", 2, "--force")
+    words += ("--batch-size", 16)
     flash = ("--attn-implementation", flash_kernel, "--out", tmp_path / "a")
 
     def tokens(*more):

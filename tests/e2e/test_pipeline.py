@@ -79,13 +79,14 @@ def test_the_adapter_is_an_ordinary_peft_folder(pipeline, base, tiny_folder):
     group_size = config["num_attention_heads"] // config["num_key_value_heads"]
     head_dim = config["head_dim"]
     for name, weight in merged.state_dict().items():
-        differs = (weight != before[name]).any(dim=-1) if weight.ndim > 1 else weight != before[name]
-        allowed = torch.zeros(len(weight), dtype=torch.bool)
-        part = next((part for part in "qkv" if f"{part}_proj" in name), None)
+        part = next((part for part in "qkvo" if f"{part}_proj" in name), None)
+        across = 0 if part == "o" else -1  # a head owns columns of o
+        differs = (weight != before[name]).any(dim=across) if weight.ndim > 1 else weight != before[name]
+        allowed = torch.zeros(len(differs), dtype=torch.bool)
         if part is not None:
             layer = int(name.split("layers.")[1].split(".")[0])
             for head in np.flatnonzero(heads[layer]):
-                unit = head if part == "q" else head // group_size
+                unit = head if part in "qo" else head // group_size
                 allowed[unit * head_dim : (unit + 1) * head_dim] = True
         assert not (differs & ~allowed).any(), f"{name} changed outside of the selected heads"
 
@@ -359,7 +360,7 @@ def test_answers_without_a_number_are_wrong_and_counted(p2d, tiny_folder, tmp_pa
 
 def test_full_fine_tuning_cut_short_is_extrapolated(p2d, tiny_folder, few, tmp_path):
     train = ("train", "--model", tiny_folder, "--data", few["pool"], "--scope", "full", "--dtype", "float32")
-    assert p2d(*train, "--max-steps", 2, "--out", tmp_path / "short").code == 0
+    assert p2d(*train, "--batch-size", 16, "--max-steps", 2, "--out", tmp_path / "short").code == 0
     evaluate = ("eval", "--model", tmp_path / "short", "--data", few["test"], "--limit", 2, "--max-new-tokens", 2)
     assert p2d(*evaluate, "--out", tmp_path / "e").code == 0
     done = p2d("report-aer", tmp_path / "e", "--reference", tmp_path / "e", "--out", tmp_path / "r", "--json")

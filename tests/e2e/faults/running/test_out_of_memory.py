@@ -103,7 +103,7 @@ def test_a_row_too_many(p2d, words, tmp_path, monkeypatch):
 
 
 def test_what_was_learnt_about_memory_outlives_a_stop(p2d, words, undisturbed, tmp_path, monkeypatch):
-    work = ("train", "heads")
+    work = ("train", "lora")
     expected = undisturbed(p2d, words, work, *BATCH_OF_FOUR, "--accumulation", 2)
     with monkeypatch.context() as patch:
         fails_at(patch, 3, 2)

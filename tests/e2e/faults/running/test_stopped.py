@@ -112,11 +112,11 @@ def test_a_second_ctrl_c_does_not_wait_and_says_what_is_kept(p2d, words, undistu
     assert results(tmp_path / "out") == results(expected)
 
 
-def test_a_stop_before_the_first_update_does_not_wait_for_one(p2d, words, tmp_path):
+def test_a_stop_before_the_first_update_does_not_wait_for_one(p2d, words, small, tmp_path):
     """The look at held-out rows that comes first may take minutes, and there is nothing to keep yet."""
     reached = []
     with at_forward(2, send(signal.SIGINT)), at_forward(3, reached.append):
-        done = p2d(*words(("train", "held-out"), tmp_path / "out"))
+        done = p2d(*words(("train", "full"), tmp_path / "out", "--eval-data", small["target"]))
     assert done.code == 130
     assert done.err.rstrip().endswith("interrupted before the first update; run the same command again")
     assert not reached
@@ -171,9 +171,9 @@ def test_an_artifact_that_is_being_written_is_completed(p2d, words, work, number
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
 def test_a_stop_in_the_last_update_loses_nothing(p2d, words, undisturbed, tmp_path, number, code):
-    expected = undisturbed(p2d, words, ("train", "heads"))
+    expected = undisturbed(p2d, words, ("train", "lora"))
     with at_forward(6, send(number)):
-        done = p2d(*words(("train", "heads"), tmp_path / "out"))
+        done = p2d(*words(("train", "lora"), tmp_path / "out"))
     assert done.code == code
     assert says_one_line(done, signals.KEPT)
     assert results(tmp_path / "out") == results(expected), "there was nothing left to do but to write it"
