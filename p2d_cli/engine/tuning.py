@@ -273,20 +273,20 @@ class Tuning:
         if self.config.lr == "probe":
             plan = replace(plan, learning_rate=self._probe(plan, rows, eval_rows, pad_id))
 
-        def work(plan: TrainingPlan) -> tuple[Any, TrainingPlan, TrainingRecord]:
-            model, packs = self.build()
-            plan = replace(plan, packing=packs)
+        def work(model: Any, plan: TrainingPlan) -> tuple[Any, TrainingPlan, TrainingRecord]:
             return model, plan, self._train(model, rows, eval_rows, plan, pad_id)
 
         return self._fitting(self._as_far_as_known(plan), work)
 
-    def _fitting(self, plan: TrainingPlan, work: Callable[[TrainingPlan], T]) -> T:
-        """Do work that trains, anew with smaller micro-batches where it runs out of memory."""
+    def _fitting(self, plan: TrainingPlan, work: Callable[[Any, TrainingPlan], T]) -> T:
+        """Do work that trains a fresh model, anew with smaller micro-batches where it runs out of memory."""
         from p2d_cli.modeling.memory import release_memory
 
         while True:
+            model, packs = self.build()
+            plan = replace(plan, packing=packs)
             try:
-                return work(plan)
+                return work(model, plan)
             except StoppedEarlyError as stopped:
                 # All ranks stop here; saying it once is enough.
                 distributed.raise_together(stopped)
@@ -295,6 +295,7 @@ class Tuning:
                 if not is_out_of_memory(problem):
                     raise
                 found = first_line(problem)
+            del model
             release_memory(cycles=True)
             plan = self._smaller(plan, found)
 
@@ -305,12 +306,11 @@ class Tuning:
 
         A training without held-out rows lends some of its own. What an interrupted run has tried is not tried again.
         """
-        learnt, looked_at = list(rows), list(eval_rows[:PROBED_ROWS])
-        if not looked_at:
-            order = np.random.default_rng(derive_seed(self.config.seed, "train", "probe")).permutation(len(rows))
-            lent = set(order[: min(PROBED_ROWS, len(rows) // 4)].tolist())
-            looked_at = [row for place, row in enumerate(rows) if place in lent]
-            learnt = [row for place, row in enumerate(rows) if place not in lent]
+        source = eval_rows or rows
+        most = len(eval_rows) or len(rows) // 4
+        order = np.random.default_rng(derive_seed(self.config.seed, "train", "probe")).permutation(len(source)).tolist()
+        looked_at, others = ([source[place] for place in part] for part in np.split(order, [min(PROBED_ROWS, most)]))
+        learnt = rows if eval_rows else others
         if not looked_at:
             self._job.progress.note("--lr probe: too few rows to hold any out; the default rate is taken")
             return plan.learning_rate
@@ -331,13 +331,17 @@ class Tuning:
         return done.best
 
     def _try(
-        self, rows: Sequence[TrainingRow], held_out: Sequence[TrainingRow], pad_id: int, plan: TrainingPlan
+        self,
+        rows: Sequence[TrainingRow],
+        held_out: Sequence[TrainingRow],
+        pad_id: int,
+        model: Any,
+        plan: TrainingPlan,
     ) -> tuple[float, int]:
         """Return the loss of held-out rows behind a short training, and the tokens it read; inf if it diverged."""
         from p2d_cli.modeling.training import train
 
-        model, packs = self.build()
-        plan, scratch = replace(plan, packing=packs), self._job.scratch("rate-probe")
+        scratch = self._job.scratch("rate-probe")
         try:
             record = train(model, rows, plan, pad_id=pad_id, scratch=scratch, eval_rows=held_out, ranks=self._ranks())
         except NonFiniteError:

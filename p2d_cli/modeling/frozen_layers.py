@@ -20,11 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from p2d_cli.errors import is_out_of_memory
 from p2d_cli.modeling.hidden_store import HiddenStates, Tokens
 from p2d_cli.modeling.layouts import decoder_blocks, plain_model
-from p2d_cli.modeling.likelihood import ForwardStopped, padded
+from p2d_cli.modeling.likelihood import ForwardStopped, are_alike, padded
 from p2d_cli.modeling.loading import input_device
 
-_ALIKE = {True: 1e-3, False: 0.03}
-"""By how much logits may differ, as a share of their norm, in float32 and in 16 bits."""
 _HALVES = (torch.bfloat16, torch.float16)
 _PROBED = (8, 5)
 """Tokens of the two rows that show whether a model can begin above its frozen layers."""
@@ -176,9 +174,7 @@ class FrozenLayers:
             if is_out_of_memory(problem):
                 raise
             return False
-        allowed = _ALIKE[self._model.dtype == torch.float32]
-        is_certain = all(map(torch.equal, once, again))
-        return is_certain and bool((above - whole).norm() <= allowed * whole.norm())
+        return all(map(torch.equal, once, again)) and are_alike(above, whole, self._model.dtype)
 
 
 def _returning(output: Any) -> Callable[..., Any]:

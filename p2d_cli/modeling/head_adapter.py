@@ -105,8 +105,7 @@ def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], d
         rank: r.
         alpha: the scaling is `alpha / rank`; see `rank_stabilized` for that of rsLoRA.
         targets: `all-linear` for every linear layer of the text decoder, or some of q, k, v, o; a fused module is
-            adapted as a whole, and of latent attention the parts that make them. Of families with experts the MLPs are
-            left out: PEFT takes the names of their layers for the experts' fused weights, here and wherever it loads.
+            adapted as a whole, and of latent attention the parts that make them. See `linear_modules` for experts.
         dropout: on the inputs of the adapter, in [0, 1).
 
     Raises:
@@ -114,8 +113,9 @@ def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], d
         ModelError: the model has no attention.
     """
     if tuple(targets) == ("all-linear",):
-        taken = _names_of_experts(model)
-        everything = [name for name in linear_modules(model) if name.rsplit(".", 1)[-1] not in taken]
+        if not (everything := linear_modules(model)):
+            family = model.config.model_type
+            raise UsageError(f"{family} has no linear layer that a LoRA could adapt", hint="train it with --scope full")
         return _attach(model, everything, r=rank, lora_alpha=alpha, lora_dropout=dropout)
     _check_projections(targets)
     parts = attention_parts(model)
@@ -127,16 +127,6 @@ def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], d
             hint=f"train --lora-targets {','.join(there)}",
         )
     return _attach(model, modules, r=rank, lora_alpha=alpha, lora_dropout=dropout)
-
-
-def _names_of_experts(model: Any) -> Collection[str]:
-    """Return what PEFT takes for the names of a family's experts; none for a family without them."""
-    from peft.utils import transformers_weight_conversion as conversion
-
-    tables = vars(conversion)
-    family = tables["_MODEL_TO_CONVERSION_PATTERN"].get(model.config.model_type)
-    names: dict[str, str] = tables["_MOE_TARGET_MODULE_MAPPING"].get(family, {})
-    return names.keys()
 
 
 def rank_stabilized(alpha: float, rank: int) -> float:

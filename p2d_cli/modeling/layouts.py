@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -174,11 +174,27 @@ def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
 
 
 def linear_modules(model: Any) -> tuple[str, ...]:
-    """Return the linear layers of a model's text decoder by their full names, without its output embedding."""
+    """Return the linear layers of a model's text decoder by their full names, without its output embedding.
+
+    Those of the MLPs of a family with experts are left out: PEFT takes their names for the experts' fused weights, here
+    and wherever an adapter is loaded.
+    """
     model = plain_model(model)
-    output = model.get_output_embeddings()
+    output, taken = model.get_output_embeddings(), _names_of_experts(model.config.model_type)
     found = _decoder_modules(model, model.config.get_text_config())
-    return tuple(name for name, module in found if _is_linear(module) and module is not output)
+    linear = (name for name, module in found if _is_linear(module) and module is not output)
+    return tuple(name for name in linear if name.rsplit(".", 1)[-1] not in taken)
+
+
+def _names_of_experts(family: str) -> Collection[str]:
+    """Return what PEFT takes for the names of a family's experts; none for a family without them."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    tables = vars(conversion)
+    names: dict[str, str] = tables["_MOE_TARGET_MODULE_MAPPING"].get(
+        tables["_MODEL_TO_CONVERSION_PATTERN"].get(family), {}
+    )
+    return names.keys()
 
 
 def decoder_blocks(model: Any) -> list[Any]:

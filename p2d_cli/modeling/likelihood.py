@@ -25,6 +25,10 @@ from p2d_cli.errors import NOT_FINITE_HINT, ModelError, NonFiniteError
 _ROWS_IN_FP32 = 512  # rows of logits that are upcast at a time
 
 
+_ALIKE = {True: 1e-3, False: 0.03}
+"""By how much logits of the same tokens may differ, as a share of their norm, in float32 and in 16 bits."""
+
+
 class ForwardStopped(Exception):
     """Raised by a hook that has read the deepest layer it needs: nothing reads the rest of the forward."""
 
@@ -101,6 +105,11 @@ def require_finite_logits(logits_BTV: Tensor, names: Sequence[str] = ()) -> None
     if rows:
         named = names[rows[0]] if names else f"row {rows[0] + 1} of {len(logits_BTV)}"
         raise NonFiniteError(f"the logits of {named} are not finite; nothing was written", hint=NOT_FINITE_HINT)
+
+
+def are_alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether logits of the same tokens, computed in two ways in this precision, differ by rounding alone."""
+    return bool((found - expected).norm() <= _ALIKE[dtype == torch.float32] * expected.norm())
 
 
 def scored_positions(attention_mask_BT: Tensor, answer_mask_BT: Tensor) -> Tensor:

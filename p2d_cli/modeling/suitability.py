@@ -109,7 +109,7 @@ def attention_sizes(
 
 
 def linear_sizes(files: ModelFiles) -> dict[str, tuple[int, int]]:
-    """Return the two sizes of each linear layer of a model's text decoder, by name; see `attach_lora` for experts."""
+    """Return the two sizes of each linear layer of a model's text decoder, by name; see `linear_modules`."""
     if _ordinary_layout(files) is not None:
         shapes = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(files).items()}
         return {name: (shape[0], shape[1]) for name, shape in shapes.items() if ".layers." in name and len(shape) > 1}

@@ -42,14 +42,12 @@ from p2d_cli.modeling.frozen_layers import FrozenLayers, frozen_layers
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import enable_checkpointing
 from p2d_cli.modeling.hidden_store import HiddenStates, KeptWhere, Tokens, place_for
-from p2d_cli.modeling.likelihood import answer_logits_only, padded
+from p2d_cli.modeling.likelihood import answer_logits_only, are_alike, padded
 from p2d_cli.modeling.loading import attention_that_runs, input_device, quiet_transformers
 
 Batch = dict[str, Any]
 _CHECKPOINTS_KEPT = 2
 _PROBED_TOKENS = 8
-_ALIKE = {True: 1e-3, False: 0.03}
-"""By how much logits of the same tokens may differ, as a share of their norm, in float32 and in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -534,6 +532,11 @@ def train(
     kept = None
     if updates > updates_per_epoch(len(rows), plan) and not trainer.is_fsdp_enabled:
         kept = _begin_above(trainer, [row.input_ids for row in (*rows, *eval_rows)], plan, pad_id, scratch)
+    _run(trainer, resume)
+    return _record(trainer, plan, planned, kept, evaluates=evaluates)
+
+
+def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
     try:
         with quiet_transformers():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
@@ -544,7 +547,6 @@ def train(
             f"nothing was run: {first_line(problem)}",
             hint="start anew with --force, and find out who wrote there",
         ) from problem
-    return _record(trainer, plan, planned, kept, evaluates=evaluates)
 
 
 def _begin_above(
@@ -716,8 +718,7 @@ def keeps_rows_apart(model: Any) -> bool:
     with attention_that_runs(model):
         alone_TV = model(input_ids=ids_2T[1:], use_cache=False).logits[0].float()
         behind_TV = model(**packed, use_cache=False).logits[0, length:].float()
-    allowed = _ALIKE[model.dtype == torch.float32]
-    return bool((behind_TV - alone_TV).norm() <= allowed * alone_TV.norm())
+    return are_alike(behind_TV, alone_TV, model.dtype)
 
 
 def require_packing(model: Any) -> None:

@@ -54,7 +54,7 @@ def choose(task: PoolTask, scored: RowScores, count: int) -> Choice:
         task.job.progress.note(
             "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
             if scored.notes.get("pool_of_one_task")
-            else f"kept are {count} of them that cover the others in words; --pick top keeps the highest scores"
+            else f"keeping {count} of them that cover the others in their words; --pick top keeps the highest scores"
         )
     return Choice(_cover(task, ranks_N, count, likely) if covers else ranks_N, count, covers)
 

@@ -121,7 +121,8 @@ def train(options: argparse.Namespace, arm: str, rows: str) -> dict[str, Any]:
             "model": options.model, "data": rows, "scope": scope, "lr": rate, "epochs": options.epochs,
             "batch-size": options.batch_size, "lora-rank": RANK, "lora-alpha": ALPHA, "warmup-ratio": WARMUP_RATIO,
             "schedule": "cosine", "out": options.out / arm,
-            "projections": ",".join(PROJECTIONS if scope != "heads" else (*PROJECTIONS, "o")),
+            # As the peer's LoRA; heads have the default.
+            "lora-targets": ",".join(PROJECTIONS), "lora-scaling": "plain",
             "heads": options.out / "heads" if scope == "heads" else None,
         }  # fmt: skip
         words = ["train", *flags(given | shown(options)), "--force", "--quiet"]

@@ -69,6 +69,11 @@ def test_the_benchmark_of_peers_without_one(benchmark, rows, tiny_folder, tmp_pa
     assert one["total_seconds"] > one["seconds"] > 0
     assert all(one[name] > 0 for name in ("peak_gib", "loss", "held_out_loss"))
     assert "p2d-lora" in capsys.readouterr().out
+    trained = json.loads((tmp_path / "p2d-lora" / "adapter_config.json").read_text())
+    # As the peer's is made.
+    assert (trained["r"], trained["lora_alpha"]) == (peers.RANK, peers.ALPHA)
+    targets = {name.rsplit(".", 1)[-1] for name in trained["target_modules"]}
+    assert targets == {f"{name}_proj" for name in peers.PROJECTIONS}
 
 
 def test_a_peer_is_given_the_tokens_that_p2d_learns(benchmark, rows, tiny_folder, tmp_path):

@@ -72,7 +72,7 @@ def test_a_mixed_pool_is_not_taken_for_one(mine, rows):
 @pytest.mark.parametrize("pick", ["auto", "cover"])
 def test_rows_that_are_kept_cover_those_above_the_floor(mine, rows, pick):
     said, summary, covering, out = mine(f"kept-{pick}", "--count", 30, "--pick", pick, pool=rows["pool"])
-    assert ("30 of them that cover the others in words" in said) == (pick == "auto")
+    assert ("keeping 30 of them that cover the others in their words" in said) == (pick == "auto")
     assert summary["picked"] == "cover"
     _, _, top, _ = mine("best", "--count", 30, "--pick", "top", pool=rows["pool"])
     assert {row["id"] for row in covering} != {row["id"] for row in top}

@@ -376,6 +376,30 @@ def test_rank_stabilised_scaling_is_peft_s_own(tiny_model):
     assert isinstance(rank_stabilized(8, 16), int)
 
 
+def test_of_a_family_with_experts_attention_alone_is_adapted(tmp_path):
+    """PEFT would take the dense layer's names for the experts' fused weights."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    more = {"moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_hidden_layers": 2, "vocab_size": 64}
+    plain = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**sizes, **latent, **experts, **more)
+    ).eval()
+    ids_BT = torch.arange(12)[None]
+    model = attach_lora(plain, 2, 4, ("all-linear",))
+    adapted = {name.split(".lora_")[0].rsplit(".", 2)[-2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {"self_attn"}
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight)
+    save_adapter(model, tmp_path, None)
+    fresh = transformers.DeepseekV3ForCausalLM(config)
+    weights = {name.replace(".base_layer", ""): weight for name, weight in plain.state_dict().items()}
+    fresh.load_state_dict({name: weight for name, weight in weights.items() if ".lora_" not in name})
+    loaded = load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(loaded(ids_BT).logits, model(ids_BT).logits)
+
+
 def test_all_linear_layers_are_those_that_peft_finds(tiny_model, family):
     from peft import LoraConfig, get_peft_model
 

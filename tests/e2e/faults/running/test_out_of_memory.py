@@ -102,6 +102,20 @@ def test_a_row_too_many(p2d, words, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_does_not_fit_is_not_tried_again_with_fewer_rows(p2d, words, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*_, **__):
+        loaded.append(1)
+        raise MemoryError("of weights")
+
+    monkeypatch.setattr("p2d_cli.modeling.loading.load_model", load)
+    done = p2d(*words(("train", "lora"), tmp_path / "out", *BATCH_OF_FOUR))
+    assert done.code == 70
+    assert len(loaded) == 1
+    assert "micro-batch" not in done.said
+
+
 def test_what_was_learnt_about_memory_outlives_a_stop(p2d, words, undisturbed, tmp_path, monkeypatch):
     work = ("train", "lora")
     expected = undisturbed(p2d, words, work, *BATCH_OF_FOUR, "--accumulation", 2)
