@@ -928,7 +928,8 @@ def shown(value: Any) -> str:
 
 
 def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
-    lines = []
+    lines: list[str] = []
+    kinds: dict[str, list[str]] = {}
     for problem in problems.errors():
         field = str(problem["loc"][0]) if problem["loc"] else ""
         text = problem["msg"].removeprefix("Value error, ")
@@ -937,8 +938,10 @@ def _explain(problems: ValidationError, origins: Mapping[str, Origin]) -> str:
         elif not field:
             lines.append(text)
         else:
-            origin = origins.get(field, "flag")
-            lines.append(f"{flag_name(field)}: {text[0].lower()}{text[1:]}; got {shown(problem['input'])} ({origin})")
+            found = f"got {shown(problem['input'])} ({origins.get(field, 'flag')})"
+            kinds.setdefault(f"{flag_name(field)}: {{}}; {found}", []).append(f"{text[0].lower()}{text[1:]}")
+    # A setting that takes a number or a word has a problem of each kind.
+    lines += [line.replace("{}", " or ".join(texts), 1) for line, texts in kinds.items()]
     if len(lines) == 1:
         return lines[0]
     return "several settings are wrong:\n" + "\n".join(f"  {line}" for line in lines)

@@ -68,6 +68,7 @@ def test_a_value_that_is_no_number(score):
 
 def test_all_problems_are_shown_together(train):
     refused(train("--epochs", "-1", "--lr", "0"), 2, "--epochs", "--lr", "several settings")
+    refused(train("--lr", "fast"), 2, "--lr: input should be a valid number", "or input should be 'probe'; got 'fast'")
 
 
 def test_a_missing_option_is_named(p2d, tiny_folder):

@@ -382,9 +382,8 @@ def test_of_a_family_with_experts_attention_alone_is_adapted(tmp_path):
     latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     more = {"moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_hidden_layers": 2, "vocab_size": 64}
-    plain = transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(**sizes, **latent, **experts, **more)
-    ).eval()
+    config = transformers.DeepseekV3Config(**sizes, **latent, **experts, **more)
+    plain = transformers.DeepseekV3ForCausalLM(config).eval()
     ids_BT = torch.arange(12)[None]
     model = attach_lora(plain, 2, 4, ("all-linear",))
     adapted = {name.split(".lora_")[0].rsplit(".", 2)[-2] for name, _ in model.named_parameters() if ".lora_" in name}
