@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +98,50 @@ def highest_memory_gib(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: max(peaks.get(name, 0.0) for peaks in ranks) for name in names}
 
 
-def _kernel_says(file: str, name: str) -> str | None:
+def _kernel_says(file: str, name: str, folder: Path = Path("/proc")) -> str | None:
     """Return what stands behind the first line of this name in a file of /proc; None where there is none."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text(encoding="utf-8").split("\n"):
+        for line in (folder / file).read_text(encoding="utf-8").split("\n"):
             if line.startswith(name):
                 return line.partition(":")[2].strip()
     return None
 
 
-def available_bytes() -> int:
-    """Return the memory that this process may still take: what the system has, and what its control group leaves it.
+def available_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that this process may still take: what the system has, and what its control groups leave it.
 
-    Where the system does not say, it is taken to be 4 GiB.
+    Where the system does not say, it is taken to be 4 GiB. A batch queue limits a job by a group far below the top one,
+    while the system counts the memory of the whole node.
+
+    Args:
+        root: of the file system, whose `proc` and `sys` are read.
     """
-    said = _kernel_says("meminfo", "MemAvailable:")
+    said = _kernel_says("meminfo", "MemAvailable:", root / "proc")
     free = 4 * GIB if said is None else int(said.split()[0]) * 1024
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such group, or one without a limit
-            allowed, taken = (int(Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")) for name in (limit, used))
-            free = min(free, max(allowed - taken, 0))
-    return free
+    return min([free, *_left_by_groups(root)])
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """Yield what each memory control group that this process is in leaves it, of either version of the kernel's."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for one in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or one without a limit
+                limit, used = (int((one / name).read_text(encoding="utf-8")) for name in names)
+                yield max(limit - used, 0)
+            if one == top:
+                break
 
 
 def synchronizer(device: str) -> Callable[[], None]:

@@ -161,7 +161,7 @@ def _compute(job: StageRun[EvalConfig], inputs: _Inputs, folder: Path) -> Outcom
         extras=frozenset({CARD_NAME}),
         warnings=[]
         if inputs.data is None
-        else caveats.of_answers(len(measured.rows), measured.cut, job.config.max_new_tokens),
+        else caveats.of_answers(len(measured.rows), measured.notes.get("answers_cut", 0), job.config.max_new_tokens),
     )
 
 

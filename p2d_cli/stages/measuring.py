@@ -33,8 +33,6 @@ class Measured:
     rows: list[dict[str, Any]]
     notes: dict[str, Any]
     """Further figures for the summary."""
-    cut: int = 0
-    """How many generated answers ended at the limit of new tokens."""
 
 
 class Measuring:
@@ -176,9 +174,8 @@ class Measuring:
         position = self._config.metric.index
         names = sorted(metrics, key=lambda name: (position(name.removesuffix("_strict")), name))
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        cut = int(self._cut_N.sum())
-        notes = self._notes | ({"answers_cut": cut} if generated else {})
-        return Measured({name: metrics[name] for name in names}, rows, notes, cut)
+        notes = self._notes | ({"answers_cut": int(self._cut_N.sum())} if generated else {})
+        return Measured({name: metrics[name] for name in names}, rows, notes)
 
     @cached_property
     def _references(self) -> list[str]:

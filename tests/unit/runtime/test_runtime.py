@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from p2d_cli.runtime.hardware import (
+    available_bytes,
     combine_hardware,
     describe_hardware,
     highest_memory_gib,
@@ -159,3 +160,39 @@ def test_a_large_parent_is_not_charged_to_its_child():
     child = subprocess.run((sys.executable, "-c", code), check=True, capture_output=True, text=True)
     assert len(ballast) == 2**29
     assert float(child.stdout) < 0.4
+
+
+def machine(root, *, meminfo="MemAvailable:  8192 kB\n", cgroup="", **files):
+    """Fake what the kernel says."""
+    for name, text in {"proc/meminfo": meminfo, "proc/self/cgroup": cgroup, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def limited(folder, limit, used, names=("memory.max", "memory.current")):
+    return {f"sys/fs/cgroup/{folder}{name}": text for name, text in zip(names, (limit, used), strict=True)}
+
+
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("", {}, 2**23),
+        ("0::/job/step\n", limited("job/", "5000", "2000") | limited("job/step/", "max", "1000"), 3000),
+        ("0::/job/step\n", limited("job/step/", "900", "1000"), 0),
+        ("0::/\n", limited("", "7000", "1000"), 6000),
+        ("0::/elsewhere\n", limited("", "7000", "1000"), 6000),  # the path of the host, seen in a container
+        ("3:cpu:/x\n2:memory,other:/slurm/job\n", limited("memory/slurm/", "4096", "96", OLD), 4000),
+        ("0::/job\n", limited("job/", str(2**40), "0"), 2**23),
+    ],
+)
+def test_memory_that_may_be_taken_is_that_of_the_narrowest_group(tmp_path, cgroup, files, expected):
+    assert available_bytes(machine(tmp_path, cgroup=cgroup, **files)) == expected
+
+
+def test_a_system_that_says_nothing_is_taken_to_have_4_gib(tmp_path):
+    assert available_bytes(tmp_path) == 4 * 2**30
+    assert available_bytes() > 0
