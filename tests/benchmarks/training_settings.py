@@ -1,14 +1,16 @@
 """What is worth training, at which rate, and with how many rows an update: by the loss of held-out answers.
 
-    python tests/benchmarks/training_settings.py --model MODEL --task NAME TRAIN HELD_OUT [--task ...] --out OUT
+    python tests/benchmarks/training_settings.py --model MODEL --task NAME ROWS [--task ...] --out OUT
         [--arms heads lora full ...] [--rates 0.3 1 3] [--batch-sizes 4] [--rows 200] [--seeds 3] [--held-out-rows 100]
 
 The arms: `heads`, a tenth of all heads, evenly spread over the upper half of the layers, q,k,v,o; `heads-qkv`, without
 the output projection; `heads-all-layers`, over all layers; `channels`, as many weights in evenly spread channels of the
 MLPs of the upper half (a channel is a row of gate and of up projection and the column of the down projection, as in
 S2FT, arXiv:2412.06289), trained as the same exact LoRA; `both`, half of `heads` and of `channels`; `lora`, on all
-linear layers; `lora-attention`; `full`. `--rates` are multiples of an arm's default. 3 epochs. The loss is in nats a
-token. OUT/training_settings.json grows as results come, and what is there is not measured again.
+linear layers; `lora-attention`; `full`. `--rates` are multiples of an arm's default. 3 epochs.
+
+The held-out rows are drawn from ROWS and never trained on; the loss is in nats a token of their answers.
+OUT/training_settings.json grows as results come, and what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from readout_rules import open_reader
 
-from p2d_cli.core.head_layout import Placement
+from p2d_cli.core.head_layout import Placement, ProjectionName
 from p2d_cli.core.head_selection import candidate_heads, select_uniform
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.training_defaults import default_learning_rate
@@ -37,8 +39,9 @@ from p2d_cli.modeling.loading import load_model
 from p2d_cli.modeling.training import TrainingPlan, TrainingRow, train
 
 SHARE = 0.1
-PROJECTIONS = ("q", "k", "v", "o")
+PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")
 EPOCHS = 3.0
+HELD_OUT_SEED = 99
 
 
 def main() -> None:
@@ -48,9 +51,8 @@ def main() -> None:
     path = options.out / "training_settings.json"
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     reader = open_reader(options)
-    for name, learnt, held_out in options.task:
-        rows = tokens(reader, options, learnt)
-        looked_at = tokens(reader, options, held_out)[: options.held_out_rows]
+    for name, source in options.task:
+        rows, held_out = split(reader, source, options.held_out_rows)
         settings = itertools.product(
             range(options.seeds), options.rows, options.batch_sizes, options.arms, options.rates
         )
@@ -59,7 +61,7 @@ def main() -> None:
             if any(row | where == row for row in results):
                 continue
             order = np.random.default_rng(seed).permutation(len(rows))[:count]
-            results.append(where | measure(options, where, [rows[place] for place in order], looked_at))
+            results.append(where | measure(options, where, [rows[place] for place in order], held_out))
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(results[-1]), flush=True)
     show(results)
@@ -68,7 +70,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--task", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "HELD_OUT"))
+    parser.add_argument("--task", nargs=2, action="append", required=True, metavar=("NAME", "ROWS"))
     parser.add_argument("--arms", nargs="*", default=["heads", "channels", "both", "lora"])
     parser.add_argument("--rates", nargs="*", type=float, default=[1.0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -80,12 +82,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokens(reader: ModelReader, options: argparse.Namespace, path: str) -> list[TrainingRow]:
-    del options
+def split(reader: ModelReader, path: str, count: int) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Return the tokenized rows of a file but `count`, drawn at random, and those."""
     inputs = reader.job.inputs
     records = inputs.read(inputs.rows("target", path)).records
     examples = reader.examples(records, "all")
-    return TokenizedRows(tuple(records), tuple(examples), 0, ()).to_training()
+    rows = TokenizedRows(tuple(records), tuple(examples), 0, ()).to_training()
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(rows))
+    return [rows[place] for place in order[count:]], [rows[place] for place in order[:count]]
 
 
 def measure(
