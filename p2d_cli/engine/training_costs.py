@@ -199,8 +199,10 @@ class TrainingCosts:
 
     def _time(self, reader: CountingReader, shape: BatchShape) -> float:
         """Return the seconds of a micro-batch, from a few updates on made-up rows, and tell those before the first."""
+        from p2d_cli.modeling.completion_trainer import TrainingHooks
         from p2d_cli.modeling.gradients import IGNORED_LABEL
-        from p2d_cli.modeling.training import TrainingHooks, TrainingRow, train
+        from p2d_cli.modeling.training import train
+        from p2d_cli.modeling.training_batches import TrainingRow
 
         model, packs = self._tuning.build()
         learnt = max(1, min(shape.length - 1, round(shape.logits / shape.rows)))

@@ -38,6 +38,7 @@ from p2d_cli.errors import (
 )
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
+from p2d_cli.modeling.ranks import Ranks
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import available_bytes
 from p2d_cli.runtime.progress import Advance
@@ -47,7 +48,9 @@ from p2d_cli.runtime.timing import Throughput
 if TYPE_CHECKING:
     import torch
 
-    from p2d_cli.modeling.training import Ranks, TrainingPlan, TrainingRecord, TrainingRow, UpdateDone
+    from p2d_cli.modeling.completion_trainer import UpdateDone
+    from p2d_cli.modeling.training import TrainingPlan, TrainingRecord
+    from p2d_cli.modeling.training_batches import TrainingRow
 
 T = TypeVar("T")
 TRAIN_WITH_LESS = "lower --max-length, give --checkpointing, train less with --scope heads, or take a larger device"
@@ -95,7 +98,7 @@ class TokenizedRows:
     def to_training(self) -> list[TrainingRow]:
         """Return the rows as a training takes them."""
         from p2d_cli.modeling.gradients import IGNORED_LABEL
-        from p2d_cli.modeling.training import TrainingRow
+        from p2d_cli.modeling.training_batches import TrainingRow
 
         return [
             TrainingRow(record.where, example.input_ids, tuple(example.labels(IGNORED_LABEL)))
@@ -250,7 +253,7 @@ class Tuning:
 
     def _packs(self, model: Any) -> bool:
         """Say whether rows are packed; a model that mixes packed rows pads them, or is refused if it was to pack."""
-        from p2d_cli.modeling.training import keeps_rows_apart, require_packing
+        from p2d_cli.modeling.training_batches import keeps_rows_apart, require_packing
 
         if self.config.packing:
             require_packing(model)
@@ -351,7 +354,6 @@ class Tuning:
 
     @staticmethod
     def _ranks() -> Ranks:
-        from p2d_cli.modeling.training import Ranks
 
         return Ranks(
             distributed.rank(),
@@ -411,8 +413,9 @@ class Tuning:
         pad_id: int,
     ) -> TrainingRecord:
         """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
+        from p2d_cli.modeling.completion_trainer import TrainingHooks
         from p2d_cli.modeling.head_adapter import freeze_placing
-        from p2d_cli.modeling.training import ResumePoint, TrainingHooks, planned_updates, train
+        from p2d_cli.modeling.training import ResumePoint, planned_updates, train
 
         job, scratch = self._job, self._checkpoints(plan)
         earlier = distributed.from_main(lambda: self._earlier(scratch))

@@ -2,7 +2,7 @@
 
 Where a kernel is missing, transformers takes another one with a warning. p2d takes the one that was asked for, or none.
 
-Axes: B batch, T tokens, V vocabulary.
+Axes: B batch, H heads, T tokens, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_flash_attention_utils import (
     FLASH_ATTENTION_COMPATIBILITY_MATRIX,
     FLASH_ATTN_KERNEL_DEVICES,
     FLASH_ATTN_KERNEL_FALLBACK,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 
 from p2d_cli.errors import UnavailableError, first_line, is_out_of_memory
@@ -27,6 +29,9 @@ LEAVE_OUT = "leave out --attn-implementation, or give sdpa or eager"
 _FLASH = "flash_attention_"
 _PACKAGES = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}
 _PROBED_TOKENS = 8
+SHORT_TOKENS = 128
+"""Up to this length torch's attention learns faster in float32 than in 16 bits on a CPU: five times at 60 tokens, the
+same at 256 (`tests/benchmarks/attention.py`)."""
 _FAR_APART = 0.25
 """A difference of logits, as a share of their norm, that rounding to 16 bits does not make, even in deep models."""
 
@@ -119,6 +124,38 @@ def torch_attention(model: Any, usual: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(asked)
+
+
+@contextmanager
+def short_rows_in_float32() -> Iterator[None]:
+    """Have `sdpa` attend to short rows in float32 within the block, on a CPU whose rows are in 16 bits otherwise.
+
+    The backward pass of torch's kernel has a cost in 16 bits that hardly depends on the length.
+    """
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module: Any, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, *rest: Any, **named: Any) -> Any:
+        is_lowered = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_lowered else query_BHTD.dtype
+        is_short = key_BHTD.shape[2] <= SHORT_TOKENS
+        if query_BHTD.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not is_short:
+            return usual(module, query_BHTD, key_BHTD, value_BHTD, *rest, **named)
+        rest = tuple(map(_widened, rest))
+        named = {name: _widened(value) for name, value in named.items()}
+        with torch.autocast("cpu", enabled=False):
+            attended, weights = usual(module, query_BHTD.float(), key_BHTD.float(), value_BHTD.float(), *rest, **named)
+        return attended.to(dtype), weights
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+
+
+def _widened(value: Any) -> Any:
+    """Return a mask or bias that is added in float32, and all else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def computes_on(model: Any, device: torch.device) -> bool:

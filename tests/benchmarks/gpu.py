@@ -40,12 +40,14 @@ from p2d_cli.data.batching import pad_mask, token_batches
 from p2d_cli.engine.reader import heads_by_layer
 from p2d_cli.errors import P2DError, is_out_of_memory
 from p2d_cli.modeling.attention_kernels import require_installed
+from p2d_cli.modeling.completion_trainer import TrainingHooks
 from p2d_cli.modeling.gradients import IGNORED_LABEL
 from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full
 from p2d_cli.modeling.head_outputs import mean_head_outputs
 from p2d_cli.modeling.layouts import model_layout
 from p2d_cli.modeling.loading import quiet_transformers, resolve_device, resolve_dtype
-from p2d_cli.modeling.training import TrainingHooks, TrainingPlan, TrainingRow, train
+from p2d_cli.modeling.training import TrainingPlan, train
+from p2d_cli.modeling.training_batches import TrainingRow
 from p2d_cli.runtime.hardware import (
     describe_hardware,
     forget_peak_memory,

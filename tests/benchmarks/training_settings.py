@@ -36,7 +36,8 @@ from p2d_cli.engine.tuning import TokenizedRows
 from p2d_cli.modeling.head_adapter import attach_lora, attach_rows, prepare_full, trainable_share
 from p2d_cli.modeling.layouts import model_layout
 from p2d_cli.modeling.loading import load_model
-from p2d_cli.modeling.training import TrainingPlan, TrainingRow, train
+from p2d_cli.modeling.training import TrainingPlan, train
+from p2d_cli.modeling.training_batches import TrainingRow
 
 SHARE = 0.1
 PROJECTIONS: tuple[ProjectionName, ...] = ("q", "k", "v", "o")

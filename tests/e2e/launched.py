@@ -38,7 +38,7 @@ def signalled_in(number, handler):
     """A fault: a real signal reaches one rank only, in the middle of an update."""
 
     def fault(update):
-        from p2d_cli.modeling.training import CompletionTrainer
+        from p2d_cli.modeling.completion_trainer import CompletionTrainer
 
         signal.signal(number, handler)  # which an earlier command left ignored when it was done
         plain = CompletionTrainer.training_step
@@ -71,7 +71,7 @@ def killed_at(batch):
 def out_of_numbers_at(batch):
     import torch
 
-    from p2d_cli.modeling.training import CompletionTrainer
+    from p2d_cli.modeling.completion_trainer import CompletionTrainer
 
     plain, calls = CompletionTrainer._completion_loss, []
 

@@ -107,7 +107,7 @@ def test_flash_attention_packs_rows_unless_told_not_to(p2d, flash_kernel, tiny_f
 
 
 def test_a_model_that_mixes_packed_rows_pads_them(p2d, flash_kernel, tiny_folder, few, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2d_cli.modeling.training.keeps_rows_apart", lambda _: False)
+    monkeypatch.setattr("p2d_cli.modeling.training_batches.keeps_rows_apart", lambda _: False)
     words = ("train", "--model", tiny_folder, "--data", few["target"], "--dtype", "bfloat16", "--max-steps", 1)
     flash = ("--attn-implementation", flash_kernel)
     assert p2d(*words, *flash, "--out", tmp_path / "a").code == 0

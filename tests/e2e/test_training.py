@@ -15,7 +15,7 @@ from transformers import Trainer
 from p2d_cli.artifacts import checkpoints
 from p2d_cli.cli import terminal
 from p2d_cli.engine import tuning as stage
-from p2d_cli.modeling.training import CompletionTrainer
+from p2d_cli.modeling.completion_trainer import CompletionTrainer
 
 SCOPES = {
     "heads": ("--heads", "HEADS", "--projections", "q,k,v,o"),

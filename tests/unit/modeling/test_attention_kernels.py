@@ -1,19 +1,21 @@
 """Attention that was asked for by name is taken, or refused in words that help; it computes what torch's own does."""
 
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import plain_flash
 import pytest
 import torch
 from transformers import modeling_flash_attention_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from p2d_cli.errors import UnavailableError
 from p2d_cli.modeling import attention_kernels
-from p2d_cli.modeling.attention_kernels import require_installed
+from p2d_cli.modeling.attention_kernels import SHORT_TOKENS, require_installed, short_rows_in_float32
 from p2d_cli.modeling.checkpoints import require_attention
 from p2d_cli.modeling.loading import attention_that_runs, load_model
 from p2d_cli.modeling.model_files import locate_model
-from p2d_cli.modeling.training import keeps_rows_apart
+from p2d_cli.modeling.training_batches import keeps_rows_apart
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -162,3 +164,47 @@ def test_the_plain_flash_attention_is_loaded_by_transformers(flash_kernel):
     functions, _ = modeling_flash_attention_utils.lazy_import_flash_attention(flash_kernel)
     assert functions[1] is plain_flash.flash_attn_varlen_func
     assert SimpleNamespace(**vars(plain_flash)).flash_attn_func is functions[0]
+
+
+def gradients(model, ids, context):
+    """Loss and gradients of all weights, one after the other, under autocast to bfloat16."""
+    model.zero_grad()
+    with context, torch.autocast("cpu", BF16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "gpt2", "qwen3"])
+def test_short_rows_learn_in_float32_what_they_learn_in_16_bits(tiny_model, family):
+    model = tiny_model(family)
+    model.set_attn_implementation("sdpa")
+    ids = torch.randint(3, 60, (3, 24), generator=torch.Generator().manual_seed(0))
+    narrow = gradients(model, ids, nullcontext())
+    short = gradients(model, ids, short_rows_in_float32())
+    with torch.autocast("cpu", enabled=False):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert not torch.equal(narrow, short)
+    assert (short - exact).norm() < 1.05 * (narrow - exact).norm() < 0.05 * exact.norm()
+
+
+def test_rows_that_are_long_or_in_float32_are_left_alone(tiny_model):
+    model = tiny_model("llama-gqa")
+    model.set_attn_implementation("sdpa")
+    ids = torch.randint(3, 60, (2, SHORT_TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gradients(model, ids, nullcontext()), gradients(model, ids, short_rows_in_float32()))
+    short = ids[:, :9]
+    plain = model(input_ids=short).logits
+    with short_rows_in_float32():
+        assert torch.equal(model(input_ids=short).logits, plain)
+
+
+def test_attention_is_as_before_behind_the_block():
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with short_rows_in_float32():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not usual
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
+    with suppress(ZeroDivisionError), short_rows_in_float32():
+        _ = 1 / 0
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from p2d_cli.modeling.completion_trainer import TrainingHooks
 from p2d_cli.modeling.frozen_layers import FrozenLayers, frozen_depth, frozen_layers
 from p2d_cli.modeling.head_adapter import attach_heads, attach_lora, prepare_full
 from p2d_cli.modeling.hidden_store import HiddenStates, KeptWhere, place_for
 from p2d_cli.modeling.layouts import decoder_blocks, plain_model
 from p2d_cli.modeling.likelihood import padded
-from p2d_cli.modeling.training import ResumePoint, TrainingHooks, TrainingPlan, TrainingRow, train
+from p2d_cli.modeling.training import ResumePoint, TrainingPlan, train
+from p2d_cli.modeling.training_batches import TrainingRow
 
 FAMILY = "llama-gqa"
 PLAN = TrainingPlan(

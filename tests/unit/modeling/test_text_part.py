@@ -25,7 +25,7 @@ from p2d_cli.modeling.model_class import model_class, why_not_causal
 from p2d_cli.modeling.model_files import locate_model
 from p2d_cli.modeling.saving import save_plain_model
 from p2d_cli.modeling.text_part import is_of_text, text_parameters
-from p2d_cli.modeling.training import require_packing
+from p2d_cli.modeling.training_batches import require_packing
 
 OTHER_PARTS = ("vision", "visual", "multi_modal", "audio", "connector", "image_newline")
 WITHOUT_HEADS = {"qwen3_5", "qwen3_5_moe", "mllama", "lfm2_vl"}

@@ -7,21 +7,10 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from p2d_cli.modeling.training import (
-    LengthGrouped,
-    RankBatches,
-    Ranks,
-    ResumePoint,
-    TrainingHooks,
-    TrainingPlan,
-    TrainingRow,
-    collate,
-    collate_or_none,
-    pack,
-    planned_tokens,
-    rate_share,
-    train,
-)
+from p2d_cli.modeling.completion_trainer import TrainingHooks
+from p2d_cli.modeling.ranks import Ranks
+from p2d_cli.modeling.training import ResumePoint, TrainingPlan, planned_tokens, rate_share, train
+from p2d_cli.modeling.training_batches import LengthGrouped, RankBatches, TrainingRow, collate, collate_or_none, pack
 
 LENGTHS = [(7 * index) % 41 + 1 for index in range(997)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p2d_cli.errors import is_out_of_memory
-from p2d_cli.modeling.training import CompletionTrainer
+from p2d_cli.modeling.completion_trainer import CompletionTrainer
 
 from .conftest import SLOW, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
 

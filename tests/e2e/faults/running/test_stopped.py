@@ -47,7 +47,7 @@ def test_a_batch_queue_stops_it_and_it_goes_on(p2d, words, undisturbed, work, tm
 
 def in_update(patch, update, act):
     """Do something in the middle of an update."""
-    from p2d_cli.modeling.training import CompletionTrainer
+    from p2d_cli.modeling.completion_trainer import CompletionTrainer
 
     step = CompletionTrainer.training_step
 
@@ -335,7 +335,7 @@ def test_what_is_done_stays_done(number):
 
 # Says so in the middle of an update, and takes its time for it.
 LONG_UPDATE = """\
-from p2d_cli.modeling.training import CompletionTrainer
+from p2d_cli.modeling.completion_trainer import CompletionTrainer
 step = CompletionTrainer.training_step
 def step_slowly(self, *args, **kwargs):
     if self.state.global_step == 1:
