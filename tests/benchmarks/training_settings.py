@@ -6,8 +6,8 @@
 The arms: `heads`, a tenth of all heads, evenly spread over the upper half of the layers, q,k,v,o; `heads-qkv`, without
 the output projection; `heads-all-layers`, over all layers; `channels`, as many weights in evenly spread channels of the
 MLPs of the upper half (a channel is a row of gate and of up projection and the column of the down projection, as in
-S2FT, arXiv:2412.06289), trained as the same exact LoRA; `both`, half of `heads` and of `channels`; `lora`, on all
-linear layers; `lora-attention`; `full`. `--rates` are multiples of an arm's default. 3 epochs.
+S2FT, arXiv:2412.06289), trained as the same exact LoRA; `both`, half of `heads` and of `channels`; `sum`, all of both;
+`lora`, on all linear layers; `lora-attention`; `full`. `--rates` are multiples of an arm's default. 3 epochs.
 
 The held-out rows are drawn from ROWS and never trained on; the loss is in nats a token of their answers.
 OUT/training_settings.json grows as results come, and what is there is not measured again.
