@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,14 @@ AUTO_MODEL = "AutoModelForCausalLM"
 _PLAIN_SCALAR = re.compile(r"[A-Za-z/][\w./-]*[/][\w./-]*", re.ASCII)
 
 
-def save_training_log(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line: step, epoch, loss, learning rate, gradient norm."""
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+def save_training_log(folder: Path, entries: Sequence[Mapping[str, float]]) -> None:
+    """Write one JSON object a line: step, epoch, loss, learning rate, gradient norm; null for what is not finite."""
+    lines = (json.dumps({name: _or_none(value) for name, value in entry.items()}) + "\n" for entry in entries)
     (folder / TRAINING_LOG_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def save_model_card(

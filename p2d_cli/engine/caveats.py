@@ -58,6 +58,9 @@ def of_losses(log: Sequence[Mapping[str, float]], untrained: float | None, best:
         untrained: loss on held-out rows before the first update; None if it was not measured.
         best: the lowest one behind an update.
     """
+    failed = [entry["step"] for entry in log if not math.isfinite(entry.get("eval_loss", 0.0))]
+    if failed:
+        return [f"the held-out loss was not finite after update {failed[0]:.0f}; the weights are earlier ones"]
     if untrained is not None and best is not None and best > untrained:
         return [
             f"the untrained model does better on the held-out rows: its loss there is {untrained:.3f}, the lowest after"

@@ -196,6 +196,23 @@ class CompletionTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @torch.no_grad()
+    def require_finite(self, rows: Sequence[TrainingRow]) -> None:
+        """Refuse the model that the last update left if its loss on these rows is not finite.
+
+        Raises:
+            NonFiniteError: it is not.
+        """
+        collator: Any = self.data_collator
+        with self.compute_loss_context_manager():
+            total, _, _ = self._completion_loss(self.model, self._prepare_inputs(collator(rows)))
+        losses = self.ranks.exchange(total.item())
+        if not all(map(math.isfinite, losses)):
+            raise NonFiniteError(
+                f"after the last update the loss of {rows[0].name} is {losses[0]}; nothing was written",
+                hint="lower --lr, or look at the rows",
+            )
+
     def _eval_batches(self) -> Iterator[Batch]:
         """Yield this rank's batches of held-out rows; all ranks have as many, some of them empty."""
         if self.ranks.size == 1:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from p2d_cli.errors import ArtifactError, first_line
+from p2d_cli.errors import ArtifactError, NonFiniteError, first_line
 from p2d_cli.modeling.attention_kernels import short_rows_in_float32
 from p2d_cli.modeling.completion_trainer import CompletionTrainer, TrainingHooks
 from p2d_cli.modeling.frozen_layers import frozen_layers
@@ -131,7 +131,8 @@ def train(
         ranks: the processes that share the training; each gets all rows, and they make the updates of a single one.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; the rows of its batch are named.
+        NonFiniteError: a loss or gradient is not finite, and the rows of its batch are named; or the loss behind the
+            last update is not.
         ArtifactError: the checkpoint to go on from holds pickled objects other than tensors.
         StoppedEarlyError: `hooks.should_stop` said so; there is a checkpoint behind the last update that was made.
     """
@@ -172,6 +173,10 @@ def train(
         if updates > updates_per_epoch(len(rows), plan) and not trainer.is_fsdp_enabled:
             kept = _begin_above(trainer, [row.input_ids for row in (*rows, *eval_rows)], plan, pad_id, scratch)
         _run(trainer, resume)
+        if evaluates:
+            _require_a_finite_look(trainer)
+        else:
+            trainer.require_finite([min(rows, key=lambda row: len(row.input_ids))])
     return _record(trainer, plan, planned, kept, evaluates=evaluates)
 
 
@@ -186,6 +191,16 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
             f"nothing was run: {first_line(problem)}",
             hint="start anew with --force, and find out who wrote there",
         ) from problem
+
+
+def _require_a_finite_look(trainer: CompletionTrainer) -> None:
+    """Refuse weights of which no look at held-out rows found a finite loss; the best ones are kept, if any look did."""
+    looks = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"]]
+    if not any(map(math.isfinite, looks)):
+        raise NonFiniteError(
+            f"after update {trainer.state.global_step} the held-out loss is {looks[-1]}; nothing was written",
+            hint="lower --lr, or look at the rows",
+        )
 
 
 def _begin_above(

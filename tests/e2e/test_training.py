@@ -229,18 +229,31 @@ def test_a_training_that_makes_the_model_worse_is_told_as_such(p2d, words, few, 
     )
 
 
-def test_a_held_out_loss_that_is_no_number_is_no_reason_to_fail(p2d, words, few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("looks", [("--eval-data",), ()])
+def test_weights_that_answer_with_nan_are_not_written(p2d, words, few, tmp_path, looks):
+    """The rate is such that the first update, whose own loss is finite, ruins them."""
+    held_out = (*looks, few["test"]) if looks else ()
+    done = p2d(*words("heads", "x", "--lr", 1e30, "--max-steps", 1, *held_out))
+    assert done.code == 70
+    assert "nothing was written" in done.said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_late_look_that_finds_nan_costs_nothing_that_was_good(p2d, words, few, tmp_path, monkeypatch):
     compute = CompletionTrainer._completion_loss
 
     def poisoned(self, model, inputs):
         total, count, outputs = compute(self, model, inputs)
-        return (total if model.training else total * math.nan), count, outputs
+        is_late = not model.training and self.state.global_step > 3
+        return (total * math.nan if is_late else total), count, outputs
 
     monkeypatch.setattr(CompletionTrainer, "_completion_loss", poisoned)
     done = p2d(*words("heads", "x", "--eval-data", few["test"]))
     assert done.code == 0, done.said
-    summary = manifest_of(tmp_path / "x")["summary"]
-    assert summary["best_update"] is summary["best_eval_loss"] is None
+    assert manifest_of(tmp_path / "x")["summary"]["best_update"] == 3
+    [told] = [warning for warning in warnings_of(tmp_path / "x") if "finite" in warning]
+    assert told == "the held-out loss was not finite after update 6; the weights are earlier ones"
+    assert log_of(tmp_path / "x")[-1]["eval_loss"] is None
 
 
 def test_a_log_shows_loss_rate_and_speed(p2d, words, few, monkeypatch):
