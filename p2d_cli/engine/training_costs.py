@@ -76,9 +76,8 @@ class TrainingCosts:
             said = f"outputs of the first {frozen} layers, which stay as they are: {kept:.1f} GiB, kept"
             reader.notes.insert(0, said)
         reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
-        reader.notes += caveats.of_plan(
-            math.ceil(an_epoch * config.epochs), self._tuning.rate, self._tuning.default_rate
-        )
+        learnt = updates if config.makes_adapter else math.ceil(an_epoch * config.epochs)
+        reader.notes += caveats.of_plan(round(learnt), self._tuning.rate, self._tuning.default_rate)
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
         weights = self._weight_bytes(size, trained.parameters, reader.itemsize)
         reader.need({"gradients": FLOAT32 * trained.parameters, "optimizer state": trained.optimizer_bytes})

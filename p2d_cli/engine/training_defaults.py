@@ -45,7 +45,7 @@ def batch_size_for(rows: int, epochs: float, multiple: int = 1) -> int:
     Args:
         rows: rows of an epoch.
         epochs: passes over them.
-        multiple: what the rows of an update have to be a multiple of, such as the number of processes.
+        multiple: what the rows of an update have to be a multiple of: their micro-batches.
     """
     sizes = sorted({max(size - size % multiple, multiple) for size in BATCH_SIZES}, reverse=True)
     enough = (size for size in sizes if math.ceil(math.ceil(rows / size) * epochs) >= ENOUGH_UPDATES)

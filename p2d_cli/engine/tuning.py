@@ -175,11 +175,22 @@ class Tuning:
         return resolve_dtype(self.config.dtype, self.device)
 
     def batch_size(self, rows: int) -> int:
-        """Return the rows of an update, out of so many."""
-        config = self.config
+        """Return the rows of an update, out of so many.
+
+        Raises:
+            UsageError: what `auto` comes to cannot be shared by the processes: it does not depend on their number.
+        """
+        config, processes = self.config, distributed.world_size()
         if config.batch_size != "auto":
             return config.batch_size
-        return batch_size_for(rows, config.epochs, config.accumulation * distributed.world_size())
+        size, multiple = batch_size_for(rows, config.epochs, config.accumulation), config.accumulation * processes
+        if size % multiple:
+            raise UsageError(
+                f"--batch-size auto comes to {size} for {rows} rows, which {processes} processes with --accumulation"
+                f" {config.accumulation} cannot share evenly",
+                hint=f"give --batch-size {math.ceil(size / multiple) * multiple}, or start fewer processes",
+            )
+        return size
 
     @property
     def default_rate(self) -> float:

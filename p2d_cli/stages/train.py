@@ -183,7 +183,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_planned=_steps_meant(config, record),
         extras=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
         warnings=[
-            *caveats.of_plan(record.steps_planned, plan.learning_rate, tuning.default_rate),
+            *caveats.of_plan(_updates_to_learn_from(config, record), plan.learning_rate, tuning.default_rate),
             *caveats.of_losses(record.log, record.untrained_eval_loss, record.best_eval_loss),
         ],
     )
@@ -205,6 +205,12 @@ def _tokenize(
     if len(ends) > 1:
         job.facts["template"]["ends"] = list(ends)
     return rows, eval_rows, ends
+
+
+def _updates_to_learn_from(config: TrainConfig, record: TrainingRecord) -> int:
+    """Return the updates to learn from; a whole model may be cut short as a reference, for its cost alone."""
+    most = config.max_steps if config.makes_adapter else None
+    return min(record.steps_planned, most or record.steps_planned)
 
 
 def _steps_meant(config: TrainConfig, record: TrainingRecord) -> int:
