@@ -574,6 +574,11 @@ class TrainConfig(RowOptions):
     projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
         ("q", "k", "v", "o"), "Projections of the selected heads to train, of q,k,v,o."
     )
+    channels: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.0,
+        "Share of the MLPs' channels to train beside the heads, evenly spread, from the lowest of their layers on.",
+        neutral=0.0,
+    )
     epochs: Annotated[float, Field(gt=0)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
     max_steps: Positive | None = setting(
         None, "Stop after so many updates; a reference cut short is extrapolated by report-aer.", panel="Optimisation"
@@ -719,10 +724,11 @@ class TrainConfig(RowOptions):
         if scope != "lora":
             # As version 0.1.0 recorded what it did not use.
             unused = {"lora_targets": None, "lora_scaling": "plain", "lora_rank": 16, "lora_alpha": 32}
-            return {"scope": scope, "lora_dropout": 0.0} | unused
+            return {"scope": scope, "lora_dropout": 0.0} | unused | ({} if scope == "heads" else {"channels": 0.0})
         is_all = targets == ("all-linear",)
         named: dict[str, Any] = {"projections": [], "lora_targets": [*targets]}
-        return {"scope": scope} | (named if is_all else {"projections": [*targets], "lora_targets": None})
+        adapted = named if is_all else {"projections": [*targets], "lora_targets": None}
+        return {"scope": scope, "channels": 0.0} | adapted
 
 
 class EvalConfig(RowOptions):

@@ -8,7 +8,7 @@ Axes: L layers, H query heads, G key/value groups, d head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -89,16 +89,21 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class Placement:
-    """Rows of a module that belong to selected heads."""
+    """Rows of a module that belong to selected heads or channels."""
 
     rows: tuple[int, ...]
     """Ascending; columns where `on_input`."""
     on_input: bool
-    """Whether they are columns of an output projection."""
+    """Whether they are columns, of a projection out of heads or channels."""
     width: int
     """Length of such a row or column."""
     size: int
     """All rows of the module; `on_input`, all columns."""
+
+
+def weights_of(placed: Mapping[str, Placement]) -> int:
+    """Return how many weights these rows and columns have."""
+    return sum(len(place.rows) * place.width for place in placed.values())
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ NO_HEAD = "."
 """Stands in `head_levels` for a head that a layer has not."""
 
 
+def lowest_layer(selected_LH: NDArray[np.bool_]) -> int:
+    """Return the lowest layer with a selected head."""
+    return int(np.flatnonzero(selected_LH.any(axis=1)).min())
+
+
 def select_top(scores_LH: ArrayLike, count: int, candidates_LH: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the `count` candidates of highest score as bool [L, H]; among equal scores the earlier head wins.
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.geometry import HeadGeometry, LayerHeads
-from p2d_cli.core.head_layout import ModelLayout, ProjectionName
+from p2d_cli.core.head_layout import Placement
 from p2d_cli.core.head_selection import candidate_heads
 
 FLOAT32, FLOAT64 = 4, 8
@@ -335,15 +335,14 @@ class Trained:
         return 2 * FLOAT32 * self.parameters
 
 
-def heads_trained(layout: ModelLayout, heads_LH: NDArray[np.bool_], projections: Collection[ProjectionName]) -> Trained:
-    """Return what training these heads trains: their own rows of q and o, and the k and v rows of their groups."""
-    placed = layout.placements(heads_LH, projections).values()
+def rows_trained(placed: Collection[Placement], layers: int) -> Trained:
+    """Return what training these rows and columns of weights trains, in so many layers from the top."""
     # On disk the factors of all modules have one rank.
     rank = common_rank([len(place.rows) for place in placed])
     return Trained(
         parameters=sum(len(place.rows) * place.width for place in placed),
         placing=sum(len(place.rows) * place.size for place in placed),
-        layers=layout.num_layers - int(np.flatnonzero(heads_LH.any(axis=1)).min()),
+        layers=layers,
         saved=rank * sum(place.width + place.size for place in placed),
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.core.head_layout import PROJECTIONS
+from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import (
     FLOAT32,
@@ -24,10 +25,10 @@ from p2d_cli.engine.cost import (
     Trained,
     backward_flops,
     forward_flops,
-    heads_trained,
     largest_of,
     learn_bytes,
     lora_trained,
+    rows_trained,
 )
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Steps, repeated
@@ -93,7 +94,8 @@ class TrainingCosts:
     def _trained(self, reader: CountingReader) -> Trained:
         config, size = self._config, reader.size
         if self._tuning.heads is not None:
-            return heads_trained(reader.layout, self._tuning.heads.selected_LH, config.projections)
+            lowest = lowest_layer(self._tuning.heads.selected_LH)
+            return rows_trained(self._tuning.placed.values(), reader.layout.num_layers - lowest)
         if config.resolved_scope == "full":
             return Trained(size.text_parameters, 0, size.depth)
         if config.resolved_scope == "lora":

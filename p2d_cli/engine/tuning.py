@@ -21,6 +21,7 @@ import numpy as np
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint, updates_of
 from p2d_cli.config import TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
+from p2d_cli.core.head_layout import Placement, weights_of
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
 from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_ROWS, RateProbe, probed
@@ -39,6 +40,7 @@ from p2d_cli.errors import (
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
 from p2d_cli.modeling.ranks import Ranks
+from p2d_cli.modeling.suitability import placed_rows
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import available_bytes
 from p2d_cli.runtime.progress import Advance
@@ -192,10 +194,20 @@ class Tuning:
             )
         return size
 
+    @cached_property
+    def placed(self) -> dict[str, Placement]:
+        """The weight rows and columns that are trained, by module, where they are those of heads."""
+        if self.heads is None:
+            return {}
+        return placed_rows(self.files, self.heads.selected_LH, self.config.projections, self.config.channels)
+
     @property
     def default_rate(self) -> float:
-        """The peak learning rate where none is named."""
+        """The peak learning rate where none is named; channels count as heads of so many weights."""
         share = None if self.heads is None else self.heads.share
+        if self.heads is not None and self.config.channels:
+            alone = placed_rows(self.files, self.heads.selected_LH, self.config.projections, 0.0)
+            share = self.heads.share * weights_of(self.placed) / weights_of(alone)
         return default_learning_rate(self.config.resolved_scope, self.files.hidden_size, share)
 
     @property
@@ -251,7 +263,7 @@ class Tuning:
         packs = self._packs(model)
         with self._job.timer.phase("prepare"):
             if scope == "heads" and self.heads is not None:
-                model = attach_heads(model, self.heads.selected_LH, config.projections)
+                model = attach_heads(model, self.heads.selected_LH, config.projections, config.channels)
             elif scope == "lora":
                 rank, alpha = config.lora_rank, config.lora_alpha
                 scaled = alpha if config.lora_scaling == "plain" else rank_stabilized(alpha, rank)

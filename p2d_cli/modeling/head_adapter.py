@@ -30,7 +30,9 @@ from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.head_layout import PROJECTIONS, Placement, ProjectionName
+from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
+from p2d_cli.modeling.channels import channel_outputs, channel_placements
 from p2d_cli.modeling.layouts import attention_parts, is_transposed, linear_modules, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
 from p2d_cli.modeling.text_part import text_parameters
@@ -58,8 +60,12 @@ class TrainableShare:
         return self.trained / self.total
 
 
-def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName]) -> Any:
+def attach_heads(
+    model: Any, selected_LH: NDArray[np.bool_], projections: Sequence[ProjectionName], channels: float = 0.0
+) -> Any:
     """Make the selected heads, bool `[L, H]`, trainable, and nothing else; the model's modules are replaced in place.
+
+    With `channels`, this share of the channels of the MLPs from the lowest selected head on is trained beside them.
 
     A head's `q` rows and `o` columns are its own, those of a gate beside its query among them. Its `k` and `v` rows are
     its group's: training them changes every head of the group, also in later layers that take them over. Where a layer
@@ -71,11 +77,14 @@ def attach_heads(model: Any, selected_LH: NDArray[np.bool_], projections: Sequen
 
     Raises:
         UsageError: no head or no projection is selected.
-        ModelError: the attention is of an unsupported kind.
+        ModelError: the attention, or with `channels` an MLP, is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
     _check_projections(projections)
-    return attach_rows(model, model_layout(model).placements(selected_LH, projections))
+    placed = model_layout(model).placements(selected_LH, projections)
+    if channels:
+        placed |= channel_placements(model, channels, lowest_layer(selected_LH))
+    return attach_rows(model, placed)
 
 
 def attach_rows(model: Any, placed: Mapping[str, Placement]) -> Any:
@@ -174,14 +183,14 @@ def freeze_placing(model: Any) -> None:
             all different, and padding.
     """
     base = model.get_base_model()
-    output_names = {layer.o.module for layer in model_layout(base)}
+    output_names = {layer.o.module for layer in model_layout(base)} | channel_outputs(base)
     for name, module in _lora_modules(base):
         _, placing = _factors(module, on_input=name in output_names)
         ones = placing == 1
         counts = torch.cat([ones.sum(dim=0), ones.sum(dim=1)])
         if counts.max() != 1 or ones.sum() != placing.count_nonzero():
             raise ArtifactError(
-                f"the adapter's factor for {name} does not place rows of heads: it is not a head adapter of p2d",
+                f"the adapter's factor for {name} does not place rows: it is not a head adapter of p2d",
                 hint="continue it with --scope lora, or start a new one",
             )
         placing.requires_grad_(False)

@@ -132,7 +132,7 @@ def is_recurrent(model: Any) -> bool:
 
 def is_transposed(module: Any) -> bool:
     """Say whether a linear layer stores its weight `[in, out]`."""
-    return _features(module)[2]
+    return linear_features(module)[2]
 
 
 def layer_weights(layout: ModelLayout, layer: int, tensors: Callable[[str], torch.Tensor]) -> LayerWeights:
@@ -301,7 +301,7 @@ def _layer_layout(layer: int, name: str, module: Any, config: Any, sources: dict
 
 def _query_rows(name: str, module: Any, config: Any, query_dim: int, heads: int) -> int:
     """Return how many rows of the query projection a head owns: twice its size where they include a gate."""
-    _, rows, _ = _features(module.q_proj)
+    _, rows, _ = linear_features(module.q_proj)
     if rows != 2 * heads * query_dim:
         return query_dim
     if not config.model_type.startswith(_GATED):
@@ -343,7 +343,7 @@ def _projection(name: str, module: Any, part: str, unit: int, *, on_input: bool 
     """
     if (child := getattr(module, part, None)) is None:
         return None
-    in_features, out_features, transposed = _features(child)
+    in_features, out_features, transposed = linear_features(child)
     size, width = (in_features, out_features) if on_input else (out_features, in_features)
     rows = tuple((start, start + unit) for start in range(0, size, unit))
     return Projection(f"{name}.{part}", rows, width, size, transposed)
@@ -361,7 +361,7 @@ def _is_linear(module: Any) -> bool:
     return isinstance(getattr(module, "base_layer", module), Conv1D | nn.Linear)
 
 
-def _features(module: Any) -> tuple[int, int, bool]:
+def linear_features(module: Any) -> tuple[int, int, bool]:
     """Input and output features, and whether the weight is stored `[in, out]`."""
     from transformers.pytorch_utils import Conv1D
 

@@ -10,8 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from p2d_cli.core.geometry import LayerHeads
-from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Projection, ProjectionName
+from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Placement, Projection, ProjectionName
+from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.errors import DataError, ModelError
 from p2d_cli.modeling.model_files import ModelFiles, require_tokenizer
 from p2d_cli.modeling.quantised import require_usable_weights, tensor_shapes
@@ -81,6 +85,23 @@ def read_layout(files: ModelFiles) -> ModelLayout:
     from p2d_cli.modeling.layouts import model_layout
 
     return model_layout(skeleton(files))
+
+
+def placed_rows(
+    files: ModelFiles, selected_LH: NDArray[np.bool_], projections: Collection[ProjectionName], channels: float
+) -> dict[str, Placement]:
+    """Return the weight rows and columns of heads and of a share of the channels beside them, by module name.
+
+    Raises:
+        ModelError, ArtifactError, UsageError: see `ModelLayout.placements` and `channel_placements`.
+    """
+    placed = read_layout(files).placements(selected_LH, projections)
+    if channels:
+        from p2d_cli.modeling.channels import channel_placements
+        from p2d_cli.modeling.checkpoints import skeleton
+
+        placed |= channel_placements(skeleton(files), channels, lowest_layer(selected_LH))
+    return placed
 
 
 def attention_sizes(

@@ -165,6 +165,7 @@ def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str
     scope, data = trained.get("scope"), trained.get("data_method")
     if scope == "heads":
         scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
+        scope += " and channels" if trained.get("channels") else ""
     name = f"{scope}{heads}, {'all' if data in {None, 'full'} else data} rows{rows}"
     if "epochs" in telling and training.epochs is not None:
         name += f", {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"

@@ -29,7 +29,7 @@ from p2d_cli.engine.training_defaults import ANCHOR_WIDTH
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.errors import UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import Needs, require
+from p2d_cli.modeling.suitability import Needs, placed_rows, require
 from p2d_cli.runtime import distributed
 
 if TYPE_CHECKING:
@@ -74,8 +74,16 @@ def run(resolved: Resolved[TrainConfig], options: RunOptions | None = None) -> S
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
         lambda unfinished: _plan(job, inputs, unfinished),
-        check=lambda: require(model, _needs(config)),
+        check=lambda: _check(model, config, heads),
     )
+
+
+def _check(model: ModelFiles, config: TrainConfig, heads: SelectedHeads | None) -> int:
+    """Refuse a model whose heads, channels or other parts cannot be trained; return its number of embeddings."""
+    embeddings = require(model, _needs(config))
+    if heads is not None and config.channels:
+        placed_rows(model, heads.selected_LH, config.projections, config.channels)
+    return embeddings
 
 
 def _needs(config: TrainConfig) -> Needs:
@@ -146,6 +154,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "rows_truncated": rows.truncated,
         "eval_rows": len(looked_at),
         "heads_trained": None if inputs.heads is None else inputs.heads.count,
+        "channels": config.channels if scope == "heads" else None,
     }
     if tuning.probe is not None:
         summary["lr_probe"] = tuning.probe.to_dict()["losses"]
@@ -172,6 +181,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
             "trainable_share": share.share,
             "learning_rate": plan.learning_rate,
             "seed": config.seed,
+            **({"channels": config.channels} if scope == "heads" and config.channels else {}),
             **_selection(job, inputs, len(learnt)),
         },
         precision=str(dtype).removeprefix("torch."),

@@ -43,6 +43,7 @@ OTHER_VALUES = {
     "background": 20,
     "lora_targets": ["all-linear"],
     "lora_scaling": "rslora",
+    "channels": 0.1,
 }
 
 
@@ -80,6 +81,7 @@ def test_a_neutral_value_is_left_out_and_another_is_not(stage, name, neutral):
     beside = {
         "lm_eval": {"data": None},
         "depth": {"method": "readout"},
+        "channels": {"heads": "h"},
         "lora_targets": {"projections": ["q"]},  # which are a LoRA's targets where these are not named
     }
     settings = beside.get(name, {})
