@@ -98,6 +98,13 @@ FORMER_BACKGROUND = 1000
 """Rows of the background by default, before other heads read rows than are trained; not part of an identity."""
 FORMER_NAMES = {"perf": "answer_weight", "perf_metric": "answer_metric"}
 """Names that settings once had; flags, variables, recipes and manifests may still call them so."""
+
+
+def _none_or_some(value: Any) -> Any:
+    """Take `none` for an empty list."""
+    return () if value in ("none", ["none"], ("none",)) else _split_commas(value)
+
+
 CommaList = BeforeValidator(_split_commas)
 TemplateArguments = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -571,8 +578,8 @@ class TrainConfig(RowOptions):
     loss_on: Literal["all", "last"] = setting(
         "all", "Learn every answer of a conversation, or the last alone.", panel="Rows", neutral="all"
     )
-    projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], CommaList] = setting(
-        ("q", "k", "v", "o"), "Projections of the selected heads to train, of q,k,v,o."
+    projections: Annotated[tuple[Literal["q", "k", "v", "o"], ...], BeforeValidator(_none_or_some)] = setting(
+        ("q", "k", "v", "o"), "Projections of the selected heads to train, of q,k,v,o; none trains --channels alone."
     )
     channels: Annotated[float, Field(ge=0, le=1)] = setting(
         0.0,
@@ -682,8 +689,8 @@ class TrainConfig(RowOptions):
         for name in ("eval_steps", "patience"):
             if getattr(self, name) is not None and self.eval_data is None:
                 raise ValueError(f"{flag_name(name)} needs --eval-data: rows to look at")
-        if not self.projections:
-            raise ValueError("--projections is empty: name some of q,k,v,o")
+        if not self.projections and not self.channels:
+            raise ValueError("--projections is empty: name some of q,k,v,o, or train --channels alone")
         whole = {"all-linear", "attention"} & set(self.lora_targets or ())
         if self.lora_targets == () or (whole and len(self.lora_targets or ()) > 1):
             raise ValueError("--lora-targets: expected all-linear, attention, or some of q,k,v,o")
@@ -709,7 +716,7 @@ class TrainConfig(RowOptions):
     def _lora_targets_named(cls, values: Any) -> Any:
         """Take LoRA's targets from `projections`, which version 0.1.0 called them by, or else all linear layers."""
         if isinstance(values, dict) and values.get("lora_targets") is None:
-            return values | {"lora_targets": values.get("projections", ("all-linear",))}
+            return values | {"lora_targets": _none_or_some(values.get("projections", "none")) or ("all-linear",)}
         return values
 
     @property

@@ -146,6 +146,8 @@ class ModelLayout:
     ) -> dict[str, Placement]:
         """Return which rows of which modules the selected heads own in these projections, by module name.
 
+        Without projections these are none, but the heads have to fit.
+
         Raises:
             ArtifactError: the heads are of a model of another shape.
             UsageError: no head is selected, or none of them has rows of its own in these projections.
@@ -156,6 +158,8 @@ class ModelLayout:
                 "no head is selected, so there is nothing to train", hint="select heads with a larger --ratio"
             )
         placed: dict[str, Placement] = {}
+        if not projections:
+            return placed
         for layer in self.layers:
             heads = np.flatnonzero(selected_LH[layer.layer]).tolist()
             parts = {name: part for name, part in layer.projections.items() if name in projections and heads}

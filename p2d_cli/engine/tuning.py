@@ -21,7 +21,7 @@ import numpy as np
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint, updates_of
 from p2d_cli.config import TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
-from p2d_cli.core.head_layout import Placement, weights_of
+from p2d_cli.core.head_layout import PROJECTIONS, Placement, weights_of
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
 from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_ROWS, RateProbe, probed
@@ -206,7 +206,8 @@ class Tuning:
         """The peak learning rate where none is named; channels count as heads of so many weights."""
         share = None if self.heads is None else self.heads.share
         if self.heads is not None and self.config.channels:
-            alone = placed_rows(self.files, self.heads.selected_LH, self.config.projections, 0.0)
+            projections = self.config.projections or PROJECTIONS
+            alone = placed_rows(self.files, self.heads.selected_LH, projections, 0.0)
             share = self.heads.share * weights_of(self.placed) / weights_of(alone)
         return default_learning_rate(self.config.resolved_scope, self.files.hidden_size, share)
 

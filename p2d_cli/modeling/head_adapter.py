@@ -65,7 +65,8 @@ def attach_heads(
 ) -> Any:
     """Make the selected heads, bool `[L, H]`, trainable, and nothing else; the model's modules are replaced in place.
 
-    With `channels`, this share of the channels of the MLPs from the lowest selected head on is trained beside them.
+    With `channels`, this share of the channels of the MLPs from the lowest selected head's layer on is trained beside
+    them, or without projections alone.
 
     A head's `q` rows and `o` columns are its own, those of a gate beside its query among them. Its `k` and `v` rows are
     its group's: training them changes every head of the group, also in later layers that take them over. Where a layer
@@ -80,7 +81,8 @@ def attach_heads(
         ModelError: the attention, or with `channels` an MLP, is of an unsupported kind.
         ArtifactError: the heads are of a model of another shape.
     """
-    _check_projections(projections)
+    if projections or not channels:
+        _check_projections(projections)
     placed = model_layout(model).placements(selected_LH, projections)
     if channels:
         placed |= channel_placements(model, channels, lowest_layer(selected_LH))

@@ -184,6 +184,47 @@ def test_looks_are_taken_before_the_first_update_and_behind_the_last_and_are_pla
     )
 
 
+# --- channels beside heads
+
+
+@pytest.mark.parametrize("projections", ["q,k,v,o", "none"])
+def test_channels_are_planned_trained_told_and_exported(p2d, words, tmp_path, few, projections):
+    line = words("heads", "x", "--channels", 0.1, "--projections", projections)
+    [noted] = [note for note in p2d(*line, "--dry-run", "--json").json["plan"]["notes"] if "parameters" in note]
+    done = p2d(*line, "--json")
+    assert done.code == 0, done.said
+    summary = manifest_of(tmp_path / "x")["summary"]
+    assert noted == f"6 updates of {summary['trained_parameters']:,} parameters"
+    assert summary["channels"] == 0.1
+    names = {name.split(".")[-4] for name in weights(tmp_path / "x")}
+    assert names == ({"mlp"} if projections == "none" else {"mlp", "self_attn"})
+    assert p2d("export", tmp_path / "x", "--out", tmp_path / "merged").code == 0
+    model, rows = evaluated(words, few)
+    assert p2d("eval", "--adapter", tmp_path / "x", *model, *rows, "--out", tmp_path / "a").code == 0
+    assert p2d("eval", "--model", tmp_path / "merged", *rows, "--out", tmp_path / "m").code == 0
+    losses = [metrics_of(tmp_path / name)["perplexity"]["value"] for name in ("a", "m")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def evaluated(words, few):
+    """The model and the rows of an evaluation."""
+    line = list(words("full", "x"))
+    return ("--model", line[line.index("--model") + 1]), ("--data", few["target"], "--metric", "perplexity")
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_channels_are_of_heads_alone(p2d, words, tmp_path):
+    """Other scopes have none, and their key says so."""
+    assert p2d(*words("full", "x")).code == 0
+    assert p2d(*words("full", "x", "--channels", 0.1, "--json")).json["status"] == "up-to-date"
+    done = p2d(*words("heads", "y", "--projections", "none"))
+    assert done.code == 2
+    assert "or train --channels alone" in done.said
+
+
 # --- what a user is told
 
 

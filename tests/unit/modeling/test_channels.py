@@ -81,6 +81,13 @@ def test_at_least_one_channel_is_trained_and_no_lower_layer(tiny_model):
     assert len(channel_placements(model, 1.0, 0)) == 3 * len(decoder_blocks(model))
 
 
+def test_channels_can_be_trained_alone(tiny_model):
+    model = attach_heads(tiny_model("llama-gqa"), SELECTED, (), 0.5)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 3
+    assert all(".layers.1.mlp." in name for name in trained)
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "mimo_v2_flash"])
 def test_experts_are_refused_by_name(tiny_model, family):
     with pytest.raises(ModelError, match=f"--channels: layer 1 of {family} has experts"):
