@@ -209,7 +209,14 @@ def test_channels_are_planned_trained_told_and_exported(p2d, words, tmp_path, fe
 def evaluated(words, few):
     """The model and the rows of an evaluation."""
     line = list(words("full", "x"))
-    return ("--model", line[line.index("--model") + 1]), ("--data", few["target"], "--metric", "perplexity")
+    return ("--model", line[line.index("--model") + 1]), (
+        "--data",
+        few["target"],
+        "--metric",
+        "perplexity",
+        "--dtype",
+        "float32",
+    )
 
 
 def metrics_of(folder):
