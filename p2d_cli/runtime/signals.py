@@ -40,8 +40,8 @@ COURTESY_SECONDS = 300.0
 """How long the first Ctrl-C waits inside `courteous`; whoever does not want to wait sends another one."""
 CLEANUP_SECONDS = 2.0
 """How long what an `Interruption` ends may take to do so; longer means that it was caught where nothing should be."""
-SAME_SIGNAL_SECONDS = 1.0
-"""Launchers and terminals pass one signal on twice; a second one after this time means what it says."""
+SAME_SIGNAL_SECONDS = 0.15
+"""Launchers and terminals pass one signal on twice within milliseconds; a person cannot press Ctrl-C that fast."""
 
 
 KEPT = "what was finished is kept, run the same command again to go on"

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -88,6 +89,18 @@ def test_the_second_ctrl_c_does_not_wait(size, monkeypatch):
     assert done == ["once"]
 
 
+def test_a_quick_second_ctrl_c_does_not_wait_either():
+    """Within a fifth of a second, as an impatient person presses it."""
+    done = []
+    with interrupted(by=signal.SIGINT), courteous(lambda: None), deferred():
+        send(signal.SIGINT)
+        done.append("once")
+        time.sleep(0.2)
+        send(signal.SIGINT)
+        done.append("twice")
+    assert done == ["once"]
+
+
 def test_courtesy_without_a_batch_has_nothing_to_wait_for():
     done = []
     with interrupted(by=signal.SIGINT), courteous(lambda: None):
@@ -134,7 +147,7 @@ def test_how_long_a_signal_may_wait():
         with courteous(lambda: told.append("told")):
             signals._await(signal.SIGINT, 10.0, came, deadlines)
             assert deadlines == {signal.SIGINT: 10.0 + signals.COURTESY_SECONDS}
-            signals._await(signal.SIGINT, 10.5, came, deadlines)  # the same one, passed on
+            signals._await(signal.SIGINT, 10.1, came, deadlines)  # the same one, passed on
             assert deadlines == {signal.SIGINT: 10.0 + signals.COURTESY_SECONDS}
             signals._await(signal.SIGINT, 20.0, came, deadlines)
             assert deadlines == {signal.SIGINT: 21.5}
