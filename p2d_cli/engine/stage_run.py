@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -24,6 +25,7 @@ from p2d_cli.artifacts.store import (
     find_current,
     unfinished_folder,
 )
+from p2d_cli.artifacts.unfinished import Origin
 from p2d_cli.config import ConfigT, Resolved, RowOptions, StageConfig
 from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import PromptTemplate
@@ -61,7 +63,7 @@ class RunOptions:
     """How to run, as opposed to what."""
 
     force: bool = False
-    """Redo the stage even if its artifact is current, and replace what is there."""
+    """Redo the stage even if its artifact is current, and replace what is there; an interrupted redo goes on."""
     replace_stale: bool = False
     """Replace an artifact whose inputs or settings changed; a recipe owns its folder and does so."""
     dry_run: bool = False
@@ -245,10 +247,12 @@ class StageRun(Generic[ConfigT]):
             raise RuntimeError("a stage has a key once all of its inputs are known")
         return self._key
 
-    @property
+    @cached_property
     def _scratch(self) -> Path:
         if self._unfinished is None:
             raise RuntimeError("a stage keeps unfinished work while it computes, not before")
+        if self.is_main:
+            Origin(self._identity, forced=self.options.force).save(self._unfinished)
         return self._unfinished
 
     def complete(
@@ -328,16 +332,30 @@ class StageRun(Generic[ConfigT]):
         self.require_attention()
         if self.options.dry_run:
             return _Decision(self._result("would-run", plan=self._plan(plan)))
-        self._draft = held.enter_context(draft(self.config.out, self.kind, self.key, resume=not self.options.force))
+        goes_on = self._goes_on()
+        self._draft = held.enter_context(draft(self.config.out, self.kind, self.key, resume=goes_on))
+        if goes_on and self.options.force:
+            folder = self._draft.unfinished
+            self.progress.note(f"--force: going on with an interrupted redo; remove {folder} to begin anew")
         # Another process may have put an artifact there while this one waited for its turn.
         if (current := self._current()) is not None:
             return _Decision(self._result("up-to-date", current))
         self._ensure_room()
         return _Decision(None, self._draft.folder, self._draft.unfinished, self.num_embeddings)
 
+    def _goes_on(self) -> bool:
+        """Say whether to go on from unfinished work of this key; with `--force`, only from what `--force` began."""
+        return not self.options.force or self._is_half_redone()
+
+    def _is_half_redone(self) -> bool:
+        return Origin.load(unfinished_folder(self.config.out, self.key)).forced
+
     def _current(self) -> Manifest | None:
-        """Return the manifest of the artifact that is there, if it is what would be made."""
-        if self.options.force:
+        """Return the manifest of the artifact that is there, if it is what would be made.
+
+        A recipe that was interrupted in a redo goes on with it, with or without `--force`.
+        """
+        if self.options.force or (self.options.replace_stale and self._is_half_redone()):
             return None
         return find_current(
             self.config.out, self.kind, self.key, is_same=lambda other: recorded_identity(other) == self._identity
@@ -354,7 +372,8 @@ class StageRun(Generic[ConfigT]):
 
     def _plan(self, plan: Planning | None) -> StagePlan | None:
         try:
-            return plan(unfinished_folder(self.config.out, self.key)) if plan is not None else None
+            resumed = unfinished_folder(self.config.out, self.key) if self._goes_on() else None
+            return plan(resumed) if plan is not None else None
         except UnavailableError as missing:
             # What a data set is can be known before its rows are here.
             self.progress.note(f"no plan: {missing.message}")

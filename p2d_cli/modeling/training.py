@@ -189,7 +189,7 @@ def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
         raise ArtifactError(
             f"a file of the checkpoint {resume.folder if resume else ''} holds more than tensors, and could run code; "
             f"nothing was run: {first_line(problem)}",
-            hint="start anew with --force, and find out who wrote there",
+            hint="find out who wrote there" + (f"; to start anew, remove {resume.folder.parent}" if resume else ""),
         ) from problem
 
 

@@ -132,6 +132,31 @@ def test_force_starts_anew(p2d, words, tmp_path, monkeypatch):
     assert "going on" not in p2d(*words("heads", "disturbed", "--force")).said
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["nothing-there", "redone"])
+def test_an_interrupted_redo_goes_on(p2d, words, there, tmp_path, monkeypatch):
+    """As the message promises: --force discards what an ordinary run left, and not what --force itself left."""
+    assert p2d(*words("heads", "undisturbed")).code == 0
+    if there:
+        assert p2d(*words("heads", "x")).code == 0
+    forced = words("heads", "x", "--force")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert p2d(*forced).code == 130
+    assert p2d(*forced, "--dry-run", "--json").json["plan"]["resume"] == ["train: from update 2"]
+    done = p2d(*forced)
+    assert "going on from checkpoint-2" in done.said
+    assert same(tmp_path / "undisturbed", tmp_path / "x")
+    assert "going on" not in p2d(*forced).said
+
+
+def test_a_forced_dry_run_resumes_no_ordinary_run(p2d, words, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert p2d(*words("heads", "x")).code == 130
+    plan = p2d(*words("heads", "x", "--dry-run", "--force", "--json")).json["plan"]
+    assert plan["resume"] == []
+
+
 def test_the_best_weights_on_held_out_rows_are_kept(p2d, words, few, tmp_path):
     """A learning rate that is far too high gets worse and worse; the first look is the best, and training stops."""
     held_out = ("--eval-data", few["test"], "--eval-steps", 1, "--patience", 2)

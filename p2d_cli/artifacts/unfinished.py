@@ -1,0 +1,42 @@
+"""What an interrupted run leaves beside its output, for the same command to go on from.
+
+The folder `.OUT.unfinished-<key>` holds journals of finished batches (`*.jsonl`), sealed checkpoints of a training
+(`checkpoints/micro-batch-*/checkpoint-*`), the learning rates that were tried (`rate-probe/rates.json`), and
+`origin.json`, which says what work it is of.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ORIGIN_NAME = "origin.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose work is unfinished."""
+
+    identity: dict[str, Any]
+    """Settings and inputs, as in a manifest; empty where an older p2d left none."""
+    forced: bool
+    """Whether `--force` began it, so that the same command with `--force` goes on from it."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Origin:
+        """Return what a folder of unfinished work says of itself."""
+        try:
+            found = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
+            return cls(dict(found["identity"]), bool(found["forced"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls({}, forced=False)
+
+    def save(self, folder: Path) -> None:
+        """Record it in a folder, which is made, unless one that began the work did."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / ORIGIN_NAME).exists():
+            aside = folder / f"{ORIGIN_NAME}.new"
+            aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            aside.replace(folder / ORIGIN_NAME)
