@@ -8,11 +8,16 @@ The folder `.OUT.unfinished-<key>` holds journals of finished batches (`*.jsonl`
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from p2d_cli.artifacts.checkpoints import SEAL_NAME, updates_of
+
 ORIGIN_NAME = "origin.json"
+RATES_FOLDER, RATES_NAME = "rate-probe", "rates.json"
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,20 @@ class Origin:
             aside = folder / f"{ORIGIN_NAME}.new"
             aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
             aside.replace(folder / ORIGIN_NAME)
+
+
+def progress_in(folder: Path) -> str:
+    """Return what a run would go on from, such as `12 updates`; empty if there is nothing."""
+    sealed = folder.glob(f"checkpoints/micro-batch-*/checkpoint-*/{SEAL_NAME}")
+    if updates := max((updates_of(path.parent) for path in sealed), default=0):
+        return f"{updates} update{'s' * (updates > 1)}"
+    if any(map(_holds_batches, folder.glob("*.jsonl"))):
+        return "finished batches"
+    return "tried rates" if (folder / RATES_FOLDER / RATES_NAME).exists() else ""
+
+
+def _holds_batches(journal: Path) -> bool:
+    """Say whether a journal has a line below the one that says what it is of."""
+    with suppress(OSError), journal.open("rb") as lines:
+        return sum(line.endswith(b"\n") for line in islice(lines, 2)) == 2
+    return False

@@ -62,12 +62,12 @@ CHANGED_ROWS = 5
 """How many `compare` shows unless asked for more."""
 
 
-def guarded(command: Callable[Parameters, None], *, promise: str = signals.KEPT) -> Callable[Parameters, None]:
+def guarded(command: Callable[Parameters, None], *, promise: str = signals.UNBEGUN) -> Callable[Parameters, None]:
     """Catch every error once, at the command boundary, and end with the documented exit code.
 
     Args:
         command: the command.
-        promise: what is said of its work when a signal ends it; see `signals.promising`.
+        promise: what is said when a signal ends it, unless its work says something else; see `signals.promising`.
     """
 
     @wraps(command)
@@ -81,7 +81,7 @@ def guarded(command: Callable[Parameters, None], *, promise: str = signals.KEPT)
         except signals.Interruption as interruption:
             _stop(interruption)
         except KeyboardInterrupt:
-            _stop(signals.Interruption(signal.SIGINT))
+            _stop(signals.Interruption(signal.SIGINT, signals.AGAIN))
         except BrokenPipeError:
             abandon_unwritable_streams()
             raise typer.Exit(0) from None

@@ -429,7 +429,7 @@ class ModelReader(Reader):
                 journal.add(place, entry.arrays, seconds=max(fresh) / len(fresh), tokens=entry.tokens)
             self.tokens += entry.tokens
         if distributed.world_size() > 1 and (name := next((stopped for _, stopped in told if stopped), None)):
-            distributed.stop_together(name)
+            distributed.stop_together(name, self.job.kept)
         return [found[place] for place in places]
 
     def _compute(self, one: Pass, batch: list[int], place: str) -> Entry:

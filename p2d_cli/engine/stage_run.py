@@ -25,7 +25,7 @@ from p2d_cli.artifacts.store import (
     find_current,
     unfinished_folder,
 )
-from p2d_cli.artifacts.unfinished import Origin
+from p2d_cli.artifacts.unfinished import Origin, progress_in
 from p2d_cli.config import ConfigT, Resolved, RowOptions, StageConfig
 from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import PromptTemplate
@@ -74,9 +74,17 @@ class RunOptions:
     """What such timings found, so that the stages of a recipe share them."""
     planned: dict[str, StageConfig] = field(default_factory=dict)
     """In a dry run of a recipe: settings of the stages whose artifacts are still to be made, by their folder."""
+    nothing_kept: Callable[[], str] = lambda: signals.BEGINS_ANEW
+    """What to say of an interruption where nothing of the stage is kept; a recipe has finished stages."""
     progress: Progress = field(default_factory=SilentProgress)
     rank_logs: bool = False
     """Whether ranks other than the first, which show nothing, write a log beside the output."""
+
+    @property
+    def go_on(self) -> str:
+        """What to do to go on after an interruption: a recipe with `--force` would redo its finished stages as well."""
+        is_forced_recipe = self.force and self.replace_stale
+        return "run the same command without --force to go on" if is_forced_recipe else signals.GO_ON
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ class StageRun(Generic[ConfigT]):
         self._unfinished: Path | None = None
         self._identity: dict[str, Any] = {}
         self._key: str | None = None
-        self.promise: Callable[[], str] = lambda: signals.KEPT
+        self.promise: Callable[[], str] = self._kept
         """What is said of the work when a signal ends it before the artifact is there; see `signals.promising`."""
         self._is_committed = False
         self._until_committed = ExitStack()
@@ -171,6 +179,18 @@ class StageRun(Generic[ConfigT]):
     def is_main(self) -> bool:
         """Whether this process writes the artifact; the other ranks only share the work."""
         return distributed.is_main_process()
+
+    @property
+    def kept(self) -> str:
+        """What to say of an interruption behind finished work."""
+        return f"what was finished is kept, {self.options.go_on}"
+
+    def _promise(self) -> str:
+        return signals.COMPLETE if self._is_committed else self.promise()
+
+    def _kept(self) -> str:
+        has_progress = self._unfinished is not None and progress_in(self._unfinished)
+        return self.kept if has_progress else self.options.nothing_kept()
 
     def use_device(self, device: str) -> None:
         """Synchronise with `device` when a phase begins or ends."""
@@ -289,7 +309,7 @@ class StageRun(Generic[ConfigT]):
             self._unfinished = decision.unfinished
             forget_peak_memory()
             with ExitStack() as self._until_committed:
-                self.until_committed(signals.promising(lambda: signals.KEPT if self._is_committed else self.promise()))
+                self.until_committed(signals.promising(self._promise))
                 manifest = self._do(compute, decision.folder, alone=alone)
                 self._is_committed = True
         return self._result("done", manifest)

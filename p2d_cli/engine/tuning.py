@@ -388,8 +388,8 @@ class Tuning:
 
     def _promise(self) -> str:
         if not self._kept:
-            return "no update is kept yet, the same command begins anew"
-        return f"update {self._kept} is the last that is kept, run the same command again to go on there"
+            return "no update is kept yet, the same command begins the training anew"
+        return f"update {self._kept} is the last that is kept, {self._job.options.go_on} there"
 
     def _notice(self) -> None:
         self._job.progress.note("finishing what has begun, to keep it; Ctrl-C again does not wait for it")
@@ -477,6 +477,7 @@ class Tuning:
                     on_look=figures.look,
                     on_checkpoint=seal,
                     tell=job.progress.note,
+                    go_on=job.options.go_on,
                     should_stop=lambda: next(filter(None, distributed.exchange(signals.stop_requested())), None),
                     after_loading=freeze_placing if self.config.resolved_scope == "heads" else lambda _: None,
                 ),

@@ -56,6 +56,8 @@ class TrainingHooks:
     should_stop: Callable[[], str | None] = lambda: None
     """Asked after each update whether to stop there, with a checkpoint to go on from: returns the name of the signal
     that wants it, the same one on all ranks."""
+    go_on: str = "run the same command again to go on"
+    """What a user is told to do behind such a stop."""
     tell: Callable[[str], None] = lambda _: None
     """Told what the user should know beforehand."""
     after_loading: Callable[[Any], None] = lambda _: None
@@ -272,7 +274,7 @@ class CompletionTrainer(Trainer):
         if self._saved_at != done:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        raise _stopped(name, f"after update {done} of {updates}, which is kept; run the same command again to go on")
+        raise _stopped(name, f"after update {done} of {updates}, which is kept; {self.hooks.go_on}")
 
     def _stop_before_the_first_update(self) -> None:
         """Stop if asked to while there is nothing to keep yet: in the look at held-out rows that comes first."""

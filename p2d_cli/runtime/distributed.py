@@ -168,9 +168,7 @@ def raise_together(problem: P2DError | None) -> None:
     _raise_first(exchange(problem))
 
 
-def stop_together(
-    name: str | None, promise: str = "what was finished is kept, run the same command again to go on"
-) -> None:
+def stop_together(name: str | None, promise: str) -> None:
     """End all ranks at the same place, if one of them was asked to stop.
 
     Args:

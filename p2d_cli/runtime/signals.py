@@ -44,9 +44,13 @@ SAME_SIGNAL_SECONDS = 0.15
 """Launchers and terminals pass one signal on twice within milliseconds; a person cannot press Ctrl-C that fast."""
 
 
-KEPT = "what was finished is kept, run the same command again to go on"
+AGAIN = "run the same command again"
+GO_ON = f"{AGAIN} to go on"
+UNBEGUN = f"nothing was begun yet, {AGAIN}"
+"""What to promise before it is known whether an earlier run has left something to go on from."""
 BEGINS_ANEW = "the same command begins anew"
-"""What to promise of work of which nothing is kept before it is done."""
+"""What to promise of work of which nothing is kept."""
+COMPLETE = "the artifact is complete"
 
 
 class Interruption(BaseException):
@@ -57,7 +61,7 @@ class Interruption(BaseException):
         promise: what the same command does next time.
     """
 
-    def __init__(self, number: int, promise: str = KEPT) -> None:
+    def __init__(self, number: int, promise: str = UNBEGUN) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.promise = promise
@@ -152,7 +156,7 @@ def stop_requested() -> str | None:
 
 @contextmanager
 def promising(promise: Callable[[], str]) -> Iterator[None]:
-    """Let a signal that ends the work in this block say what the same command does next time; by default `KEPT`.
+    """Let a signal that ends the work in this block say what is kept; by default `UNBEGUN`.
 
     Args:
         promise: returns it, in words that follow a semicolon.
@@ -254,7 +258,7 @@ def _interrupt(state: _State, number: int) -> NoReturn:
 
 def _promise(state: _State) -> str:
     promises = [*state.promises]  # which the main thread may leave while another one asks
-    return promises[-1]() if promises else KEPT
+    return promises[-1]() if promises else UNBEGUN
 
 
 def _may_wait(number: int) -> bool:

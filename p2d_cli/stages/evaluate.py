@@ -27,7 +27,6 @@ from p2d_cli.errors import DataError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.suitability import Needs, require
 from p2d_cli.modeling.token_ids import checked_ids
-from p2d_cli.runtime import signals
 from p2d_cli.stages.adapters import open_adapter
 from p2d_cli.stages.measuring import Measured, Measuring, require_references
 
@@ -170,9 +169,7 @@ def _run_tasks(job: StageRun[EvalConfig], reader: ModelReader) -> Measured:
     from p2d_cli.modeling.harness import harness_version, run_tasks
 
     config = job.config
-    # lm-eval hands over its figures when all is done.
-    anew = signals.promising(lambda: signals.BEGINS_ANEW)
-    with anew, checked_ids(reader.model, reader.known_ids, "a row of lm-eval"):
+    with checked_ids(reader.model, reader.known_ids, "a row of lm-eval"):
         found = run_tasks(
             reader.model,
             reader.tokenizer,

@@ -15,7 +15,6 @@ from p2d_cli.engine.stage_run import Outcome, RunOptions, StageResult, StageRun
 from p2d_cli.errors import ArtifactError, DataError, UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles, stored_precision
 from p2d_cli.modeling.suitability import Needs, require
-from p2d_cli.runtime import signals
 from p2d_cli.stages.adapters import ADAPTER_FILES, has_new_tokens, open_adapter, refuse_unusable
 
 NEEDS = Needs(plain="p2d export")
@@ -24,7 +23,6 @@ NEEDS = Needs(plain="p2d export")
 def run(resolved: Resolved[ExportConfig], options: RunOptions | None = None) -> StageResult:
     """Write the merged model, with tokenizer, chat template and generation config."""
     job = StageRun("export", resolved, options or RunOptions())
-    job.promise = lambda: signals.BEGINS_ANEW
     config = job.config
     adapter = Path(config.adapter).expanduser()
     recover(adapter)

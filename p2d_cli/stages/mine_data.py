@@ -34,7 +34,6 @@ from p2d_cli.errors import NOT_FINITE_HINT, DataError, NonFiniteError, UsageErro
 from p2d_cli.methods.row_method import PoolTask, RowScores
 from p2d_cli.methods.words import shortlist
 from p2d_cli.modeling.model_files import require_tokenizer
-from p2d_cli.runtime import signals
 from p2d_cli.stages.choosing import choose, scored_before
 from p2d_cli.stages.mining_inputs import MiningInputs, open_inputs
 
@@ -116,8 +115,6 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
     reader = ModelReader(job, inputs.model)
     if is_read:
         reader.import_libraries()
-    else:
-        job.promise = lambda: signals.BEGINS_ANEW
     with job.timer.phase("prepare"):
         target = job.inputs.read(inputs.target).records if inputs.target is not None else ()
         asks_for_numbers = config.answer_weight == "generate" and config.answer_metric == "number_match"

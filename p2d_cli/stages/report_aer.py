@@ -26,7 +26,6 @@ from p2d_cli.errors import ArtifactError, DataError, first_line
 from p2d_cli.recipes.recipe import read_recipe_text
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.reporting.table import share_text
-from p2d_cli.runtime import signals
 
 SHARES = ("head_share", "row_share")
 """Settings of a training that its run is named after where they differ."""
@@ -35,7 +34,6 @@ SHARES = ("head_share", "row_share")
 def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) -> StageResult:
     """Compare evaluations with a reference and write a report artifact."""
     job = StageRun("report-aer", resolved, options or RunOptions())
-    job.promise = lambda: signals.BEGINS_ANEW
     config = job.config
     _open_run(job, "reference", config.reference)
     # The reference is compared with itself too, so that its row stands in the table.

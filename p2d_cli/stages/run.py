@@ -20,6 +20,7 @@ from p2d_cli.pipeline import stage_named
 from p2d_cli.recipes.grid import Point, Points, sized
 from p2d_cli.recipes.recipe import ALL_HEADS, Recipe
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
+from p2d_cli.runtime import signals
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ class RecipeRun:
         self.points = Points(recipe, self._overrides)
         self._planned: dict[str, StageConfig] = {}
         """Settings of the stages that this dry run has only planned, by their folder."""
-        self._options = replace(options, replace_stale=True, planned=self._planned)
+        self._options = replace(
+            options,
+            replace_stale=True,
+            planned=self._planned,
+            nothing_kept=lambda: self._promise(signals.BEGINS_ANEW),
+        )
         self._on_stage = on_stage
         self._source = source
         self._done: dict[Path, StageResult] = {}
@@ -71,6 +77,15 @@ class RecipeRun:
         Raises:
             P2DError: from the stage that failed.
         """
+        with signals.promising(lambda: self._promise(signals.UNBEGUN)):
+            return self._run()
+
+    def _promise(self, otherwise: str) -> str:
+        """Return what to say of an interruption where the stage that is being done has nothing to go on from."""
+        is_begun = any(result.status in {"done", "up-to-date"} for result in [*self._done.values()])
+        return f"finished stages are kept, {self._options.go_on}" if is_begun else otherwise
+
+    def _run(self) -> RunResult:
         reference = self.points.reference()
         points = [point for point in self.points.all if point != reference]
         # A grid with sizes that its own settings rule out is refused before anything is computed.

@@ -39,7 +39,6 @@ from p2d_cli.errors import NOT_FINITE_HINT, NonFiniteError, UsageError
 from p2d_cli.methods.head_method import HeadMethod, HeadTask, RepeatScores
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.registry import HEAD_METHODS
-from p2d_cli.runtime import signals
 from p2d_cli.runtime.seeding import derive_seed, generator, seed_everything
 
 PICTURE_NAME = "heads.png"
@@ -149,8 +148,6 @@ def _plan(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, unfinished: Path | N
 
 def _compute(job: StageRun[ScoreHeadsConfig], inputs: _Inputs, folder: Path) -> Outcome:
     config, method = job.config, inputs.method
-    if not inputs.reads_rows:
-        job.promise = lambda: signals.BEGINS_ANEW
     reader = ModelReader(job, inputs.model)
     shape, repeats_RLH, found, target = _score(job, inputs, reader)
     # As they are saved, so that whoever selects by saved scores has the same ties.

@@ -67,9 +67,9 @@ def test_a_process_alone_agrees_with_itself(environment):
     assert distributed.exchange_results(lambda: 3) == [3]
     assert distributed.from_main(lambda: 4) == 4
     distributed.raise_together(None)
-    distributed.stop_together(None)
-    with pytest.raises(StoppedEarlyError, match="stopped by SIGTERM; what was finished is kept"):
-        distributed.stop_together("SIGTERM")
+    distributed.stop_together(None, "all is kept")
+    with pytest.raises(StoppedEarlyError, match="stopped by SIGTERM; all is kept"):
+        distributed.stop_together("SIGTERM", "all is kept")
     problem = NonFiniteError("x")
     with pytest.raises(NonFiniteError) as raised:
         distributed.raise_together(problem)

@@ -135,7 +135,7 @@ def test_an_interruption_promises_what_was_kept_where_it_came():
     assert ended.value.message == "stopped by SIGTERM; update 3 is kept"
     with listening(), pytest.raises(Interruption) as ended:
         send(signal.SIGINT)
-    assert ended.value.message == f"interrupted; {signals.KEPT}"
+    assert ended.value.message == f"interrupted; {signals.UNBEGUN}"
 
 
 def test_how_long_a_signal_may_wait():

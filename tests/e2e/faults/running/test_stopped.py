@@ -12,8 +12,8 @@ from p2d_cli.runtime import signals
 
 from .conftest import SLOW, WORK, at_forward, leftovers, named, quickly, results, send  # noqa: TID252 - tests are no package
 
-GO_ON = "run the same command again to go on"
-ANEW = "the same command begins anew"
+GO_ON, ANEW = signals.GO_ON, signals.BEGINS_ANEW
+NO_UPDATE = "no update is kept yet, the same command begins the training anew"
 QUEUE = {work: (signal.SIGTERM, signal.SIGUSR1)[number % 2] for number, work in enumerate(WORK)}
 """The signals take turns."""
 
@@ -104,7 +104,7 @@ def test_a_second_ctrl_c_does_not_wait_and_says_what_is_kept(p2d, words, undistu
         patch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.0)
         in_update(patch, 4, twice)
         done = p2d(*words(work, tmp_path / "out", *saves), "--json")
-    promise = f"update 3 is the last that is kept, {GO_ON} there" if saves else f"no update is kept yet, {ANEW}"
+    promise = f"update 3 is the last that is kept, {GO_ON} there" if saves else NO_UPDATE
     assert done.code == done.json["exit_code"] == 130
     assert done.json["message"] == f"interrupted; {promise}"
     again = p2d(*words(work, tmp_path / "out", *saves))
@@ -162,7 +162,7 @@ def test_an_artifact_that_is_being_written_is_completed(p2d, words, work, number
         patch.setattr(Draft, "describe_outputs", described)
         done = p2d(*words(work, tmp_path / "out"))
     assert done.code == (130 if number == signal.SIGINT else 75)
-    assert says_one_line(done)
+    assert says_one_line(done, signals.COMPLETE)
     assert not leftovers(tmp_path / "out")
     again = p2d(*words(work, tmp_path / "out"))
     assert again.code == 0
@@ -175,7 +175,7 @@ def test_a_stop_in_the_last_update_loses_nothing(p2d, words, undisturbed, tmp_pa
     with at_forward(6, send(number)):
         done = p2d(*words(("train", "lora"), tmp_path / "out"))
     assert done.code == code
-    assert says_one_line(done, signals.KEPT)
+    assert says_one_line(done, signals.COMPLETE)
     assert results(tmp_path / "out") == results(expected), "there was nothing left to do but to write it"
 
 
@@ -193,26 +193,31 @@ def test_while_loading(p2d, words, number, code, tmp_path, monkeypatch):
         patch.setattr(AutoTokenizer, "from_pretrained", loaded)
         done = p2d(*words(("train", "heads"), tmp_path / "out"), "--json")
     assert done.code == code
-    assert says_one_line(done)
+    assert says_one_line(done, ANEW)
     assert done.json["exit_code"] == code
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("work", [("score-heads", "pad"), ("eval", "answers")], ids=named)
-def test_ctrl_c_does_not_wait_for_the_batch(p2d, words, undisturbed, work, tmp_path):
+@pytest.mark.parametrize(
+    ("work", "promise"),
+    [(("score-heads", "pad"), promise_of(("score-heads", "pad"))), (("eval", "answers"), ANEW)],
+    ids=["pad", "answers"],
+)
+def test_ctrl_c_does_not_wait_for_the_batch(p2d, words, undisturbed, work, promise, tmp_path):
     expected = undisturbed(p2d, words, work)
     reached = []
     with at_forward(2, send(signal.SIGINT)), at_forward(3, reached.append):
         done = p2d(*words(work, tmp_path / "out"))
     assert done.code == 130
-    assert says_one_line(done, promise_of(work))
+    assert says_one_line(done, promise)
     assert not reached
     assert p2d(*words(work, tmp_path / "out")).code == 0
     assert results(tmp_path / "out") == results(expected)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
-def test_a_recipe_stops_as_a_whole_and_goes_on(p2d, tiny_folder, small, tmp_path, number, code):
+@pytest.fixture
+def recipe(tiny_folder, small, tmp_path):
+    """Return the command of a small recipe."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"""\
@@ -235,7 +240,12 @@ heads = ["random"]
 data = ["random"]
 """
     )
-    line = ("run", recipe, "--out", tmp_path / "out")
+    return "run", recipe, "--out", tmp_path / "out"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["queue", "ctrl-c"])
+def test_a_recipe_stops_as_a_whole_and_goes_on(p2d, recipe, tmp_path, number, code):
+    line = recipe
     with at_forward(3, send(number)):
         done = p2d(*line)
     assert done.code == code
@@ -245,6 +255,32 @@ data = ["random"]
     assert again.code == 0
     assert "up-to-date" in {stage["status"] for stage in again.json["stages"]}
     assert (tmp_path / "out" / "report" / "aer.json").exists()
+
+
+def test_a_recipe_that_is_redone_goes_on_without_force(p2d, recipe, monkeypatch):
+    """With it, finished stages would be redone. An artifact that was there does not stand for a half-redone one."""
+    assert p2d(*recipe).code == 0
+    on = "run the same command without --force to go on"
+    with monkeypatch.context() as patch:
+        in_update(patch, 2, send(signal.SIGINT))
+        done = p2d(*recipe, "--force")
+    assert done.code == 130
+    assert f"interrupted after update 2 of 4, which is kept; {on}" in done.err, done.err
+    with monkeypatch.context() as patch:
+        patch.setattr("p2d_cli.stages.report_aer._compute", send(signal.SIGINT))
+        done = p2d(*recipe)
+    assert "going on from checkpoint-2" in done.said
+    assert done.err.rstrip().endswith(f"interrupted; finished stages are kept, {GO_ON}"), done.err
+
+
+def test_what_is_promised_depends_on_what_is_kept(p2d, words, tmp_path):
+    """Nothing before the first batch is finished; once one is kept, that, also if the next run finishes no other."""
+    line = words(("mine-data", "loss"), tmp_path / "out")
+    for forward, promise in ((1, ANEW), (2, GO_ON), (1, GO_ON)):
+        with at_forward(forward, send(signal.SIGINT)):
+            done = p2d(*line)
+        assert done.code == 130
+        assert says_one_line(done, promise), done.err
 
 
 def test_several_processes_only_take_note(p2d, words, undisturbed, tmp_path, monkeypatch):
@@ -289,7 +325,7 @@ def start(code, *words):
     return process
 
 
-def ends_in_one_line(process, number=signal.SIGINT, promise=signals.KEPT):
+def ends_in_one_line(process, number=signal.SIGINT, promise=signals.UNBEGUN):
     process.send_signal(number)
     _, said = process.communicate()
     code, what = (130, "interrupted") if number == signal.SIGINT else (75, f"stopped by {number.name}")
@@ -320,7 +356,8 @@ def test_ctrl_c_while_importing(tiny_folder, small, tmp_path, module):
     """Whatever modules are half imported by then."""
     rows = ("--target", small["target"], "--pool", small["pool"])
     line = ("score-heads", "--model", tiny_folder, *rows, "--out", tmp_path / "out")
-    ends_in_one_line(start(WAITING_IMPORT.format(module=module), *line))
+    promise = ANEW if module in {"torch.nn", "transformers", "sklearn"} else signals.UNBEGUN
+    ends_in_one_line(start(WAITING_IMPORT.format(module=module), *line), promise=promise)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -373,4 +410,4 @@ def test_a_second_ctrl_c_ends_an_update_that_takes_for_ever(words, tmp_path, wai
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == f"interrupted; no update is kept yet, {ANEW}"
+    assert said.splitlines()[-1] == f"interrupted; {NO_UPDATE}"
