@@ -7,7 +7,8 @@ by the next reader or writer if the process dies between the two renames.
 What a dead process leaves beside `heads`, and the next one clears away:
 - `.heads.draft-*`: a draft, or an artifact that was replaced and not yet removed;
 - `.heads.old`: the artifact that was there, between the two renames;
-- `.heads.unfinished-<key>`: finished batches and checkpoints, which the next run with this key goes on from;
+- `.heads.unfinished-<key>`: finished batches and checkpoints, which the next run with this key goes on from; those
+  of other keys stay where they hold any;
 - `.heads.lock`: see `p2d_cli.artifacts.locking`.
 """
 
@@ -19,8 +20,9 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from p2d_cli.artifacts.content import check_content
@@ -36,6 +38,7 @@ from p2d_cli.artifacts.manifest import (
     read_manifest,
     verify_outputs,
 )
+from p2d_cli.artifacts.unfinished import progress_in
 from p2d_cli.errors import ArtifactError, CannotCreateError, P2DError, StoppedEarlyError, StorageError, first_line
 from p2d_cli.pipeline import ArtifactKind
 
@@ -127,15 +130,25 @@ def unfinished_folder(target: Path, key: str) -> Path:
     return _hidden(_resolved(target), f"unfinished-{key[:16]}")
 
 
+def unfinished_of_others(target: Path, key: str) -> list[Path]:
+    """Return where interrupted runs with other keys have left what their own commands would go on from."""
+    place = _resolved(target)
+    if not (place.parent.is_dir() and _can_exist(place)):
+        return []
+    found = place.parent.glob(f"{escape(unfinished_folder(place, '').name)}*")
+    return sorted(path for path in found if path != unfinished_folder(place, key) and progress_in(path))
+
+
 @contextmanager
-def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) -> Iterator[Draft]:
+def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True, discard: bool = False) -> Iterator[Draft]:
     """Open a draft of `target`; whatever is not committed is removed when the block ends.
 
     Args:
         target: the output folder.
         kind: what is about to be written there.
-        key: what the artifact is made with; unfinished work for another key is removed.
+        key: what the artifact is made with.
         resume: whether to keep unfinished work for this key.
+        discard: whether to remove unfinished work for other keys also where there is something to go on from.
 
     Raises:
         CannotCreateError: the parent folder cannot be written.
@@ -148,7 +161,8 @@ def draft(target: Path, kind: ArtifactKind, key: str, *, resume: bool = True) ->
         folder = _hidden(place, f"draft-{uuid.uuid4().hex[:8]}")
         try:
             _put_back(place)
-            _sweep(place, unfinished_folder(place, ""), keep=unfinished if resume else None)
+            others = () if discard else unfinished_of_others(place, key)
+            _sweep(place, unfinished_folder(place, ""), keep={unfinished, *others} if resume else others)
             folder.mkdir()
             # Fail on a full disk now, not after hours of work.
             probe = folder / "probe"
@@ -332,12 +346,12 @@ def _discard_aside(target: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sweep(target: Path, unfinished: Path, *, keep: Path | None = None) -> None:
+def _sweep(target: Path, unfinished: Path, *, keep: Collection[Path] = ()) -> None:
     """Remove what dead writers left; for the holder of the lock."""
     if target.exists():
         _discard_aside(target)
     for leftover in _leftovers(target, unfinished):
-        if leftover not in {keep, _hidden(target, "old")}:
+        if leftover not in keep and leftover != _hidden(target, "old"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

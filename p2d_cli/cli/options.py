@@ -40,7 +40,7 @@ class Invocation:
         bool, _flag("With --dry-run: load the model, time a few batches, and estimate the seconds.", "--time")
     ] = False
     print_config: Annotated[bool, _flag("Print every setting and where it came from.", "--print-config")] = False
-    force: Annotated[bool, _flag("Redo it, replacing the artifact that is there.", "--force", "-f")] = False
+    force: Annotated[bool, _flag("Redo it; replace what is there, unfinished work too.", "--force", "-f")] = False
     config: Annotated[Path | None, _flag("Take settings from this recipe.", "--config", "-c", metavar="FILE")] = None
     quiet: Annotated[bool, _flag("No progress on stderr.", "--quiet", "-q")] = False
     verbose: Annotated[

@@ -10,10 +10,12 @@ from pydantic import ValidationError
 from p2d_cli.artifacts.content import check_content
 from p2d_cli.artifacts.digests import digest_file, digest_files, digest_json
 from p2d_cli.artifacts.manifest import Manifest, ModelIdentity, read_manifest
+from p2d_cli.artifacts.store import unfinished_of_others
+from p2d_cli.artifacts.unfinished import Origin, progress_in
 from p2d_cli.config import FORMER_NAMES, STAGE_CONFIGS, declared
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.data.sources import hub_commit
-from p2d_cli.errors import ArtifactError
+from p2d_cli.errors import ArtifactError, CannotCreateError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.pipeline import stage_writing
 
@@ -98,3 +100,23 @@ def changes_of(out: Path, identity: dict[str, Any]) -> str:
     except ArtifactError:
         return "it is damaged"
     return "it differs in " + ", ".join(differences) if differences else "a file of it is damaged"
+
+
+def ensure_nothing_lost(out: Path, key: str, identity: dict[str, Any]) -> None:
+    """Refuse to work at `out` where an interrupted run with other settings has left something to go on from.
+
+    Raises:
+        CannotCreateError: naming what it left, and what differs.
+    """
+    for folder in unfinished_of_others(out, key):
+        raise CannotCreateError(
+            f"an interrupted run has left {progress_in(folder)} of another {out}: "
+            f"{_changes_of_unfinished(folder, identity)}",
+            hint="finish it with its own command, give another --out, or --force to discard it",
+        )
+
+
+def _changes_of_unfinished(folder: Path, identity: dict[str, Any]) -> str:
+    recorded = Origin.load(folder).identity
+    differences = identity_differences(identity, recorded) if recorded else []
+    return "it differs in " + (", ".join(differences) or "what made it, another version of p2d")

@@ -24,6 +24,7 @@ from p2d_cli.artifacts.store import (
     ensure_replaceable,
     find_current,
     unfinished_folder,
+    unfinished_of_others,
 )
 from p2d_cli.artifacts.unfinished import Origin, progress_in
 from p2d_cli.config import ConfigT, Resolved, RowOptions, StageConfig
@@ -31,7 +32,7 @@ from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import PromptTemplate
 from p2d_cli.data.records import OpenCheck
 from p2d_cli.engine.cost import StagePlan
-from p2d_cli.engine.identity import changes_of, identity_differences, recorded_identity
+from p2d_cli.engine.identity import changes_of, ensure_nothing_lost, identity_differences, recorded_identity
 from p2d_cli.engine.inputs import StageInputs
 from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles
@@ -347,16 +348,15 @@ class StageRun(Generic[ConfigT]):
             clear_leftovers(self.config.out, self.key)
             return _Decision(self._result("up-to-date", current))
         self._ensure_room()
+        self._mind_unfinished()
         self.require_device()
         self.num_embeddings = check()
         self.require_attention()
         if self.options.dry_run:
             return _Decision(self._result("would-run", plan=self._plan(plan)))
-        goes_on = self._goes_on()
-        self._draft = held.enter_context(draft(self.config.out, self.kind, self.key, resume=goes_on))
-        if goes_on and self.options.force:
-            folder = self._draft.unfinished
-            self.progress.note(f"--force: going on with an interrupted redo; remove {folder} to begin anew")
+        self._draft = held.enter_context(
+            draft(self.config.out, self.kind, self.key, resume=self._goes_on(), discard=self.options.force)
+        )
         # Another process may have put an artifact there while this one waited for its turn.
         if (current := self._current()) is not None:
             return _Decision(self._result("up-to-date", current))
@@ -389,6 +389,21 @@ class StageRun(Generic[ConfigT]):
                 raise CannotCreateError(f"--out {out} is also an input", hint="choose another --out")
         replace = self.options.force or self.options.replace_stale
         ensure_replaceable(out, self.kind, replace=replace, changes=changes_of(out, self._identity))
+
+    def _mind_unfinished(self) -> None:
+        """Refuse to discard what interrupted runs have left, or say what becomes of it.
+
+        `--force` discards it, as it does an artifact. A recipe, whose stages are redone whenever it changes, leaves it.
+        """
+        out, own = self.config.out, unfinished_folder(self.config.out, self.key)
+        if not self.options.force and not self.options.replace_stale:
+            ensure_nothing_lost(out, self.key, self._identity)
+        for folder in unfinished_of_others(out, self.key):
+            done = "is discarded" if self.options.force else f"stays in {folder} until you remove it"
+            self.progress.note(f"what an interrupted run with other settings has left, {progress_in(folder)}, {done}")
+        if self.options.force and (left := progress_in(own)):
+            goes_on = f"goes on, unless you remove {own}" if self._goes_on() else "is discarded"
+            self.progress.note(f"--force: what an interrupted run has left, {left}, {goes_on}")
 
     def _plan(self, plan: Planning | None) -> StagePlan | None:
         try:

@@ -139,8 +139,17 @@ def test_force_and_other_settings_start_anew(p2d, words, work, again, tmp_path, 
         patch.setattr(Journal, "add", add_and_stop)
         assert p2d(*words(work, "out")).code == 130
     assert len(unfinished(tmp_path)) == 1
-    resumed = p2d(*words(work, "out"), *again)
+    if again != ("--force",):
+        refused = p2d(*words(work, "out"), *again)
+        assert refused.code == 73
+        assert (
+            f"has left finished batches of another {tmp_path / 'out'}: it differs in setting {again[0][2:]}"
+            in refused.said
+        )
+        assert len(unfinished(tmp_path)) == 1
+    resumed = p2d(*words(work, "out"), *again, "--force")
     assert resumed.code == 0
+    assert "finished batches, is discarded" in resumed.said
     assert "were finished before" not in resumed.said
     assert not unfinished(tmp_path)
 

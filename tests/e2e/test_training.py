@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -411,13 +412,31 @@ def test_packing_changes_nothing_but_padding(p2d, words, few, tmp_path):
     assert manifest_of(tmp_path / "packed")["tokens"] < manifest_of(tmp_path / "padded")["tokens"]
 
 
-def test_interrupted_scratch_of_other_settings_is_removed(p2d, words, tmp_path, monkeypatch):
+def test_other_settings_do_not_discard_what_an_interrupted_run_has_finished(p2d, words, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
+        interrupt_after(patch, 2)
         assert p2d(*words("heads", "x")).code == 130
     [left] = tmp_path.glob(".*unfinished*")
-    assert p2d(*words("heads", "x", "--lr", 1e-3)).code == 0
+    other = words("heads", "x", "--lr", 1e-3, "--max-steps", 2)
+    for more in ((), ("--dry-run",)):
+        done = p2d(*other, *more)
+        assert done.code == 73
+        assert (
+            f"has left 2 updates of another {tmp_path / 'x'}: it differs in setting lr, setting max_steps" in done.said
+        )
+        assert "--force to discard it" in done.said
+        assert left.exists()
+    assert "2 updates, is discarded" in p2d(*other, "--force").said
     assert not left.exists()
+
+
+def test_what_has_kept_nothing_is_removed(p2d, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.Tuning, "_earlier", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert p2d(*words("heads", "x")).code == 130
+    assert len(list(tmp_path.glob(".*unfinished*"))) == 1
+    assert p2d(*words("heads", "x", "--lr", 1e-3)).code == 0
+    assert not list(tmp_path.glob(".*unfinished*"))
 
 
 @pytest.mark.parametrize("scope", ["heads", "lora"])

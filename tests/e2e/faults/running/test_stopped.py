@@ -273,6 +273,21 @@ def test_a_recipe_that_is_redone_goes_on_without_force(p2d, recipe, monkeypatch)
     assert done.err.rstrip().endswith(f"interrupted; finished stages are kept, {GO_ON}"), done.err
 
 
+def test_a_recipe_that_has_changed_leaves_what_was_interrupted(p2d, recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        in_update(patch, 2, send(signal.SIGINT))
+        assert p2d(*recipe).code == 130
+    [left] = tmp_path.glob("out/adapter/.*.unfinished-*")
+    before = recipe[1].read_text()
+    recipe[1].write_text(before.replace("epochs = 1", "epochs = 2"))
+    done = p2d(*recipe)
+    assert done.code == 0, done.said
+    assert f"2 updates, stays in {left} until you remove it" in done.said
+    recipe[1].write_text(before)
+    assert "going on from checkpoint-2" in p2d(*recipe).said
+    assert not left.exists()
+
+
 def test_what_is_promised_depends_on_what_is_kept(p2d, words, tmp_path):
     """Nothing before the first batch is finished; once one is kept, that, also if the next run finishes no other."""
     line = words(("mine-data", "loss"), tmp_path / "out")
