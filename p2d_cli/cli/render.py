@@ -20,6 +20,7 @@ from p2d_cli.cli.terminal import out, seconds_text
 from p2d_cli.core.geometry import ReadingHeads
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.prompts import describe_prompt
+from p2d_cli.engine.rate_probe import RateProbe, losses_of
 from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.reporting.table import number_text
@@ -248,10 +249,17 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
     return [
         f"scope {summary['scope']}: {started}{summary['updates']} updates on {summary['rows']:,} rows,"
         f" peak lr {summary['learning_rate']:g}",
+        *_rate_lines(summary),
         *_held_out_lines(summary),
         f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
         f" ({summary['trainable_share']:.2%})",
     ]
+
+
+def _rate_lines(summary: dict[str, Any]) -> list[str]:
+    """Say which rates were tried beforehand, where some were."""
+    tried = RateProbe(losses_of(summary.get("lr_probe") or {}))
+    return [f"rates tried, by held-out loss: {tried.described()}"] if tried.losses else []
 
 
 def _held_out_lines(summary: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ from p2d_cli.engine.cost import (
 )
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Steps, repeated
-from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_UPDATES
+from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_UPDATES, TOO_FEW_ROWS, lent
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.modeling.suitability import attention_sizes, linear_sizes
@@ -70,7 +70,7 @@ class TrainingCosts:
             looks = 1 + math.ceil(updates / (config.eval_steps or an_epoch))
             works.append(self._looks(held_out, batch_size, times=looks))
         if config.lr == "probe":
-            works.append(self._updates(reader, rows, trained, times=len(PROBED_FACTORS) * PROBED_UPDATES / an_epoch))
+            works += self._probe(reader, rows, held_out, trained, updates=updates)
         reader.run(works)
         if frozen:
             kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
@@ -90,6 +90,29 @@ class TrainingCosts:
         reader.disk["checkpoints"] = CHECKPOINTS_AT_ONCE * kept
         if config.eval_data is None:
             reader.notes.append(f"checkpoints only if it takes more than {config.checkpoint_minutes:g} minutes")
+
+    def _probe(
+        self,
+        reader: CountingReader,
+        rows: TokenizedRows,
+        held_out: TokenizedRows | None,
+        trained: Trained,
+        *,
+        updates: float,
+    ) -> list[Steps]:
+        """Return the updates of the rates that are tried, each with one look at held-out rows behind it."""
+        places = range(len(rows.sizes))
+        learnt, looked_at = lent(places, range(len(held_out.sizes)) if held_out else (), self._config.seed)
+        if not looked_at:
+            reader.notes.append(TOO_FEW_ROWS)
+            return []
+        batch_size = self._tuning.batch_size(len(rows.sizes))
+        tries, seen = len(PROBED_FACTORS), (held_out or rows).only(looked_at)
+        times = tries * min(PROBED_UPDATES, updates) / -(-len(learnt) // batch_size)
+        return [
+            self._updates(reader, rows.only(learnt), trained, times=times),
+            self._looks(seen, batch_size, times=tries),
+        ]
 
     def _trained(self, reader: CountingReader) -> Trained:
         config, size = self._config, reader.size

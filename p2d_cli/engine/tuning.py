@@ -16,15 +16,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from p2d_cli.artifacts.checkpoints import Checkpoint, discard_newer, newest_checkpoint, seal_checkpoint, updates_of
+from p2d_cli.artifacts.unfinished import RATES_FOLDER
 from p2d_cli.config import TrainConfig
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.core.head_layout import PROJECTIONS, Placement, weights_of
 from p2d_cli.data.prompts import EncodedExample, encoding_notes
 from p2d_cli.data.records import Record
-from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_ROWS, RateProbe, probed
+from p2d_cli.engine.rate_probe import PROBED_FACTORS, TOO_FEW_ROWS, RateProbe, lent, probed
 from p2d_cli.engine.reader import Reader
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.engine.training_defaults import batch_size_for, default_learning_rate
@@ -92,6 +91,12 @@ class TokenizedRows:
             notes=encoding_notes(examples, reader.max_length),
         )
 
+    def only(self, places: Sequence[int]) -> TokenizedRows:
+        """Return the rows at some places."""
+        chosen = ((self.records[place], self.examples[place]) for place in places)
+        records, examples = zip(*chosen, strict=True)
+        return replace(self, records=records, examples=examples)
+
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """Return the tokens of each row, and those of them that are learnt."""
@@ -151,6 +156,8 @@ class Tuning:
         self.heads = heads
         self.probe: RateProbe | None = None
         """The rates that were tried beforehand."""
+        self.warnings: list[str] = []
+        """What a user should know of the result, a sentence each."""
         self._kept = 0
         """The update behind which the newest checkpoint was written; 0 if there is none."""
         quantised = quantisation_of(files)
@@ -331,28 +338,27 @@ class Tuning:
     ) -> float:
         """Return the rate that leaves the lowest loss on held-out rows behind a few updates, and note what each left.
 
-        A training without held-out rows lends some of its own. What an interrupted run has tried is not tried again.
+        What an interrupted run has tried is not tried again.
         """
-        source = eval_rows or rows
-        most = len(eval_rows) or len(rows) // 4
-        order = np.random.default_rng(derive_seed(self.config.seed, "train", "probe")).permutation(len(source)).tolist()
-        looked_at, others = ([source[place] for place in part] for part in np.split(order, [min(PROBED_ROWS, most)]))
-        learnt = rows if eval_rows else others
+        learnt, looked_at = lent(rows, eval_rows, self.config.seed)
         if not looked_at:
-            self._job.progress.note("--lr probe: too few rows to hold any out; the default rate is taken")
+            self.warnings.append(TOO_FEW_ROWS)
             return plan.learning_rate
-        folder = self._job.scratch("rate-probe")
+        updates = self._updates(len(rows), plan)
+        folder = self._job.scratch(RATES_FOLDER)
         done = distributed.from_main(lambda: RateProbe.load(folder))
         self._job.timer.charge("probe", done.seconds)
         with self._job.timer.phase("probe"):
             for rate in (float(f"{plan.learning_rate * factor:.2g}") for factor in PROBED_FACTORS):
                 if rate not in done.losses:
                     started = time.perf_counter()
-                    tried = probed(plan, rate, len(learnt))
+                    tried = probed(plan, rate, len(learnt), updates)
                     loss, tokens = self._fitting(tried, partial(self._try, learnt, looked_at, pad_id))
                     done = done.adding(rate, loss, tokens, time.perf_counter() - started)
                     if self._job.is_main:
                         done.save(folder)
+                    if distributed.world_size() > 1:
+                        distributed.stop_together(signals.stop_requested(), self._job.kept)
         self._job.progress.note(f"--lr probe: held-out loss {done.described()}: {done.best:g} is taken")
         self.probe = done
         return done.best
@@ -366,19 +372,36 @@ class Tuning:
         plan: TrainingPlan,
     ) -> tuple[float, int]:
         """Return the loss of held-out rows behind a short training, and the tokens it read; inf if it diverged."""
+        from p2d_cli.modeling.completion_trainer import TrainingHooks
         from p2d_cli.modeling.training import train
 
-        scratch = self._job.scratch("rate-probe")
-        try:
-            record = train(model, rows, plan, pad_id=pad_id, scratch=scratch, eval_rows=held_out, ranks=self._ranks())
-        except NonFiniteError:
-            return math.inf, 0
+        scratch, label = self._job.scratch(RATES_FOLDER), f"try rate {plan.learning_rate:g}"
+        with self._job.progress.task(label, self._updates(len(rows), plan)) as advance:
+            figures = _Figures(advance)
+            try:
+                record = train(
+                    model,
+                    rows,
+                    plan,
+                    pad_id=pad_id,
+                    scratch=scratch,
+                    eval_rows=held_out,
+                    ranks=self._ranks(),
+                    hooks=TrainingHooks(on_step=figures.update, on_look=figures.look),
+                )
+            except NonFiniteError:
+                return math.inf, 0
         loss = record.log[-1]["eval_loss"]
         return loss if math.isfinite(loss) else math.inf, record.tokens
 
     @staticmethod
-    def _ranks() -> Ranks:
+    def _updates(rows: int, plan: TrainingPlan) -> int:
+        from p2d_cli.modeling.training import planned_updates
 
+        return min(planned_updates(rows, plan), plan.max_steps or sys.maxsize)
+
+    @staticmethod
+    def _ranks() -> Ranks:
         return Ranks(
             distributed.rank(),
             distributed.world_size(),
@@ -439,13 +462,13 @@ class Tuning:
         """Train, from the newest checkpoint of an interrupted run if there is one, charging what that run spent."""
         from p2d_cli.modeling.completion_trainer import TrainingHooks
         from p2d_cli.modeling.head_adapter import freeze_placing
-        from p2d_cli.modeling.training import ResumePoint, planned_updates, train
+        from p2d_cli.modeling.training import ResumePoint, train
 
         job, scratch = self._job, self._checkpoints(plan)
         earlier = distributed.from_main(lambda: self._earlier(scratch))
         job.timer.charge("train", earlier.progress["seconds"] if earlier else 0.0)
         spent, started = job.timer.seconds["train"], time.perf_counter()
-        updates = min(planned_updates(len(rows), plan), plan.max_steps or sys.maxsize)
+        updates = self._updates(len(rows), plan)
         self._kept = found = earlier.updates if earlier else 0
         job.promise = self._promise
         job.until_committed(signals.courteous(self._notice))

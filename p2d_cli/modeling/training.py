@@ -61,6 +61,8 @@ class TrainingPlan:
     """Bytes of memory that the outputs of frozen layers may take."""
     keeps_best: bool = True
     """Whether the weights of the lowest held-out loss are kept, rather than the last ones."""
+    looks_first: bool = True
+    """Whether held-out rows are looked at before the first update, too."""
 
     @property
     def micro_batch(self) -> int:
@@ -369,7 +371,7 @@ def _arguments(
         remove_unused_columns=False,
         eval_strategy="steps" if evaluates else "no",
         # One that goes on knows from its checkpoint what was found before the first update.
-        eval_on_start=evaluates and begins,
+        eval_on_start=evaluates and begins and plan.looks_first,
         eval_steps=plan.eval_steps or updates_per_epoch(num_rows, plan),
         load_best_model_at_end=evaluates and plan.keeps_best,
         metric_for_best_model="eval_loss" if evaluates else None,

@@ -193,6 +193,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         steps_planned=_steps_meant(config, record),
         extras=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
         warnings=[
+            *tuning.warnings,
             *caveats.of_plan(_updates_to_learn_from(config, record), plan.learning_rate, tuning.default_rate),
             *caveats.of_losses(record.log, record.untrained_eval_loss, record.best_eval_loss),
         ],

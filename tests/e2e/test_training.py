@@ -486,6 +486,17 @@ def test_rates_are_tried_beforehand(p2d, words, few, tmp_path, monkeypatch):
         assert manifest["summary"]["learning_rate"] == float(best)
         assert f"{best} is taken" in done.said
         assert manifest["seconds"]["probe"] > 0
+        plan = p2d(*words("heads", "planned", "--lr", "probe", *more), "--dry-run", "--json").json["plan"]
+        works = {work["name"]: work for work in plan["works"]}
+        # Six updates, and no more for each rate.
+        assert works["train"]["backward_passes"] == {"lent": 10 + 3 * 12, "held-out": 10 + 3 * 10}[out]
+        assert plan["tokens"] == manifest["tokens"]
+        looks = {"lent": 3 * 1, "held-out": 3 * 6 + 3 * 6}  # of two rows, and of twelve
+        assert works["look at held-out rows"]["passes"] == looks[out]
+        assert re.search(rf"try rate {best}: 6/6, .*; loss .* · held-out {tried[best]:.3f}", done.err)
+        listed = ", ".join(f"{loss:.3f} at {name}" for name, loss in tried.items())
+        for said in (done.out, p2d("inspect", tmp_path / out).out):
+            assert f"rates tried, by held-out loss: {listed}" in said
     assert manifest_of(tmp_path / "lent")["tokens"] > 2 * manifest_of(tmp_path / "plain")["tokens"]
     calls, plain_try = [], stage.Tuning._try
 
@@ -503,6 +514,17 @@ def test_rates_are_tried_beforehand(p2d, words, few, tmp_path, monkeypatch):
     assert same(tmp_path / "again", tmp_path / "lent")
     spent = [manifest_of(tmp_path / name)["tokens"] for name in ("again", "lent")]
     assert spent[0] == spent[1]
+
+
+def test_too_few_rows_for_a_probe_are_warned_of(p2d, words, few, tmp_path):
+    lines = few["test"].read_text().splitlines(keepends=True)
+    (tmp_path / "three.jsonl").write_text("".join(lines[:3]))
+    line = [tmp_path / "three.jsonl" if word == few["test"] else word for word in words("heads", "x", "--lr", "probe")]
+    assert "too few rows to hold any out" in p2d(*line, "--dry-run").said
+    done = p2d(*line)
+    assert done.code == 0, done.said
+    assert "--lr probe: too few rows to hold any out; the default rate is taken" in done.out
+    assert "--lr probe" in " ".join(manifest_of(tmp_path / "x")["summary"]["warnings"])
 
 
 def test_a_rate_that_diverges_is_not_taken(p2d, words, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from p2d_cli.config import TrainConfig
-from p2d_cli.engine.rate_probe import PROBED_UPDATES, RateProbe, probed
+from p2d_cli.engine.rate_probe import PROBED_UPDATES, RateProbe, lent, probed
 from p2d_cli.engine.training_defaults import (
     ANCHOR_RATE,
     ANCHOR_WIDTH,
@@ -83,11 +83,23 @@ PLAN = TrainingPlan(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("updates", [1, 11, PROBED_UPDATES, 40])
 @pytest.mark.parametrize("rows", [1, 30, 47, 48, 49, 5000])
-def test_a_probe_makes_a_few_updates_and_looks_once(rows):
-    plan = probed(PLAN, 2e-3, rows)
-    assert planned_updates(rows, plan) == plan.eval_steps == PROBED_UPDATES
+def test_a_probe_makes_a_few_updates_and_looks_once(rows, updates):
+    """No more than the training itself makes."""
+    plan = probed(PLAN, 2e-3, rows, updates)
+    assert planned_updates(rows, plan) == plan.eval_steps == min(PROBED_UPDATES, updates)
+    assert not plan.looks_first
     assert (plan.learning_rate, plan.max_steps, plan.patience, plan.trackers) == (2e-3, None, None, ())
+
+
+@pytest.mark.parametrize(("rows", "held_out", "looks"), [(3, 0, 0), (4, 0, 1), (99, 0, 24), (999, 0, 64), (3, 90, 64)])
+def test_rows_to_look_at_are_lent_where_there_are_no_others(rows, held_out, looks):
+    own, others = range(rows), range(1000, 1000 + held_out)
+    learnt, looked_at = lent(own, others, 0)
+    assert len(looked_at) == looks
+    assert set(looked_at) <= set(others or own)
+    assert sorted(learnt) == [row for row in own if row not in set(looked_at)]
 
 
 def test_the_rate_of_the_lowest_loss_is_taken():
