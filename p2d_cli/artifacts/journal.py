@@ -14,6 +14,7 @@ import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,7 +63,7 @@ class Journal:
         self._stream.seek(length)
         self._flushed = time.monotonic()
         if not lines:
-            self._append(header)
+            self._begin(header)
 
     def add(self, batch: int, arrays: Arrays, *, seconds: float, tokens: int) -> None:
         """Record a finished batch; it outlives the process at once, and the machine within seconds."""
@@ -74,6 +75,15 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
+
+    def _begin(self, header: Mapping[str, Any]) -> None:
+        """Write the head line; where that fails nobody enters the journal, who would close it."""
+        try:
+            self._append(header)
+        except BaseException:
+            with suppress(OSError):
+                self._stream.close()
+            raise
 
     def _append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, separators=(",", ":"))

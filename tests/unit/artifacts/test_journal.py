@@ -73,3 +73,17 @@ def test_texts_come_back_as_they_were(tmp_path, texts):
         journal.add(0, {"texts": pack_texts(texts)}, seconds=0.0, tokens=0)
     with Journal(tmp_path / "j", [[0]]) as journal:
         assert unpack_texts(journal.finished[0].arrays["texts"]) == texts
+
+
+def test_a_journal_that_cannot_be_begun_is_closed(tmp_path, monkeypatch):
+    """Otherwise what could not be written is written once more when it is collected, and fails there."""
+    streams = []
+
+    def fail(self, line):
+        streams.append(self._stream)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_append", fail)
+    with pytest.raises(OSError, match="No space left"):
+        Journal(tmp_path / "read.jsonl", [[0]])
+    assert streams[0].closed
