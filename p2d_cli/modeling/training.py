@@ -31,6 +31,7 @@ from p2d_cli.modeling.ranks import Ranks
 from p2d_cli.modeling.training_batches import LengthGrouped, RankBatches, TrainingRow, collate_or_none
 
 _CHECKPOINTS_KEPT = 2
+_EPOCHS_COUNTED = 8
 
 
 @dataclass(frozen=True)
@@ -298,16 +299,21 @@ def updates_per_epoch(num_rows: int, plan: TrainingPlan) -> int:
 
 
 def planned_tokens(order: LengthGrouped, plan: TrainingPlan, size: int = 1) -> int:
-    """Return the tokens, padding included, that `size` ranks read in all epochs; `order` is left at the last one."""
-    updates, tokens = planned_updates(len(order), plan), 0
+    """Return the tokens, padding included, that `size` ranks read in all epochs.
+
+    The first `_EPOCHS_COUNTED` epochs are counted batch by batch, and later updates take as many tokens as their mean.
+    `order` is left at the last epoch that was counted.
+    """
+    updates, an_epoch, tokens = planned_updates(len(order), plan), updates_per_epoch(len(order), plan), 0
+    counted = min(updates, _EPOCHS_COUNTED * an_epoch)
     shares = [RankBatches(order, plan.accumulation, Ranks(rank, size)) for rank in range(size)]
-    for epoch in range(math.ceil(plan.epochs)):
+    for epoch in range(math.ceil(counted / an_epoch)):
         order.set_epoch(epoch)
-        left = updates - epoch * updates_per_epoch(len(order), plan)
+        left = counted - epoch * an_epoch
         for batch in chain.from_iterable(islice(share, left * plan.accumulation) for share in shares):
             lengths = [order.lengths[place] for place in batch]
             tokens += sum(lengths) if plan.packing else len(lengths) * max(lengths, default=0)
-    return tokens
+    return tokens * updates // counted
 
 
 def full_state(model: Any, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -133,6 +133,15 @@ def test_ranks_pad_their_own_shares(size):
     assert planned_tokens(order, plan, size) == sum(len(share) * max(share) for share in shares if share)
 
 
+def test_the_tokens_of_many_epochs_are_extrapolated_from_the_first_eight():
+    plan = TrainingPlan(8.0, None, 1e-3, 6, 1, "constant", 0.0, 0.0, 1.0, "float32", "cpu", 3, False, ())
+    order = LengthGrouped([3 + 7 * place % 11 for place in range(20)], plan.batch_size, plan.seed)
+    eight = planned_tokens(order, plan)
+    assert planned_tokens(order, replace(plan, epochs=1e12)) == eight * 10**12 // 8
+    half_more = planned_tokens(order, replace(plan, epochs=8.5))
+    assert half_more == eight * 34 // 32  # 4 updates an epoch
+
+
 # --- learning rates
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
