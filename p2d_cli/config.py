@@ -626,8 +626,8 @@ class TrainConfig(RowOptions):
     )
     lora_targets: Annotated[tuple[LoraTarget, ...], CommaList] | None = setting(
         None,
-        "What a LoRA adapts: all-linear (every linear layer but the output embedding), attention, or some of q,k,v,o; "
-        "by default all-linear, or what --projections names.",
+        "What a LoRA adapts: all-linear (every linear layer but the output embedding, routers and what PEFT does not "
+        "take), attention, or some of q,k,v,o; by default all-linear, or what --projections names.",
         panel="LoRA",
         neutral=None,
     )

@@ -115,8 +115,8 @@ def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], d
         model: without adapter.
         rank: r.
         alpha: the scaling is `alpha / rank`; see `rank_stabilized` for that of rsLoRA.
-        targets: `all-linear` for every linear layer of the text decoder, or some of q, k, v, o; a fused module is
-            adapted as a whole, and of latent attention the parts that make them. See `linear_modules` for experts.
+        targets: `all-linear` for the linear layers of the text decoder (see `linear_modules`), or some of q, k, v, o; a
+            fused module is adapted as a whole, and of latent attention the parts that make them.
         dropout: on the inputs of the adapter, in [0, 1).
 
     Raises:
@@ -124,10 +124,7 @@ def attach_lora(model: Any, rank: int, alpha: float, targets: Collection[str], d
         ModelError: the model has no attention.
     """
     if tuple(targets) == ("all-linear",):
-        if not (everything := linear_modules(model)):
-            family = model.config.model_type
-            raise UsageError(f"{family} has no linear layer that a LoRA could adapt", hint="train it with --scope full")
-        return _attach(model, everything, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+        return _attach(model, linear_modules(model), r=rank, lora_alpha=alpha, lora_dropout=dropout)
     _check_projections(targets)
     parts = attention_parts(model)
     modules = dict.fromkeys(module for name in PROJECTIONS if name in targets for module in parts[name])

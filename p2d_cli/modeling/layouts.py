@@ -19,7 +19,7 @@ from torch import nn
 from p2d_cli.core.geometry import HeadGeometry, LayerHeads
 from p2d_cli.core.head_importance import LayerWeights
 from p2d_cli.core.head_layout import PROJECTIONS, LayerLayout, ModelLayout, Projection, ProjectionName
-from p2d_cli.errors import ModelError
+from p2d_cli.errors import ModelError, UsageError
 
 _OWN_ATTENTION = "its attention does not run through transformers' attention interface"
 _REFUSED = {
@@ -54,6 +54,8 @@ _MIXERS = {
     "cross-attention": re.compile(r"CrossAttention"),
 }
 _NO_ATTENTION = "no attention at all"
+# Linear layers that choose or weigh others; transformers has some of them return more than a tensor (Llama 4, Phi-MoE).
+_ROUTERS = re.compile(r"router|\bgate\.wg$|\bshared_expert_gate$|\baltup\.\w+_coefs$")
 
 
 def plain_model(model: Any) -> Any:
@@ -174,16 +176,54 @@ def _why_unknown(decoder: Any, total: int, layers: Sequence[int]) -> str | None:
 
 
 def linear_modules(model: Any) -> tuple[str, ...]:
-    """Return the linear layers of a model's text decoder by their full names, without its output embedding.
+    """Return the linear layers of a model's text decoder that a LoRA adapts, by their full names.
 
-    Those of the MLPs of a family with experts are left out: PEFT takes their names for the experts' fused weights, here
-    and wherever an adapter is loaded.
+    Left out are the output embedding, routers, gates of experts and AltUp's coefficients (Gemma 3n), all of them tiny,
+    and what PEFT does not take: modules whose names it takes for those of experts, whose weights are fused, those that
+    it would look for under another name when it loads the adapter, and the output of a Mamba layer in some families.
+
+    Raises:
+        UsageError: nothing is left.
     """
     model = plain_model(model)
-    output, taken = model.get_output_embeddings(), _names_of_experts(model.config.model_type)
+    output, family = model.get_output_embeddings(), model.config.model_type
     found = _decoder_modules(model, model.config.get_text_config())
-    linear = (name for name, module in found if _is_linear(module) and module is not output)
-    return tuple(name for name in linear if name.rsplit(".", 1)[-1] not in taken)
+    linear = [name for name, module in found if _is_linear(module) and module is not output]
+    taken, is_loaded = _names_of_experts(family), _finds_again(model)
+    left = [name for name in linear if not _ROUTERS.search(name) and _last_part(name) not in taken and is_loaded(name)]
+    refused = {part for part in map(_last_part, left) if _is_refused_by_peft(model, part)}
+    if not (adapted := tuple(name for name in left if _last_part(name) not in refused)):
+        raise UsageError(f"{family} has no linear layer that a LoRA could adapt", hint="train it with --scope full")
+    return adapted
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _is_refused_by_peft(model: Any, part: str) -> bool:
+    """Say whether PEFT refuses to adapt modules that are called so in this model: its check for Mamba's kernels."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = vars(tuners_utils).get("_check_lora_target_modules_mamba", lambda *_: None)
+    try:
+        check(LoraConfig(), model, part)
+    except ValueError:
+        return True
+    return False
+
+
+def _finds_again(model: Any) -> Callable[[str], bool]:
+    """Return whether a saved module's name is kept by transformers' renamings, which PEFT applies when it loads.
+
+    Prefixes may change. For Laguna `shared_expert.` becomes `shared_experts.`, and what is called so already is lost.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, [])[0].split(".")[-2:] == name.split(".")[-2:]
 
 
 def _names_of_experts(family: str) -> Collection[str]:

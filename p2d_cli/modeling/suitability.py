@@ -42,6 +42,8 @@ class Needs:
     """Whether it matters which weights belong to which attention head."""
     parts: bool = False
     """Whether the projections of its attention are trained as a whole."""
+    linear: bool = False
+    """Whether its linear layers are, by a LoRA."""
     attention: bool = False
     """Whether the attention of heads is watched."""
     logits: bool = False
@@ -54,6 +56,7 @@ def require(files: ModelFiles, needs: Needs) -> int:
     Raises:
         ModelError: it is not a causal language model, or its attention, or how its weights are quantised, rules this
             out.
+        UsageError: no linear layer of it can be adapted.
         DataError, UnavailableError: see `require_tokenizer`, `read_config` and `skeleton`.
     """
     if needs.tokenizer:
@@ -64,12 +67,12 @@ def require(files: ModelFiles, needs: Needs) -> int:
         return int(files.config["vocab_size"])
     from p2d_cli.modeling.attention_capture import require_capturable
     from p2d_cli.modeling.checkpoints import skeleton
-    from p2d_cli.modeling.layouts import attention_parts, model_layout
+    from p2d_cli.modeling.layouts import attention_parts, linear_modules, model_layout
     from p2d_cli.modeling.likelihood import output_embedding
 
     model = skeleton(files)
-    checks = (model_layout, needs.heads), (attention_parts, needs.parts), (require_capturable, needs.attention)
-    for check, is_needed in (*checks, (output_embedding, needs.logits)):
+    parts = (model_layout, needs.heads), (attention_parts, needs.parts), (linear_modules, needs.linear)
+    for check, is_needed in (*parts, (require_capturable, needs.attention), (output_embedding, needs.logits)):
         if is_needed:
             check(model)
     if (count := count_embeddings(model)) is None:
@@ -130,7 +133,11 @@ def attention_sizes(
 
 
 def linear_sizes(files: ModelFiles) -> dict[str, tuple[int, int]]:
-    """Return the two sizes of each linear layer of a model's text decoder, by name; see `linear_modules`."""
+    """Return the two sizes of each linear layer that a LoRA adapts, by name; see `linear_modules`.
+
+    Raises:
+        UsageError: there is none.
+    """
     if _ordinary_layout(files) is not None:
         shapes = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(files).items()}
         return {name: (shape[0], shape[1]) for name, shape in shapes.items() if ".layers." in name and len(shape) > 1}

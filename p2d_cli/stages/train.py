@@ -98,6 +98,7 @@ def needs_of(scope: Scope, *, quantise: bool = False, attention: bool = False) -
         logits=True,
         heads=scope == "heads",
         parts=scope == "attention" or (scope == "lora" and attention),
+        linear=scope == "lora" and not attention,
         plain="" if scope in {"heads", "lora"} else f"--scope {scope}",
         quantise=quantise,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from p2d_cli.errors import ArtifactError, NonFiniteError, UsageError
+from p2d_cli.modeling import layouts
 from p2d_cli.modeling.head_adapter import (
     attach_heads,
     attach_lora,
@@ -397,6 +399,72 @@ def test_of_a_family_with_experts_attention_alone_is_adapted(tmp_path):
     fresh.load_state_dict({name: weight for name, weight in weights.items() if ".lora_" not in name})
     loaded = load_adapter(fresh, tmp_path)
     torch.testing.assert_close(loaded(ids_BT).logits, model(ids_BT).logits)
+
+
+_SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_EXPERTS = _SIZES | {
+    "num_hidden_layers": 2, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+# Families of whose linear layers some are left out, with a pattern of these.
+LEFT_OUT = {
+    "NemotronH": (
+        _SIZES | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1,
+                  "layers_block_type": ["mamba", "attention", "mlp", "attention"]},
+        r"mixer\.out_proj",
+    ),
+    "Mamba": ({"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, r"mixer\.out_proj"),
+    "PhiMoE": (_EXPERTS, r"router"),
+    "Laguna": (_EXPERTS, r"shared_experts"),
+    "Gemma3nText": (
+        _SIZES | {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+                  "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4,
+                  "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8},
+        r"altup\.(modality_router|correction_coefs|prediction_coefs)",
+    ),
+}  # fmt: skip
+
+
+def adapted_as_plain_peft_has_it(build, folder, ids_BT):
+    """Adapt all linear layers, learn once, and compare with what plain PEFT loads; return the layers' names."""
+    model = attach_lora(build(), 2, 4, ("all-linear",))
+    model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    save_adapter(model, folder, None)
+    plain = PeftModel.from_pretrained(build(), folder)
+    logits = [one(input_ids=ids_BT, use_cache=False).logits for one in (model.eval(), plain.eval())]
+    torch.testing.assert_close(*logits)
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_a_lora_on_all_linear_layers_is_learnt_and_loaded_by_plain_peft(tiny_model, token_ids, any_family, tmp_path):
+    assert adapted_as_plain_peft_has_it(lambda: tiny_model(any_family), tmp_path, token_ids(2, 8))
+
+
+@pytest.mark.parametrize("family", [name for name in LEFT_OUT if hasattr(transformers, f"{name}Config")])
+def test_routers_and_what_peft_does_not_take_are_left_out(token_ids, tmp_path, family):
+    values, pattern = LEFT_OUT[family]
+    config = getattr(transformers, f"{family}Config")(**values)
+
+    def build():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    assert any(re.search(pattern, name) for name, _ in build().named_modules())
+    names = adapted_as_plain_peft_has_it(build, tmp_path, token_ids(2, 8))
+    assert names
+    assert not [name for name in names if re.search(pattern, name)]
+
+
+def test_a_model_without_a_layer_to_adapt_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(layouts, "_ROUTERS", re.compile(""))
+    with pytest.raises(UsageError, match="llama has no linear layer that a LoRA could adapt"):
+        attach_lora(tiny_model("llama"), 2, 4, ("all-linear",))
 
 
 def test_all_linear_layers_are_those_that_peft_finds(tiny_model, family):
