@@ -15,6 +15,9 @@ from typing import ClassVar
 INTERRUPTED_EXIT_CODE = 130
 
 
+_FLOAT32_HELPS = re.compile(r"(, or |; |)try --dtype float32$")
+
+
 class P2DError(Exception):
     """Base of all errors that are reported without a traceback."""
 
@@ -60,6 +63,10 @@ class NonFiniteError(P2DError):
     """A weight, score or loss that is not a finite number; nothing was written."""
 
     exit_code = 70
+
+    def forget_float32(self) -> None:
+        """Leave out of the hint that float32 may help, for work that is done in it already."""
+        self.hint = _FLOAT32_HELPS.sub("", self.hint or "") or None
 
 
 class MemoryExhaustedError(P2DError):

@@ -18,6 +18,7 @@ from p2d_cli.artifacts.manifest import Manifest
 from p2d_cli.artifacts.pool_index import IndexFound
 from p2d_cli.cli.terminal import out, seconds_text
 from p2d_cli.core.geometry import ReadingHeads
+from p2d_cli.core.wording import bytes_text, count_text
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.prompts import describe_prompt
 from p2d_cli.engine.rate_probe import RateProbe, losses_of
@@ -136,15 +137,6 @@ def plan_totals(results: Sequence[StageResult]) -> dict[str, Any]:
     }
 
 
-def bytes_text(size: float) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
 # --- what an artifact holds
 
 
@@ -191,7 +183,8 @@ def _heads_lines(summary: dict[str, Any]) -> list[Any]:
     method = summary["method"]
     lines = [
         f"{summary['heads_selected']} of {summary['heads_total']} heads by {method}, in"
-        f" {summary['layers_touched']} layers and {summary['groups_touched']} of {summary['groups_total']} KV groups"
+        f" {count_text(summary['layers_touched'], 'layer')} and {summary['groups_touched']} of"
+        f" {summary['groups_total']} KV groups"
     ]
     if summary.get("heads_reading_all") is not None:
         lines.append(_readers_line(summary))
@@ -247,8 +240,8 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
     first = summary["first_loss"]
     started = "" if first is None else f"loss {first:.3f} -> {summary['final_loss']:.3f}, "
     return [
-        f"scope {summary['scope']}: {started}{summary['updates']} updates on {summary['rows']:,} rows,"
-        f" peak lr {summary['learning_rate']:g}",
+        f"scope {summary['scope']}: {started}{count_text(summary['updates'], 'update')} on"
+        f" {count_text(summary['rows'], 'row')}, peak lr {summary['learning_rate']:g}",
         *_rate_lines(summary),
         *_held_out_lines(summary),
         f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
@@ -428,7 +421,7 @@ def print_index(found: IndexFound) -> None:
     out.print(f"  {found.schema}, {2 * found.shards} files verified")
     layers = "the first layer" if found.depth == 1 else f"the first {found.depth} layers"
     out.print(f"  {found.rows:,} rows by {found.heads} heads of {layers}, {bytes_text(found.bytes)}")
-    users = f"{found.targets} subset" + "s" * (found.targets != 1)
+    users = count_text(found.targets, "subset")
     out.print(f"  cost {found.seconds:.2f} s and {found.tokens:,} tokens; used for {users}")
     out.print("\n[bold]made with[/]")
     for name, value in found.source.items():
@@ -472,8 +465,8 @@ def _head_lines(found: Examination) -> list[str]:
     kinds = Counter(layer for layer in shape.layers if layer.num_heads)
     lines = [f"{shape.total_heads:,} heads in {kinds.total()} of {shape.num_layers} layers"]
     lines += [
-        f"  {count} {'layer' if count == 1 else 'layers'} of {kind.num_heads} heads of size {kind.head_dim} in"
-        f" {kind.num_groups} key/value groups"
+        f"  {count_text(count, 'layer')} of {count_text(kind.num_heads, 'head')} of size {kind.head_dim} in"
+        f" {count_text(kind.num_groups, 'key/value group')}"
         for kind, count in kinds.items()
     ]
     if found.gated:

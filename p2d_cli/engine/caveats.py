@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from p2d_cli.core.wording import ratio_text
 from p2d_cli.data.records import Record
 from p2d_cli.engine.readings import distinct
 
@@ -45,7 +46,8 @@ def of_plan(updates: int, rate: float, default_rate: float) -> list[str]:
         found.append(f"{made} few to learn from: more --epochs or a smaller --batch-size make more of them")
     # Rates are typed in decimal: 0.03 is not far from 0.003 for its last bit.
     if abs(math.log10(rate / default_rate)) > math.log10(FAR_RATE) + 1e-9:
-        times = f"{rate / default_rate:,.0f} times" if rate > default_rate else f"1/{default_rate / rate:,.0f} of"
+        is_above = rate > default_rate
+        times = f"{ratio_text(rate / default_rate)} times" if is_above else f"1/{ratio_text(default_rate / rate)} of"
         found.append(f"--lr {rate:g} is {times} the default of such a training, {default_rate:g}")
     return found
 

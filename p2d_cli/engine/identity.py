@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +20,8 @@ from p2d_cli.data.sources import hub_commit
 from p2d_cli.errors import ArtifactError, CannotCreateError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.pipeline import stage_writing
+
+_LONGEST_VALUE = 60
 
 
 def identify_model(files: ModelFiles) -> ModelIdentity:
@@ -92,14 +96,14 @@ def digest_rows(source: RowSource) -> str:
 
 
 def changes_of(out: Path, identity: dict[str, Any]) -> str:
-    """Say in what the artifact at `out` differs from the one that would be made."""
+    """Say in what the artifact at `out` differs from the one that would be made, and of settings, both values."""
     try:
         manifest = read_manifest(out)
         check_content(out, manifest)
-        differences = identity_differences(identity, recorded_identity(manifest))
+        recorded = recorded_identity(manifest)
     except ArtifactError:
         return "it is damaged"
-    return "it differs in " + ", ".join(differences) if differences else "a file of it is damaged"
+    return _differences(identity, recorded) or "a file of it is damaged"
 
 
 def ensure_nothing_lost(out: Path, key: str, identity: dict[str, Any]) -> None:
@@ -109,14 +113,34 @@ def ensure_nothing_lost(out: Path, key: str, identity: dict[str, Any]) -> None:
         CannotCreateError: naming what it left, and what differs.
     """
     for folder in unfinished_of_others(out, key):
+        recorded = Origin.load(folder).identity
+        differences = _differences(identity, recorded) if recorded else ""
         raise CannotCreateError(
             f"an interrupted run has left {progress_in(folder)} of another {out}: "
-            f"{_changes_of_unfinished(folder, identity)}",
+            f"{differences or 'it differs in what made it, another version of p2d'}",
             hint="finish it with its own command, give another --out, or --force to discard it",
         )
 
 
-def _changes_of_unfinished(folder: Path, identity: dict[str, Any]) -> str:
-    recorded = Origin.load(folder).identity
-    differences = identity_differences(identity, recorded) if recorded else []
-    return "it differs in " + (", ".join(differences) or "what made it, another version of p2d")
+def _differences(identity: dict[str, Any], recorded: dict[str, Any]) -> str:
+    """Say in what two identities differ, settings with both values; nothing if they do not."""
+    kind = identity["schema"].removeprefix("p2d.").partition("/")[0]
+    fields = STAGE_CONFIGS[stage_writing(kind).name].model_fields
+    found = []
+    for difference in identity_differences(identity, recorded):
+        part, name = difference.split(" ", 1)
+        if part == "setting":
+            neutral = declared(fields[name]).get("neutral") if name in fields else None
+            there, now = (_value_text(one["settings"].get(name, neutral)) for one in (recorded, identity))
+            difference += f" ({there} there, {now} now)"
+        found.append(difference)
+    return "it differs in " + ", ".join(found) if found else ""
+
+
+def _value_text(value: Any) -> str:
+    """Return a setting's value as a flag would give it, cut where it is long."""
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    return shorten(value if isinstance(value, str) else json.dumps(value), _LONGEST_VALUE, placeholder="...")

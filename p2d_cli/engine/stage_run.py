@@ -34,7 +34,7 @@ from p2d_cli.data.records import OpenCheck
 from p2d_cli.engine.cost import StagePlan
 from p2d_cli.engine.identity import changes_of, ensure_nothing_lost, identity_differences, recorded_identity
 from p2d_cli.engine.inputs import StageInputs
-from p2d_cli.errors import CannotCreateError, DataError, UnavailableError
+from p2d_cli.errors import CannotCreateError, DataError, NonFiniteError, UnavailableError
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.pipeline import ArtifactKind, stage_named
 from p2d_cli.runtime import distributed, signals
@@ -433,11 +433,24 @@ class StageRun(Generic[ConfigT]):
 
         if alone:
             return distributed.from_main(finish)
-        with distributed.explained_losses():
+        with distributed.explained_losses(), self._hints_that_help():
             outcome = compute(folder)
         self.see_through()
         ranks = distributed.exchange(self._whereabouts(outcome.device))
         return distributed.from_main(lambda: self._commit(outcome, ranks))
+
+    @contextmanager
+    def _hints_that_help(self) -> Iterator[None]:
+        """Do not hint at float32 where the stage computes in it."""
+        try:
+            yield
+        except NonFiniteError as problem:
+            from p2d_cli.modeling.loading import resolve_device, resolve_dtype
+
+            device = resolve_device(distributed.own_device(self.config.device))
+            if str(resolve_dtype(self.config.dtype, device)) == "torch.float32":
+                problem.forget_float32()
+            raise
 
     def _whereabouts(self, device: str) -> Whereabouts:
         accelerators = sum(name.startswith("cuda") for name in self.devices)

@@ -17,12 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from p2d_cli.core.wording import bytes_text
+
 Tokens = tuple[int, ...]
 Place = Literal["memory", "disk", "nowhere"]
 
 _DISK_SHARE = 0.5
 """How much of the room that is left on the disk is taken at most."""
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class KeptWhere:
     bytes: int
 
     def __str__(self) -> str:
-        size = f"{self.bytes / _GIB:.1f} GiB"
+        size = bytes_text(self.bytes)
         if self.place == "nowhere":
             return (
                 f"computed anew in each epoch: there is no room for {size} in a quarter of memory or half of the disk"

@@ -118,7 +118,8 @@ def load_model(
     require_finite_weights(
         model.named_parameters(),
         f"loading the weights of {files.spec}",
-        hint="copy or download it again; if it is whole, float16 cannot hold it: try --dtype float32",
+        hint="copy or download it again"
+        + ("; if it is whole, float16 cannot hold it: give --dtype float32" if dtype == torch.float16 else ""),
     )
     model.name_or_path = model.config.name_or_path = "" if files.revision is None else files.name
     _mend(model)

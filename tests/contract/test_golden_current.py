@@ -1,6 +1,7 @@
 """Artifacts that earlier versions wrote are up to date for the same command today, and stale for another."""
 
 import importlib.util
+import re
 import shutil
 
 import pytest
@@ -25,6 +26,10 @@ CHANGES = {
     "evaluation": (("--system", "Be brief."), "setting system"),
     "model": (("--dtype", "float32"), "setting dtype"),
 }
+
+
+def without_values(said):
+    return re.sub(r" \([^()]* there, [^()]* now\)", "", said)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_it_is_stale_for_another_and_the_message_names_what_differs_alone(p2d, c
     flags, difference = CHANGES[kind]
     done = p2d(*commands[kind], *flags)
     assert done.code == 73
-    assert f"would not make: it differs in {difference} try:" in done.said
+    assert f"would not make: it differs in {difference} try:" in without_values(done.said)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_it_is_stale_for_another_and_the_message_names_what_differs_alone(p2d, c
 )
 def test_a_default_that_changed_since_makes_it_stale(p2d, commands, kind, difference):
     words = commands[kind][: -len(CHOSEN_SINCE[kind])]
-    assert f"it differs in {difference} try:" in p2d(*words).said
+    assert f"it differs in {difference} try:" in without_values(p2d(*words).said)
 
 
 def test_a_report_knows_the_evaluation_by_the_same_digest(p2d, tiny_folder, tmp_path):

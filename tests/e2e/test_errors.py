@@ -255,12 +255,12 @@ def test_numbers_that_are_none_are_no_scores(p2d, tiny_folder, few, tmp_path, af
     common = ("--model", broken, "--dtype", "float32")
     assert p2d("score-heads", *common, "--method", "uniform", "--out", tmp_path / "h").code == 0
     mine = ("mine-data", *common, "--heads", tmp_path / "h", "--pool", few["pool"], "--target", few["target"])
-    refused(p2d(*mine, "--affinity", affinity, "--out", tmp_path / "s"), 70, "finite", "--dtype float32")
+    refused(p2d(*mine, "--affinity", affinity, "--out", tmp_path / "s"), 70, "finite", "download it again")
     assert not (tmp_path / "s").exists()
     (tmp_path / "choices.json").write_text('["alpha", "bravo"]')
     evaluate = ("eval", *common, "--data", few["test"], "--choices", tmp_path / "choices.json")
     for metric in ("accuracy", "perplexity"):
-        refused(p2d(*evaluate, "--metric", metric, "--out", tmp_path / "e"), 70, "finite", "--dtype float32")
+        refused(p2d(*evaluate, "--metric", metric, "--out", tmp_path / "e"), 70, "finite", "download it again")
         assert not (tmp_path / "e").exists()
     refused(
         p2d("score-heads", *common, "--target", few["target"], "--pool", few["pool"], "--method", "readout",

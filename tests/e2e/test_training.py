@@ -390,6 +390,9 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(p2d, words, tmp_pa
     done = p2d(*words("heads", "x"))
     assert done.code == 70
     assert "the gradient of update 2 is not finite" in done.said
+    assert done.said.strip().endswith("try: lower --lr"), "it is trained in float32 already"
+    done = p2d(*words("heads", "x"), "--dtype", "bfloat16")
+    assert "try: lower --lr, or try --dtype float32" in done.said
 
 
 def test_accumulation_changes_nothing_but_memory(p2d, words, tmp_path):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.artifacts.journal import Entry, Journal
 from p2d_cli.config import ScoreHeadsConfig
+from p2d_cli.core.wording import count_text
 from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.engine.cost import (
     FLOAT32,
@@ -173,7 +174,7 @@ class Pad(HeadMethod):
         if "proxy_first_loss" not in summary:
             return []
         return [
-            f"proxy: {summary['proxy_steps']} updates on {summary['proxy_rows']} rows,"
+            f"proxy: {count_text(summary['proxy_steps'], 'update')} on {count_text(summary['proxy_rows'], 'row')},"
             f" loss {summary['proxy_first_loss']:.3f} -> {summary['proxy_last_loss']:.3f}"
         ]
 

@@ -279,6 +279,11 @@ def test_a_training_says_which_update_was_kept(said, more, lines):
     assert [line.strip() for line in said["out"].getvalue().splitlines()[1:-1]] == lines
 
 
+def test_one_update_on_one_row_is_singular(said):
+    render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | {"updates": 1, "rows": 1}))
+    assert "1 update on 1 row, peak" in said["out"].getvalue()
+
+
 def test_warnings_stand_below_the_result(said):
     render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | {"warnings": ["the [red]loss[/] rose"]}))
     assert said["out"].getvalue().splitlines()[-1] == "  warning: the [red]loss[/] rose"

@@ -74,7 +74,9 @@ def test_the_untrained_model_may_do_better_on_held_out_rows(untrained, best, is_
         (3e-4, ""),
         (0.031, "--lr 0.031 is 10 times the default of such a training, 0.003"),
         (2.9e-4, "--lr 0.00029 is 1/10 of the default of such a training, 0.003"),
-        (1e-6, "--lr 1e-06 is 1/3,000 of the default of such a training, 0.003"),
+        (1.1, "--lr 1.1 is 367 times the default of such a training, 0.003"),
+        (1110.0, "--lr 1110 is 3.7e+05 times the default of such a training, 0.003"),
+        (1e-6, "--lr 1e-06 is 1/3.0e+03 of the default of such a training, 0.003"),
     ],
 )
 def test_a_rate_is_far_from_the_default_from_ten_times_on(rate, told):

@@ -171,9 +171,11 @@ def test_an_artifact_that_holds_all_settings_is_up_to_date(p2d, tiny_folder, tmp
     for flags in ((), ("--selection", "top")):
         done = p2d(*words, *flags, "--json")
         assert (done.code, done.json["status"], done.json["key"]) == (0, "up-to-date", key)
-    done = p2d(*words, "--selection", "spread")
+    done = p2d(*words, "--selection", "spread", "--ratio", "0.2")
     assert done.code == 73
-    assert "it differs in setting selection try:" in done.said
+    assert (
+        "it differs in setting ratio (0.1 there, 0.2 now), setting selection (top there, spread now) try:" in done.said
+    )
 
 
 def test_scores_that_are_there_name_the_method(p2d, tiny_folder, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from p2d_cli.artifacts.pool_index import INDEX_NAME, IndexFound, PoolIndex
-from p2d_cli.cli import render
+from p2d_cli.core.wording import bytes_text
 from p2d_cli.errors import ArtifactError
 from p2d_cli.stages.inspection import inspect
 
@@ -48,7 +48,7 @@ def test_the_command_shows_an_index(p2d, index):
     done = p2d("inspect", index)
     assert done.code == 0
     text = " ".join(done.out.split())
-    assert f"7 rows by 3 heads of the first 3 layers, {render.bytes_text(inspect(index).bytes)}" in text
+    assert f"7 rows by 3 heads of the first 3 layers, {bytes_text(inspect(index).bytes)}" in text
     assert "cost 1.75 s and 140 tokens; used for 3 subsets" in text
     assert "longest 2048" in text
     document = p2d("inspect", index, "--json").json
