@@ -239,13 +239,15 @@ def _subset_lines(summary: dict[str, Any]) -> list[Any]:
 def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
     first = summary["first_loss"]
     started = "" if first is None else f"loss {first:.3f} -> {summary['final_loss']:.3f}, "
+    # Adapters of earlier versions do not know the rows of an update.
+    size = f", batch size {summary['batch_size']}" if "batch_size" in summary else ""
     return [
         f"scope {summary['scope']}: {started}{count_text(summary['updates'], 'update')} on"
-        f" {count_text(summary['rows'], 'row')}, peak lr {summary['learning_rate']:g}",
+        f" {count_text(summary['rows'], 'row')}{size}, peak lr {summary['learning_rate']:g}",
         *_rate_lines(summary),
         *_held_out_lines(summary),
         f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
-        f" ({summary['trainable_share']:.2%})",
+        f" ({summary['trainable_share']:.2%}){_frozen_text(summary)}",
     ]
 
 
@@ -253,6 +255,13 @@ def _rate_lines(summary: dict[str, Any]) -> list[str]:
     """Say which rates were tried beforehand, where some were."""
     tried = RateProbe(losses_of(summary.get("lr_probe") or {}))
     return [f"rates tried, by held-out loss: {tried.described()}"] if tried.losses else []
+
+
+def _frozen_text(summary: dict[str, Any]) -> str:
+    """Say how many layers were computed once a row, if their outputs were kept."""
+    if summary.get("frozen_kept") not in {"memory", "disk"}:
+        return ""
+    return f", {count_text(summary['frozen_layers'], 'frozen layer')} computed once a row"
 
 
 def _held_out_lines(summary: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from p2d_cli.core.batches import MEGABATCHES
 from p2d_cli.core.head_layout import PROJECTIONS
 from p2d_cli.core.head_selection import lowest_layer
+from p2d_cli.core.wording import bytes_text, count_text
 from p2d_cli.engine import caveats
 from p2d_cli.engine.cost import (
     FLOAT32,
@@ -36,7 +37,6 @@ from p2d_cli.engine.rate_probe import PROBED_FACTORS, PROBED_UPDATES, TOO_FEW_RO
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.modeling.suitability import attention_sizes, linear_sizes
-from p2d_cli.runtime.hardware import GIB
 from p2d_cli.runtime.seeding import derive_seed
 
 TIMED_UPDATES = 4
@@ -73,10 +73,11 @@ class TrainingCosts:
             works += self._probe(reader, rows, held_out, trained, updates=updates)
         reader.run(works)
         if frozen:
-            kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize / GIB
-            said = f"outputs of the first {frozen} layers, which stay as they are: {kept:.1f} GiB, kept"
+            kept = sum(length for length, _ in rows.sizes) * size.hidden * reader.itemsize
+            said = f"{count_text(frozen, 'frozen layer')} computed once a row: {bytes_text(kept)} of outputs kept"
             reader.notes.insert(0, said)
-        reader.notes.insert(0, f"{round(updates):,} updates of {trained.parameters:,} parameters")
+        said = f"{count_text(round(updates), 'update')} of {trained.parameters:,} parameters"
+        reader.notes.insert(0, f"{said}, batch size {batch_size}, peak lr {self._rates()}")
         learnt = updates if config.makes_adapter else math.ceil(an_epoch * config.epochs)
         reader.notes += caveats.of_plan(round(learnt), self._tuning.rate, self._tuning.default_rate)
         adapter = (trained.parameters + trained.placing) * FLOAT32 if config.makes_adapter else 0
@@ -114,6 +115,14 @@ class TrainingCosts:
             self._looks(seen, batch_size, times=tries),
         ]
 
+    def _rates(self) -> str:
+        """Return the peak learning rate, or those that are tried, in words."""
+        rate = self._tuning.rate
+        if self._config.lr != "probe":
+            return f"{rate:g}"
+        *others, last = (f"{rate * factor:.2g}" for factor in PROBED_FACTORS)
+        return f"{', '.join(others)} or {last}"
+
     def _trained(self, reader: CountingReader) -> Trained:
         config, size = self._config, reader.size
         if self._tuning.heads is not None:
@@ -122,11 +131,11 @@ class TrainingCosts:
         if config.resolved_scope == "full":
             return Trained(size.text_parameters, 0, size.depth)
         if config.resolved_scope == "lora":
-            return lora_trained(self._adapted().values(), config.lora_rank, size.depth)
+            return lora_trained(self.adapted().values(), config.lora_rank, size.depth)
         modules = attention_sizes(self._tuning.files, PROJECTIONS, once=True).values()
         return Trained(sum(map(math.prod, modules)), 0, size.depth)
 
-    def _adapted(self) -> dict[str, tuple[int, int]]:
+    def adapted(self) -> dict[str, tuple[int, int]]:
         """Return the two sizes of each module that a LoRA adapts."""
         targets = self._config.resolved_lora_targets
         if targets == ("all-linear",):

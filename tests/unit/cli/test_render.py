@@ -279,6 +279,17 @@ def test_a_training_says_which_update_was_kept(said, more, lines):
     assert [line.strip() for line in said["out"].getvalue().splitlines()[1:-1]] == lines
 
 
+@pytest.mark.parametrize(
+    ("kept", "text"), [("memory", ", 2 frozen layers computed once a row"), ("nowhere", ""), (None, "")]
+)
+def test_a_training_shows_its_batch_size_and_the_layers_computed_once(said, kept, text):
+    more = {"batch_size": 8, "frozen_layers": 2, "frozen_kept": kept}
+    render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | more))
+    first, last = said["out"].getvalue().splitlines()
+    assert "1050 rows, batch size 8, peak lr" in first.replace(",050", "050")
+    assert last.endswith(f"(5.00%){text}")
+
+
 def test_one_update_on_one_row_is_singular(said):
     render.print_summary(SimpleNamespace(kind="adapter", summary=ADAPTER | {"updates": 1, "rows": 1}))
     assert "1 update on 1 row, peak" in said["out"].getvalue()
