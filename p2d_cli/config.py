@@ -833,6 +833,8 @@ class Resolved(Generic[ConfigT]):
 
     config: ConfigT
     origins: dict[str, Origin]
+    aimed: frozenset[str] = frozenset()
+    """Settings given for this work alone: by flags of its own command, or by a recipe's table of its scope."""
 
     def provenance(self) -> dict[str, dict[str, Any]]:
         """Return `{field: {"value": ..., "origin": ...}}` in plain JSON types, for the manifest."""
@@ -870,7 +872,7 @@ def resolve(
     values |= preset
     origins |= dict.fromkeys(preset, "preset")
     try:
-        return Resolved(model(**values), origins)
+        return Resolved(model(**values), origins, frozenset(flags))
     except ValidationError as problems:
         raise UsageError(_explain(problems, origins)) from None
 

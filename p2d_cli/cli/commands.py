@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -172,8 +172,9 @@ def _resolve_stage(name: str, settings: dict[str, Any], source: Path | None) -> 
     recipe = read_recipe(source) if source is not None else None
     resolved = resolve(STAGE_CONFIGS[name], flags=settings, recipe=recipe.table(name) if recipe is not None else {})
     if recipe is not None and isinstance(resolved.config, TrainConfig):
-        of_scope = recipe.table(name, resolved.config.resolved_scope)
-        return resolve(TrainConfig, flags=settings, recipe=of_scope)
+        scope = resolved.config.resolved_scope
+        of_scope = resolve(TrainConfig, flags=settings, recipe=recipe.table(name, scope))
+        return replace(of_scope, aimed=of_scope.aimed | recipe.own_of(scope).keys())
     return resolved
 
 

@@ -7,10 +7,12 @@ known beforehand and that a long run would be wasted on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
+from p2d_cli.config import TrainConfig, flag_name
 from p2d_cli.core.wording import ratio_text
+from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.data.records import Record
 from p2d_cli.engine.readings import distinct
 
@@ -50,6 +52,44 @@ def of_plan(updates: int, rate: float, default_rate: float) -> list[str]:
         times = f"{ratio_text(rate / default_rate)} times" if is_above else f"1/{ratio_text(default_rate / rate)} of"
         found.append(f"--lr {rate:g} is {times} the default of such a training, {default_rate:g}")
     return found
+
+
+def of_unused(config: TrainConfig, aimed: Collection[str]) -> list[str]:
+    """Say which settings do nothing in the scope of a training.
+
+    Args:
+        config: its settings.
+        aimed: those that were given for it alone, by name.
+    """
+    scope = config.resolved_scope
+    idle = [] if scope == "heads" else ["heads"]
+    idle += [] if scope in {"heads", "lora"} else ["projections"]
+    idle += [] if scope == "lora" else [name for name in TrainConfig.model_fields if name.startswith("lora_")]
+    found = [flag_name(name) for name in idle if name in aimed]
+    said = [f"of no use with scope {scope}: {', '.join(found)}"] if found else []
+    if scope == "lora" and {"projections", "lora_targets"} <= set(aimed):
+        said.append("of no use beside --lora-targets: --projections")
+    return said
+
+
+def of_rank(rank: int, sizes: Collection[tuple[int, int]]) -> list[str]:
+    """Say so if a LoRA's rank is higher than that of any change of the modules that it adapts.
+
+    Args:
+        rank: of the LoRA.
+        sizes: the two sizes of each module.
+    """
+    if rank <= (most := max(map(min, sizes))):
+        return []
+    return [f"--lora-rank {rank} is more than any adapted module can use: rank {most} changes as much"]
+
+
+def of_held_out(rows: Sequence[EncodedExample], held_out: Sequence[EncodedExample]) -> list[str]:
+    """Say so if all held-out rows are learnt: their loss, which chooses the weights, says nothing of other rows."""
+    learnt = {row.input_ids for row in rows}
+    if not held_out or any(row.input_ids not in learnt for row in held_out):
+        return []
+    return ["all rows of --eval-data are in --data too: the loss that chooses the weights is on rows that are learnt"]
 
 
 def of_losses(log: Sequence[Mapping[str, float]], untrained: float | None, best: float | None) -> list[str]:

@@ -97,8 +97,12 @@ class Recipe(BaseModel):
         settings = {key: value for key, value in _underscored(self.defaults).items() if key in fields}
         settings |= {key: value for key, value in own.items() if not (stage == "train" and key in SCOPES)}
         if stage == "train" and (chosen := scope or settings.get("scope")) in SCOPES:
-            settings |= _underscored(own.get(chosen, {}))
+            settings |= self.own_of(chosen)
         return settings
+
+    def own_of(self, scope: Scope) -> dict[str, Any]:
+        """Return the settings that this recipe gives to the trainings of one scope alone, as in `[train.full]`."""
+        return _underscored(self.train.get(scope, {}))
 
 
 def find_recipe(name: str) -> Path:

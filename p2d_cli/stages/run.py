@@ -175,4 +175,7 @@ class RecipeRun:
         fields = STAGE_CONFIGS[name].model_fields
         flags = {key: value for key, value in self._overrides.items() if key in fields} | settings | {"out": out}
         resolved = resolve(STAGE_CONFIGS[name], flags=flags, recipe=table)
-        return replace(resolved, origins=resolved.origins | dict.fromkeys([*settings, "out"], "recipe"))
+        origins = resolved.origins | dict.fromkeys([*settings, "out"], "recipe")
+        # What a recipe gives to several scopes at once need not matter to each.
+        aimed = self._recipe.own_of(settings["scope"]) if name == "train" else {}
+        return replace(resolved, origins=origins, aimed=frozenset(aimed))

@@ -130,8 +130,22 @@ def _plan(job: StageRun[TrainConfig], inputs: _Inputs, unfinished: Path | None) 
     rows = TokenizedRows.read(reader, reader.sample("data", inputs.data))
     looked_at = reader.sample("eval_data", inputs.eval_data)
     held_out = TokenizedRows.read(reader, looked_at) if inputs.eval_data is not None else None
-    TrainingCosts(Tuning(job, inputs.model, inputs.heads)).count(reader, rows, held_out)
+    tuning = Tuning(job, inputs.model, inputs.heads)
+    TrainingCosts(tuning).count(reader, rows, held_out)
+    reader.notes += _caveats(job, tuning, rows, held_out if reader.is_exact else None)
     return reader.plan()
+
+
+def _caveats(
+    job: StageRun[TrainConfig], tuning: Tuning, rows: TokenizedRows, held_out: TokenizedRows | None
+) -> list[str]:
+    """Say what about settings and rows is hardly meant so."""
+    found = caveats.of_unused(job.config, job.resolved.aimed)
+    if job.config.resolved_scope == "lora":
+        found += caveats.of_rank(job.config.lora_rank, TrainingCosts(tuning).adapted().values())
+    if held_out is not None:
+        found += caveats.of_held_out(rows.examples, held_out.examples)
+    return found
 
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
@@ -195,6 +209,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         extras=frozenset({PICTURE_NAME, CARD_NAME, TRAINING_LOG_NAME}),
         warnings=[
             *tuning.warnings,
+            *_caveats(job, tuning, rows, eval_rows),
             *caveats.of_plan(_updates_to_learn_from(config, record), plan.learning_rate, tuning.default_rate),
             *caveats.of_losses(record.log, record.untrained_eval_loss, record.best_eval_loss),
         ],

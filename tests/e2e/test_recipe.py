@@ -142,6 +142,16 @@ def test_a_stage_by_itself_takes_the_table_of_its_scope(recipe, p2d, few, tmp_pa
     assert p2d(*words, "--scope", "lora").json["lr"]["value"] is None
 
 
+def test_only_settings_of_one_scope_alone_are_told_to_do_nothing(recipe, p2d, tmp_path):
+    text = recipe[0].read_text().replace("[train.full]", "lora-rank = 8\n[train.full]\nlora-alpha = 4")
+    path = tmp_path / "more.toml"
+    path.write_text(text)
+    done = p2d("run", path, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert done.code == 0, done.said
+    told = [note for stage in done.json["stages"] for note in stage["plan"]["notes"] if "of no use" in note]
+    assert told == ["of no use with scope full: --lora-alpha"]
+
+
 def test_layers_of_the_mining_heads_do_not_bind_all_heads(recipe, p2d, tmp_path):
     limited = tmp_path / "limited.toml"
     limited.write_text(recipe[0].read_text().replace("episodes = 8", 'episodes = 8\nlayers = "0-1"'))

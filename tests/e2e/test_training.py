@@ -277,8 +277,35 @@ def test_few_updates_and_a_far_rate_are_told_by_the_plan_and_by_the_result(p2d, 
     assert p2d(*line).out.count(few) == 1, "what is up to date is told of as well"
 
 
+def test_what_does_nothing_is_told_by_the_plan_and_by_the_result(p2d, words, few, pipeline, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(few["test"].read_bytes())
+    told = [
+        "of no use with scope lora: --heads",
+        "--lora-rank 200 is more than any adapted module can use: rank 128 changes as much",
+        "all rows of --eval-data are in --data too: the loss that chooses the weights is on rows that are learnt",
+    ]
+    line = words("lora", "x", "--lora-rank", 200, "--heads", pipeline / "heads", "--eval-data", copy, "--max-steps", 1)
+    planned = p2d(*line, "--dry-run").said
+    assert p2d(*line).code == 0
+    assert all(said in planned and said in warnings_of(tmp_path / "x") for said in told), planned
+
+
+def test_batch_size_rate_and_layers_computed_once_are_shown(p2d, words, tmp_path):
+    line = words("heads", "x", "--lr", 0.001)
+    planned = p2d(*line, "--dry-run").said
+    assert "parameters, batch size 4, peak lr 0.001" in planned
+    assert re.search(r"[123] frozen layers? computed once a row: \d+ KiB of outputs kept", planned)
+    done = p2d(*line)
+    for said in (done.said, p2d("inspect", tmp_path / "x").said):
+        assert "rows, batch size 4, peak lr 0.001" in said
+        assert re.search(r"\(\d\.\d\d%\), [123] frozen layers? computed once a row", said)
+    probed = p2d(*words("lora", "y", "--lr", "probe"), "--dry-run").said
+    assert "peak lr 0.001, 0.003 or 0.009" in probed
+
+
 def test_an_ordinary_training_is_told_nothing_of(p2d, words, few, tmp_path):
-    assert p2d(*words("heads", "x", "--epochs", 10, "--eval-data", few["test"])).code == 0
+    assert p2d(*words("heads", "x", "--epochs", 10, "--eval-data", few["target"])).code == 0
     assert manifest_of(tmp_path / "x")["summary"]["updates"] == 30
     assert warnings_of(tmp_path / "x") == []
     # One that is cut short on purpose is no short training.

@@ -1,10 +1,13 @@
 """What is told of a result, and when it is not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2d_cli.config import TrainConfig
 from p2d_cli.data.records import Message, Record
 from p2d_cli.engine import caveats
 
@@ -86,6 +89,41 @@ def test_a_rate_is_far_from_the_default_from_ten_times_on(rate, told):
 @pytest.mark.parametrize(("updates", "told"), [(1, "one update is few"), (29, "29 updates are few"), (30, "")])
 def test_few_updates(updates, told):
     assert [text.startswith(told) for text in caveats.of_plan(updates, 1.0, 1.0)] == [True] * bool(told)
+
+
+LORA = {"lora_rank", "lora_targets"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "aimed", "told"),
+    [
+        ({"heads": "h"}, {"heads", "projections"}, []),
+        ({"heads": "h"}, {"heads", *LORA}, ["of no use with scope heads: --lora-targets, --lora-rank"]),
+        ({"heads": "h"}, {"heads"}, []),
+        ({"scope": "full", "heads": "h"}, {"scope", "heads"}, ["of no use with scope full: --heads"]),
+        ({"scope": "attention"}, {"projections"}, ["of no use with scope attention: --projections"]),
+        ({}, LORA, []),
+        ({}, {"projections"}, []),
+        ({}, {"projections", *LORA}, ["of no use beside --lora-targets: --projections"]),
+    ],
+)
+def test_settings_without_effect_are_told_if_they_were_given_for_this_training(settings, aimed, told):
+    config = TrainConfig(model="m", data="d", out="o", **settings)
+    assert caveats.of_unused(config, aimed) == told
+
+
+def test_a_rank_is_too_high_if_it_is_for_every_module():
+    assert caveats.of_rank(64, [(128, 64), (32, 128)]) == []
+    assert caveats.of_rank(65, [(128, 64), (32, 128)]) == [
+        "--lora-rank 65 is more than any adapted module can use: rank 64 changes as much"
+    ]
+
+
+def test_held_out_rows_that_are_all_learnt():
+    learnt, other = (SimpleNamespace(input_ids=ids) for ids in ((1, 2), (1, 3)))
+    assert len(caveats.of_held_out([learnt, other], [learnt, learnt])) == 1
+    assert caveats.of_held_out([learnt], [learnt, other]) == []
+    assert caveats.of_held_out([learnt], []) == []
 
 
 def rows(*prompts):
