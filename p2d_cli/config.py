@@ -586,7 +586,7 @@ class TrainConfig(RowOptions):
         "Share of the MLPs' channels to train beside the heads, evenly spread, from the lowest of their layers on.",
         neutral=0.0,
     )
-    epochs: Annotated[float, Field(gt=0)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
     max_steps: Positive | None = setting(
         None, "Stop after so many updates; a reference cut short is extrapolated by report-aer.", panel="Optimisation"
     )

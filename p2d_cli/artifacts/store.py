@@ -39,6 +39,7 @@ from p2d_cli.artifacts.manifest import (
     verify_outputs,
 )
 from p2d_cli.artifacts.unfinished import progress_in
+from p2d_cli.core.wording import an
 from p2d_cli.errors import ArtifactError, CannotCreateError, P2DError, StoppedEarlyError, StorageError, first_line
 from p2d_cli.pipeline import ArtifactKind
 
@@ -289,13 +290,13 @@ def ensure_replaceable(target: Path, kind: ArtifactKind, *, replace: bool, chang
         return
     found = guess_kind(target)
     if found != kind:
-        what = f"a {found} artifact" if found else "files that p2d did not write"
+        what = f"{an(found)} artifact" if found else "files that p2d did not write"
         raise CannotCreateError(
-            f"cannot write a {kind} artifact to {target}: it holds {what}", hint="choose another --out"
+            f"cannot write {an(kind)} artifact to {target}: it holds {what}", hint="choose another --out"
         )
     if not replace:
         raise CannotCreateError(
-            f"{target} holds a {kind} artifact that this command would not make: {changes}",
+            f"{target} holds {an(kind)} artifact that this command would not make: {changes}",
             hint="give another --out, or --force to replace it",
         )
 

@@ -23,3 +23,8 @@ def count_text(count: int, noun: str) -> str:
 def ratio_text(ratio: float) -> str:
     """Return a ratio of at least 1 as a whole number of at most three digits, or with a power of ten."""
     return f"{ratio:.0f}" if round(ratio) < _LARGE_RATIO else f"{ratio:.1e}"
+
+
+def an(word: str) -> str:
+    """Return a word behind its article."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

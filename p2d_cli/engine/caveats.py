@@ -62,7 +62,7 @@ def of_unused(config: TrainConfig, aimed: Collection[str]) -> list[str]:
         aimed: those that were given for it alone, by name.
     """
     scope = config.resolved_scope
-    idle = [] if scope == "heads" else ["heads"]
+    idle = [] if scope == "heads" else ["heads", "channels"]
     idle += [] if scope in {"heads", "lora"} else ["projections"]
     idle += [] if scope == "lora" else [name for name in TrainConfig.model_fields if name.startswith("lora_")]
     found = [flag_name(name) for name in idle if name in aimed]

@@ -220,7 +220,8 @@ def test_channels_are_planned_trained_told_and_exported(p2d, words, tmp_path, fe
     done = p2d(*line, "--json")
     assert done.code == 0, done.said
     summary = manifest_of(tmp_path / "x")["summary"]
-    assert noted == f"6 updates of {summary['trained_parameters']:,} parameters"
+    assert noted.startswith(f"6 updates of {summary['trained_parameters']:,} parameters, ")
+    assert noted.endswith(f", peak lr {summary['learning_rate']:g}")
     assert summary["channels"] == 0.1
     names = {name.split(".")[-4] for name in weights(tmp_path / "x")}
     assert names == ({"mlp"} if projections == "none" else {"mlp", "self_attn"})

@@ -1,6 +1,6 @@
 import pytest
 
-from p2d_cli.core.wording import bytes_text, count_text, ratio_text
+from p2d_cli.core.wording import an, bytes_text, count_text, ratio_text
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,7 @@ def test_one_thing_is_singular(count, text):
 )
 def test_a_large_ratio_is_written_with_a_power_of_ten(ratio, text):
     assert ratio_text(ratio) == text
+
+
+def test_an_article_goes_by_the_first_letter():
+    assert [an(word) for word in ("adapter", "subset", "evaluation")] == ["an adapter", "a subset", "an evaluation"]
