@@ -38,7 +38,7 @@ from p2d_cli.artifacts.manifest import (
     read_manifest,
     verify_outputs,
 )
-from p2d_cli.artifacts.unfinished import progress_in
+from p2d_cli.artifacts.unfinished import is_worth_keeping
 from p2d_cli.core.wording import an
 from p2d_cli.errors import ArtifactError, CannotCreateError, P2DError, StoppedEarlyError, StorageError, first_line
 from p2d_cli.pipeline import ArtifactKind
@@ -137,7 +137,7 @@ def unfinished_of_others(target: Path, key: str) -> list[Path]:
     if not (place.parent.is_dir() and _can_exist(place)):
         return []
     found = place.parent.glob(f"{escape(unfinished_folder(place, '').name)}*")
-    return sorted(path for path in found if path != unfinished_folder(place, key) and progress_in(path))
+    return sorted(path for path in found if path != unfinished_folder(place, key) and is_worth_keeping(path))
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from typing import Any
 from p2d_cli.artifacts.checkpoints import SEAL_NAME, updates_of
 
 ORIGIN_NAME = "origin.json"
+DIVERGED_NAME = "diverged"
+"""Marks work that ended in a value that is not finite: other settings are what it asks for."""
 RATES_FOLDER, RATES_NAME = "rate-probe", "rates.json"
 
 
@@ -55,6 +57,11 @@ def progress_in(folder: Path) -> str:
     if any(map(_holds_batches, folder.glob("*.jsonl"))):
         return "finished batches"
     return "tried rates" if (folder / RATES_FOLDER / RATES_NAME).exists() else ""
+
+
+def is_worth_keeping(folder: Path) -> bool:
+    """Say whether a command with other settings is not to discard it."""
+    return bool(progress_in(folder)) and not (folder / DIVERGED_NAME).exists()
 
 
 def _holds_batches(journal: Path) -> bool:

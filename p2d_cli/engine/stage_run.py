@@ -26,7 +26,7 @@ from p2d_cli.artifacts.store import (
     unfinished_folder,
     unfinished_of_others,
 )
-from p2d_cli.artifacts.unfinished import Origin, progress_in
+from p2d_cli.artifacts.unfinished import DIVERGED_NAME, Origin, progress_in
 from p2d_cli.config import ConfigT, Resolved, RowOptions, StageConfig
 from p2d_cli.core.aer import StageCost
 from p2d_cli.data.prompts import PromptTemplate
@@ -311,9 +311,20 @@ class StageRun(Generic[ConfigT]):
             forget_peak_memory()
             with ExitStack() as self._until_committed:
                 self.until_committed(signals.promising(self._promise))
-                manifest = self._do(compute, decision.folder, alone=alone)
+                with self._marking_diverged():
+                    manifest = self._do(compute, decision.folder, alone=alone)
                 self._is_committed = True
         return self._result("done", manifest)
+
+    @contextmanager
+    def _marking_diverged(self) -> Iterator[None]:
+        """Let a command with other settings discard what leads to a value that is not finite."""
+        try:
+            yield
+        except NonFiniteError:
+            if self.is_main and self._unfinished is not None and self._unfinished.exists():
+                (self._unfinished / DIVERGED_NAME).touch()
+            raise
 
     def _foretell(self, plan: Planning | None, check: Callable[[], int | None]) -> StageResult:
         """Plan a stage some of whose inputs are artifacts that are only planned themselves."""

@@ -309,9 +309,11 @@ def test_an_ordinary_training_is_told_nothing_of(p2d, words, few, tmp_path):
     assert p2d(*words("heads", "x", "--epochs", 10, "--eval-data", few["target"])).code == 0
     assert manifest_of(tmp_path / "x")["summary"]["updates"] == 30
     assert warnings_of(tmp_path / "x") == []
-    # One that is cut short on purpose is no short training.
-    assert p2d(*words("heads", "y", "--epochs", 10, "--max-steps", 5)).code == 0
+    # A whole model that is cut short is a reference, for its cost.
+    short = ("--epochs", 10, "--max-steps", 5)
+    assert p2d(*words("full", "y", *short)).code == p2d(*words("heads", "z", *short)).code == 0
     assert warnings_of(tmp_path / "y") == []
+    assert "5 updates are few" in warnings_of(tmp_path / "z")[0]
 
 
 def test_a_training_that_makes_the_model_worse_is_told_as_such(p2d, words, few, tmp_path):
@@ -452,9 +454,8 @@ def test_other_settings_do_not_discard_what_an_interrupted_run_has_finished(p2d,
     for more in ((), ("--dry-run",)):
         done = p2d(*other, *more)
         assert done.code == 73
-        assert (
-            f"has left 2 updates of another {tmp_path / 'x'}: it differs in setting lr, setting max_steps" in done.said
-        )
+        assert f"has left 2 updates of another {tmp_path / 'x'}: it differs in setting lr (not set" in done.said
+        assert "setting max_steps (not set there, 2 now)" in done.said
         assert "--force to discard it" in done.said
         assert left.exists()
     assert "2 updates, is discarded" in p2d(*other, "--force").said

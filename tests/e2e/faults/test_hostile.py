@@ -125,7 +125,7 @@ def test_a_checkpoint_with_a_bait_under_a_good_seal(p2d, short, canary, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(stage, "seal_checkpoint", seal)
         assert p2d(*command).code == 130
-    refused(p2d(*command), 65, "checkpoint-1", "could run code", "nothing was run", "--force")
+    refused(p2d(*command), 65, "checkpoint-1", "could run code", "nothing was run", "to start anew, remove")
     assert p2d(*command, "--force").code == 0
 
 
