@@ -85,7 +85,7 @@ def test_steps_equal_plain_adamw_on_an_fp32_model(tiny_model, token_ids, family,
     assert list(proxy.steps(batches(token_ids, 3))) == pytest.approx(expected, abs=1e-5)
     masks = trained_masks(model, projections)
     for name, weight in model.named_parameters():
-        # Where a gradient is next to nothing, Adam makes much of its rounding, by machine: a thirtieth of the way of three steps.
+        # Where a gradient is next to nothing, Adam makes much of its rounding: a thirtieth of the way of three steps.
         torch.testing.assert_close(weight, reference.get_parameter(name), atol=1e-3, rtol=0)
         untouched = tiny_model(family).get_parameter(name)[~masks[name]]
         assert torch.equal(weight[~masks[name]], untouched), name
