@@ -1,21 +1,22 @@
 """The same training by p2d and by trl's SFTTrainer: seconds, memory and loss of LoRA and of full fine-tuning.
 
-    python -m venv TRL && TRL/bin/pip install torch==2.13.0 trl      # an environment of its own, torch as p2d has it
+    python -m venv TRL && TRL/bin/pip install torch==2.13.0 trl peft   # an environment of its own, torch as p2d has it
     python tests/benchmarks/peers.py --model MODEL --data TRAIN --held-out TEST --peer-python TRL/bin/python --out OUT
         [--rows 256] [--held-out-rows 200] [--epochs 3] [--batch-size 16] [--dtype auto] [--device auto] [--threads N]
         [--lora-lr 3e-3] [--full-lr 3e-4] [--heads-lr RATE] [--template auto] [--repeats 1] [--arms ARM ...]
 
-TRAIN and TEST are JSON Lines of `prompt` and `completion`, of which the first rows are taken. Both learn the very same
-tokens and labels: p2d's template makes them, and trl is given them as `input_ids` and `completion_mask`, with
-`completion_only_loss`. Rows an update, epochs, rates, schedule, warm-up, clipping, AdamW, LoRA's rank, alpha and
-targets, threads and precision are the same; neither packs rows nor recomputes activations. All else is as each has it
-by default: p2d groups rows by length, for one.
+TRAIN and TEST are JSON Lines of `prompt` and `completion`, of which some rows are drawn at random, always the same.
+Both learn the very same tokens and labels: p2d's template makes them, and trl is given them as `input_ids` and
+`completion_mask`, with `completion_only_loss`. Rows an update, epochs, rates, schedule, warm-up, clipping, AdamW,
+LoRA's rank, alpha and targets, threads and precision are the same; neither packs rows nor recomputes activations. All
+else is as each has it by default: p2d groups rows by length, for one.
 
 Each training is a process of its own. `seconds` are those of training, from the loaded model on; `total` those of the
 process, from imports to what was saved; `peak` is the most memory that it had resident, or on a GPU allocated. `loss`
 is the mean of the last epoch's updates. The held-out loss is `p2d eval`'s, for all of them. A third training of p2d's
-is that of a tenth of the heads, evenly spread over the upper half of the layers. With `--repeats` all are trained in
-turn so often, and the quickest counts. `OUT/peers.json` holds all figures.
+is that of a tenth of the heads, evenly spread over the upper half of the layers, a fourth that of a tenth of the MLPs'
+channels there. With `--repeats` all are trained in turn so often, and the quickest counts. `OUT/peers.json` holds all
+figures.
 
 Targets: p2d takes at most 0.45 of trl's seconds and 0.70 of its memory, and heads at most 0.45 of the seconds of p2d's
 own full fine-tuning, at a held-out loss no higher than LoRA's.
@@ -27,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -36,9 +38,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ARMS = ("trl-lora", "p2d-lora", "trl-full", "p2d-full", "p2d-heads")
+ARMS = ("trl-lora", "p2d-lora", "trl-full", "p2d-full", "p2d-heads", "p2d-channels")
 RANK, ALPHA, PROJECTIONS = 16, 32, ("q", "k", "v")
 WARMUP_RATIO = 0.03
+OF_SCOPE: dict[str, dict[str, Any]] = {
+    # As the peer's LoRA; heads have the defaults.
+    "lora": {
+        "lora-rank": RANK, "lora-alpha": ALPHA, "lora-targets": ",".join(PROJECTIONS), "lora-scaling": "plain"
+    },
+    "channels": {"channels": 0.1, "projections": "none"},
+}  # fmt: skip
 GIB = 2**30
 TARGETS = (
     ("seconds", "p2d-lora", "trl-lora", 0.45),
@@ -57,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = cut(options.data, options.rows, options.out / "rows.jsonl")
     if any(arm.startswith("trl") for arm in options.arms):
         child(options, sys.executable, "tokens", {"model": options.model, "rows": str(rows)} | shown(options), "tokens")
-    if "p2d-heads" in options.arms:
+    if {"p2d-heads", "p2d-channels"} & {*options.arms}:
         score_heads(options)
     runs = [(arm, train(options, arm, rows)) for _ in range(options.repeats) for arm in options.arms]
     results = {
@@ -97,9 +106,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cut(source: str, count: int, path: Path) -> str:
-    """Write the first rows of a file, and return where."""
+    """Write some rows of a file, and return where; data sets are often sorted by their answers."""
     with Path(source).open(encoding="utf-8") as stream:
-        lines = [line for _, line in zip(range(count), stream, strict=False)]
+        lines = list(stream)
+    lines = random.Random(0).sample(lines, min(count, len(lines)))
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
@@ -113,16 +123,15 @@ def shown(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace, arm: str, rows: str) -> dict[str, Any]:
-    peer, _, scope = arm.partition("-")
+    peer, _, trained = arm.partition("-")
+    scope = "heads" if trained == "channels" else trained
     rate = getattr(options, f"{scope}_lr")
     print(f"{arm} ...", flush=True)
     if peer == "p2d":
         given = {
             "model": options.model, "data": rows, "scope": scope, "lr": rate, "epochs": options.epochs,
-            "batch-size": options.batch_size, "lora-rank": RANK, "lora-alpha": ALPHA, "warmup-ratio": WARMUP_RATIO,
-            "schedule": "cosine", "out": options.out / arm,
-            # As the peer's LoRA; heads have the default.
-            "lora-targets": ",".join(PROJECTIONS), "lora-scaling": "plain",
+            "batch-size": options.batch_size, "warmup-ratio": WARMUP_RATIO, "schedule": "cosine",
+            "out": options.out / arm, **OF_SCOPE.get(trained, {}),
             "heads": options.out / "heads" if scope == "heads" else None,
         }  # fmt: skip
         words = ["train", *flags(given | shown(options)), "--force", "--quiet"]
