@@ -214,7 +214,7 @@ def test_looks_are_taken_before_the_first_update_and_behind_the_last_and_are_pla
 
 
 @pytest.mark.parametrize("projections", ["q,k,v,o", "none"])
-def test_channels_are_planned_trained_told_and_exported(p2d, words, tmp_path, few, projections):
+def test_channels_are_planned_trained_and_told(p2d, words, tmp_path, projections):
     line = words("heads", "x", "--channels", 0.1, "--projections", projections)
     [noted] = [note for note in p2d(*line, "--dry-run", "--json").json["plan"]["notes"] if "parameters" in note]
     done = p2d(*line, "--json")
@@ -225,6 +225,10 @@ def test_channels_are_planned_trained_told_and_exported(p2d, words, tmp_path, fe
     assert summary["channels"] == 0.1
     names = {name.split(".")[-4] for name in weights(tmp_path / "x")}
     assert names == ({"mlp"} if projections == "none" else {"mlp", "self_attn"})
+
+
+def test_channels_are_exported_as_they_answer(p2d, words, tmp_path, few):
+    assert p2d(*words("heads", "x", "--channels", 0.1)).code == 0
     assert p2d("export", tmp_path / "x", "--out", tmp_path / "merged").code == 0
     model, rows = evaluated(words, few)
     assert p2d("eval", "--adapter", tmp_path / "x", *model, *rows, "--out", tmp_path / "a").code == 0
