@@ -583,7 +583,7 @@ class TrainConfig(RowOptions):
     )
     channels: Annotated[float, Field(ge=0, le=1)] = setting(
         0.0,
-        "Share of the MLPs' channels to train beside the heads, evenly spread, from the lowest of their layers on.",
+        "Share of the MLPs' channels to train as well, evenly spread over the layers from the lowest selected head on.",
         neutral=0.0,
     )
     epochs: Annotated[float, Field(gt=0, le=1e6)] = setting(3.0, "Passes over the rows.", panel="Optimisation")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d_cli.artifacts.checkpoints import SEAL_NAME, updates_of
+from p2d_cli.core.wording import count_text
 
 ORIGIN_NAME = "origin.json"
 DIVERGED_NAME = "diverged"
@@ -41,8 +42,9 @@ class Origin:
             return cls({}, forced=False)
 
     def save(self, folder: Path) -> None:
-        """Record it in a folder, which is made, unless one that began the work did."""
+        """Record it in a folder, which is made, unless one that began the work did; what diverged may do better."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / DIVERGED_NAME).unlink(missing_ok=True)
         if not (folder / ORIGIN_NAME).exists():
             aside = folder / f"{ORIGIN_NAME}.new"
             aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -53,7 +55,7 @@ def progress_in(folder: Path) -> str:
     """Return what a run would go on from, such as `12 updates`; empty if there is nothing."""
     sealed = folder.glob(f"checkpoints/micro-batch-*/checkpoint-*/{SEAL_NAME}")
     if updates := max((updates_of(path.parent) for path in sealed), default=0):
-        return f"{updates} update{'s' * (updates > 1)}"
+        return count_text(updates, "update")
     if any(map(_holds_batches, folder.glob("*.jsonl"))):
         return "finished batches"
     return "tried rates" if (folder / RATES_FOLDER / RATES_NAME).exists() else ""

@@ -247,7 +247,7 @@ def _adapter_lines(summary: dict[str, Any]) -> list[Any]:
         *_rate_lines(summary),
         *_held_out_lines(summary),
         f"trained {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters"
-        f" ({summary['trainable_share']:.2%}){_frozen_text(summary)}",
+        f" ({summary['trainable_share']:.2%}){_channels_text(summary)}{_frozen_text(summary)}",
     ]
 
 
@@ -255,6 +255,14 @@ def _rate_lines(summary: dict[str, Any]) -> list[str]:
     """Say which rates were tried beforehand, where some were."""
     tried = RateProbe(losses_of(summary.get("lr_probe") or {}))
     return [f"rates tried, by held-out loss: {tried.described()}"] if tried.losses else []
+
+
+def _channels_text(summary: dict[str, Any]) -> str:
+    """Say which share of the channels was trained, and whether alone."""
+    if not summary.get("channels"):
+        return ""
+    alone = "" if summary["heads_trained"] else " alone"
+    return f", {summary['channels']:.3g} of the channels of their layers{alone}"
 
 
 def _frozen_text(summary: dict[str, Any]) -> str:

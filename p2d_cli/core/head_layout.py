@@ -102,7 +102,7 @@ class Placement:
 
 
 def weights_of(placed: Mapping[str, Placement]) -> int:
-    """Return how many weights these rows and columns have."""
+    """Return how many weights these rows and columns of modules have."""
     return sum(len(place.rows) * place.width for place in placed.values())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 from p2d_cli.config import TrainConfig, flag_name
-from p2d_cli.core.wording import ratio_text
+from p2d_cli.core.wording import count_text, ratio_text
 from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.data.records import Record
 from p2d_cli.engine.readings import distinct
@@ -72,6 +72,17 @@ def of_unused(config: TrainConfig, aimed: Collection[str]) -> list[str]:
     return said
 
 
+def of_processes(batch_size: int, accumulation: int, processes: int) -> list[str]:
+    """Say so if some processes have no row in an update."""
+    if batch_size // accumulation >= processes:
+        return []
+    enough = accumulation * processes
+    return [
+        f"{processes} processes share micro-batches of {count_text(batch_size // accumulation, 'row')}, and some wait: "
+        f"--batch-size {enough} gives each a row"
+    ]
+
+
 def of_rank(rank: int, sizes: Collection[tuple[int, int]]) -> list[str]:
     """Say so if a LoRA's rank is higher than that of any change of the modules that it adapts.
 
@@ -100,9 +111,11 @@ def of_losses(log: Sequence[Mapping[str, float]], untrained: float | None, best:
         untrained: loss on held-out rows before the first update; None if it was not measured.
         best: the lowest one behind an update.
     """
-    failed = [entry["step"] for entry in log if not math.isfinite(entry.get("eval_loss", 0.0))]
+    failed = [entry["step"] for entry in log if entry["step"] and not math.isfinite(entry.get("eval_loss", 0.0))]
     if failed:
-        return [f"the held-out loss was not finite after update {failed[0]:.0f}; the weights are earlier ones"]
+        return [
+            f"the held-out loss was not finite after update {failed[0]:.0f}; weights that gave a finite one are kept"
+        ]
     if untrained is not None and best is not None and best > untrained:
         return [
             f"the untrained model does better on the held-out rows: its loss there is {untrained:.3f}, the lowest after"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.geometry import HeadGeometry, LayerHeads
-from p2d_cli.core.head_layout import Placement
+from p2d_cli.core.head_layout import Placement, weights_of
 from p2d_cli.core.head_selection import candidate_heads
 
 FLOAT32, FLOAT64 = 4, 8
@@ -335,15 +335,15 @@ class Trained:
         return 2 * FLOAT32 * self.parameters
 
 
-def rows_trained(placed: Collection[Placement], layers: int) -> Trained:
-    """Return what training these rows and columns of weights trains, in so many layers from the top."""
+def rows_trained(placed: Mapping[str, Placement], layers: int) -> Trained:
+    """Return what training these rows and columns of modules trains, in so many layers from the top."""
     # On disk the factors of all modules have one rank.
-    rank = common_rank([len(place.rows) for place in placed])
+    rank = common_rank([len(place.rows) for place in placed.values()])
     return Trained(
-        parameters=sum(len(place.rows) * place.width for place in placed),
-        placing=sum(len(place.rows) * place.size for place in placed),
+        parameters=weights_of(placed),
+        placing=sum(len(place.rows) * place.size for place in placed.values()),
         layers=layers,
-        saved=rank * sum(place.width + place.size for place in placed),
+        saved=rank * sum(place.width + place.size for place in placed.values()),
     )
 
 

@@ -311,20 +311,9 @@ class StageRun(Generic[ConfigT]):
             forget_peak_memory()
             with ExitStack() as self._until_committed:
                 self.until_committed(signals.promising(self._promise))
-                with self._marking_diverged():
-                    manifest = self._do(compute, decision.folder, alone=alone)
+                manifest = self._do(compute, decision.folder, alone=alone)
                 self._is_committed = True
         return self._result("done", manifest)
-
-    @contextmanager
-    def _marking_diverged(self) -> Iterator[None]:
-        """Let a command with other settings discard what leads to a value that is not finite."""
-        try:
-            yield
-        except NonFiniteError:
-            if self.is_main and self._unfinished is not None and self._unfinished.exists():
-                (self._unfinished / DIVERGED_NAME).touch()
-            raise
 
     def _foretell(self, plan: Planning | None, check: Callable[[], int | None]) -> StageResult:
         """Plan a stage some of whose inputs are artifacts that are only planned themselves."""
@@ -444,18 +433,23 @@ class StageRun(Generic[ConfigT]):
 
         if alone:
             return distributed.from_main(finish)
-        with distributed.explained_losses(), self._hints_that_help():
+        with distributed.explained_losses(), self._open_to_other_settings():
             outcome = compute(folder)
         self.see_through()
         ranks = distributed.exchange(self._whereabouts(outcome.device))
         return distributed.from_main(lambda: self._commit(outcome, ranks))
 
     @contextmanager
-    def _hints_that_help(self) -> Iterator[None]:
-        """Do not hint at float32 where the stage computes in it."""
+    def _open_to_other_settings(self) -> Iterator[None]:
+        """Where a value is not finite, let a command with other settings discard what led to it.
+
+        A stage that computes in float32 does not hint at float32.
+        """
         try:
             yield
         except NonFiniteError as problem:
+            if self.is_main and self._unfinished is not None and self._unfinished.exists():
+                (self._unfinished / DIVERGED_NAME).touch()
             from p2d_cli.modeling.loading import resolve_device, resolve_dtype
 
             device = resolve_device(distributed.own_device(self.config.device))

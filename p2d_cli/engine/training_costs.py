@@ -127,7 +127,7 @@ class TrainingCosts:
         config, size = self._config, reader.size
         if self._tuning.heads is not None:
             lowest = lowest_layer(self._tuning.heads.selected_LH)
-            return rows_trained(self._tuning.placed.values(), reader.layout.num_layers - lowest)
+            return rows_trained(self._tuning.placed, reader.layout.num_layers - lowest)
         if config.resolved_scope == "full":
             return Trained(size.text_parameters, 0, size.depth)
         if config.resolved_scope == "lora":

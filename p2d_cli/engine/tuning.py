@@ -39,7 +39,7 @@ from p2d_cli.errors import (
 from p2d_cli.modeling.model_files import ModelFiles
 from p2d_cli.modeling.quantised import quantisation_of
 from p2d_cli.modeling.ranks import Ranks
-from p2d_cli.modeling.suitability import placed_rows
+from p2d_cli.modeling.suitability import read_placed_rows
 from p2d_cli.runtime import distributed, signals
 from p2d_cli.runtime.hardware import available_bytes
 from p2d_cli.runtime.progress import Advance
@@ -184,37 +184,26 @@ class Tuning:
         return resolve_dtype(self.config.dtype, self.device)
 
     def batch_size(self, rows: int) -> int:
-        """Return the rows of an update, out of so many.
-
-        Raises:
-            UsageError: what `auto` comes to cannot be shared by the processes: it does not depend on their number.
-        """
-        config, processes = self.config, distributed.world_size()
+        """Return the rows of an update, out of so many; `auto` does not depend on the number of processes."""
+        config = self.config
         if config.batch_size != "auto":
             return config.batch_size
-        size, multiple = batch_size_for(rows, config.epochs, config.accumulation), config.accumulation * processes
-        if size % multiple:
-            raise UsageError(
-                f"--batch-size auto comes to {size} for {rows} rows, which {processes} processes with --accumulation"
-                f" {config.accumulation} cannot share evenly",
-                hint=f"give --batch-size {math.ceil(size / multiple) * multiple}, or start fewer processes",
-            )
-        return size
+        return batch_size_for(rows, config.epochs, config.accumulation)
 
     @cached_property
     def placed(self) -> dict[str, Placement]:
         """The weight rows and columns that are trained, by module, where they are those of heads."""
         if self.heads is None:
             return {}
-        return placed_rows(self.files, self.heads.selected_LH, self.config.projections, self.config.channels)
+        return read_placed_rows(self.files, self.heads.selected_LH, self.config.projections, self.config.channels)
 
-    @property
+    @cached_property
     def default_rate(self) -> float:
         """The peak learning rate where none is named; channels count as heads of so many weights."""
         share = None if self.heads is None else self.heads.share
         if self.heads is not None and self.config.channels:
             projections = self.config.projections or PROJECTIONS
-            alone = placed_rows(self.files, self.heads.selected_LH, projections, 0.0)
+            alone = read_placed_rows(self.files, self.heads.selected_LH, projections, 0.0)
             share = self.heads.share * weights_of(self.placed) / weights_of(alone)
         return default_learning_rate(self.config.resolved_scope, self.files.hidden_size, share)
 

@@ -30,8 +30,8 @@ _FLASH = "flash_attention_"
 _PACKAGES = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}
 _PROBED_TOKENS = 8
 SHORT_TOKENS = 128
-"""Up to this length torch's attention learns faster in float32 than in 16 bits on a CPU: five times at 60 tokens, the
-same at 256 (`tests/benchmarks/attention.py`)."""
+"""Up to this length torch's attention learns faster in float32 than in bfloat16 on a CPU: 7 times at 16 tokens, 2.1
+times at 128; at 512 it is slower (`tests/benchmarks/attention.py`)."""
 _FAR_APART = 0.25
 """A difference of logits, as a share of their norm, that rounding to 16 bits does not make, even in deep models."""
 
@@ -130,7 +130,7 @@ def torch_attention(model: Any, usual: str) -> Iterator[None]:
 def short_rows_in_float32() -> Iterator[None]:
     """Have `sdpa` attend to short rows in float32 within the block, on a CPU whose rows are in 16 bits otherwise.
 
-    The backward pass of torch's kernel has a cost in 16 bits that hardly depends on the length.
+    The backward pass of torch's kernel is slow there in 16 bits.
     """
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 

@@ -6,15 +6,17 @@ projection down from it. S2FT (arXiv:2412.06289) trains channels beside heads. A
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from p2d_cli.core.head_layout import Placement
+from p2d_cli.core.head_layout import Placement, ProjectionName
+from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.errors import ModelError
-from p2d_cli.modeling.layouts import decoder_blocks, linear_features, linear_modules, plain_model
+from p2d_cli.modeling.layouts import decoder_blocks, linear_features, linear_modules, model_layout, plain_model
 
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -54,10 +56,9 @@ def channel_placements(model: Any, share: float, first_layer: int) -> dict[str, 
     """
     model = plain_model(model)
     placed: dict[str, Placement] = {}
-    for layer, block in enumerate(decoder_blocks(model)):
+    for layer, mlps in enumerate(_mlps_of_layers(model)):
         if layer < first_layer:
             continue
-        mlps = list(_mlps(model, block))
         if len(mlps) != 1:
             found = "experts, or no MLP that p2d knows" if not mlps else f"{len(mlps)} MLPs"
             raise ModelError(
@@ -67,10 +68,21 @@ def channel_placements(model: Any, share: float, first_layer: int) -> dict[str, 
     return placed
 
 
+def placed_rows(
+    model: Any, selected_LH: NDArray[np.bool_], projections: Collection[ProjectionName], channels: float
+) -> dict[str, Placement]:
+    """Return the weight rows and columns of selected heads, and of a share of the channels from their lowest layer on.
+
+    Raises:
+        ModelError, ArtifactError, UsageError: see `model_layout`, `ModelLayout.placements` and `channel_placements`.
+    """
+    placed = model_layout(model).placements(selected_LH, projections)
+    return placed | channel_placements(model, channels, lowest_layer(selected_LH)) if channels else placed
+
+
 def channel_outputs(model: Any) -> frozenset[str]:
     """Return the names of the modules of which a channel owns a column."""
-    model = plain_model(model)
-    return frozenset(mlp.out_of for block in decoder_blocks(model) for mlp in _mlps(model, block))
+    return frozenset(mlp.out_of for mlps in _mlps_of_layers(plain_model(model)) for mlp in mlps)
 
 
 def _placed(mlp: _Mlp, share: float) -> dict[str, Placement]:
@@ -83,18 +95,23 @@ def _placed(mlp: _Mlp, share: float) -> dict[str, Placement]:
     return dict.fromkeys(mlp.into, into) | {mlp.out_of: out_of}
 
 
-def _mlps(model: Any, block: Any) -> Iterator[_Mlp]:
-    """Find the MLPs of a layer by the names and sizes of their parts."""
+def _mlps_of_layers(model: Any) -> list[list[_Mlp]]:
+    """Find the MLPs of each layer by the names and sizes of their parts."""
     adaptable = set(linear_modules(model))
     names = {module: name for name, module in model.named_modules()}
-    for module in block.modules():
-        parts = dict(module.named_children())
-        for into, out_of in _MLPS:
-            if not {*into, out_of} <= parts.keys():
-                continue
-            full = [names[parts[part]] for part in (*into, out_of)]
-            if adaptable.issuperset(full):
-                (width, made, _), (channels, _, _) = linear_features(parts[into[0]]), linear_features(parts[out_of])
-                if made in (channels, 2 * channels):
-                    yield _Mlp(tuple(full[:-1]), full[-1], channels, width, is_fused=made == 2 * channels)
-            break
+    found = []
+    for block in decoder_blocks(model):
+        mlps = (_mlp(dict(module.named_children()), names) for module in block.modules())
+        found.append([mlp for mlp in mlps if mlp is not None and adaptable.issuperset((*mlp.into, mlp.out_of))])
+    return found
+
+
+def _mlp(parts: Mapping[str, Any], names: Mapping[Any, str]) -> _Mlp | None:
+    """Return the MLP that a module with these parts is; None if it is none."""
+    for into, out_of in _MLPS:
+        if {*into, out_of} <= parts.keys():
+            (width, made, _), (channels, _, _) = linear_features(parts[into[0]]), linear_features(parts[out_of])
+            if made in (channels, 2 * channels):
+                leading = tuple(names[parts[part]] for part in into)
+                return _Mlp(leading, names[parts[out_of]], channels, width, is_fused=made == 2 * channels)
+    return None

@@ -30,9 +30,8 @@ from torch.nn import functional
 
 from p2d_cli.core.adapter_rank import common_rank
 from p2d_cli.core.head_layout import PROJECTIONS, Placement, ProjectionName
-from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.errors import ArtifactError, UsageError, is_out_of_memory
-from p2d_cli.modeling.channels import channel_outputs, channel_placements
+from p2d_cli.modeling.channels import channel_outputs, placed_rows
 from p2d_cli.modeling.layouts import attention_parts, is_transposed, linear_modules, model_layout, plain_model
 from p2d_cli.modeling.loading import require_finite_weights, working_device
 from p2d_cli.modeling.text_part import text_parameters
@@ -83,10 +82,7 @@ def attach_heads(
     """
     if projections or not channels:
         _check_projections(projections)
-    placed = model_layout(model).placements(selected_LH, projections)
-    if channels:
-        placed |= channel_placements(model, channels, lowest_layer(selected_LH))
-    return attach_rows(model, placed)
+    return attach_rows(model, placed_rows(model, selected_LH, projections, channels))
 
 
 def attach_rows(model: Any, placed: Mapping[str, Placement]) -> Any:

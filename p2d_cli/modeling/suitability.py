@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from p2d_cli.core.geometry import LayerHeads
 from p2d_cli.core.head_layout import LayerLayout, ModelLayout, Placement, Projection, ProjectionName
-from p2d_cli.core.head_selection import lowest_layer
 from p2d_cli.errors import DataError, ModelError
 from p2d_cli.modeling.model_files import ModelFiles, require_tokenizer
 from p2d_cli.modeling.quantised import require_usable_weights, tensor_shapes
@@ -90,21 +89,16 @@ def read_layout(files: ModelFiles) -> ModelLayout:
     return model_layout(skeleton(files))
 
 
-def placed_rows(
+def read_placed_rows(
     files: ModelFiles, selected_LH: NDArray[np.bool_], projections: Collection[ProjectionName], channels: float
 ) -> dict[str, Placement]:
-    """Return the weight rows and columns of heads and of a share of the channels beside them, by module name.
+    """Return which weight rows and columns are trained, without reading any; see `p2d_cli.modeling.channels`."""
+    if not channels:
+        return read_layout(files).placements(selected_LH, projections)
+    from p2d_cli.modeling.channels import placed_rows
+    from p2d_cli.modeling.checkpoints import skeleton
 
-    Raises:
-        ModelError, ArtifactError, UsageError: see `ModelLayout.placements` and `channel_placements`.
-    """
-    placed = read_layout(files).placements(selected_LH, projections)
-    if channels:
-        from p2d_cli.modeling.channels import channel_placements
-        from p2d_cli.modeling.checkpoints import skeleton
-
-        placed |= channel_placements(skeleton(files), channels, lowest_layer(selected_LH))
-    return placed
+    return placed_rows(skeleton(files), selected_LH, projections, channels)
 
 
 def attention_sizes(

@@ -142,12 +142,35 @@ def train(
     ranks = ranks or Ranks()
     if plan.checkpointing:
         enable_checkpointing(model)
-    evaluates = bool(eval_rows)
-    planned = planned_updates(len(rows), plan)
+    trainer = _trainer(model, rows, plan, pad_id, scratch, eval_rows, resume, hooks or TrainingHooks(), ranks)
+    kept = None
+    with short_rows_in_float32():
+        if trainer.args.max_steps > updates_per_epoch(len(rows), plan) and not trainer.is_fsdp_enabled:
+            kept = _begin_above(trainer, [row.input_ids for row in (*rows, *eval_rows)], plan, pad_id, scratch)
+        _run(trainer, resume)
+        if eval_rows:
+            _require_a_finite_look(trainer)
+        else:
+            trainer.require_finite([min(rows, key=lambda row: len(row.input_ids))])
+    return _record(trainer, plan, planned_updates(len(rows), plan), kept, evaluates=bool(eval_rows))
+
+
+def _trainer(
+    model: Any,
+    rows: Sequence[TrainingRow],
+    plan: TrainingPlan,
+    pad_id: int,
+    scratch: Path,
+    eval_rows: Sequence[TrainingRow],
+    resume: ResumePoint | None,
+    hooks: TrainingHooks,
+    ranks: Ranks,
+) -> CompletionTrainer:
+    """Return what makes the updates; see `train` for the arguments."""
+    planned, patience = planned_updates(len(rows), plan), plan.patience
     # A training that is cut short warms up as the whole one does, so that its updates are like the whole one's.
     updates, warmup = min(planned, plan.max_steps or planned), math.ceil(plan.warmup_ratio * planned)
-    patience = plan.patience
-    trainer = CompletionTrainer(
+    return CompletionTrainer(
         model=model,
         args=_arguments(
             plan,
@@ -155,7 +178,7 @@ def train(
             warmup,
             scratch,
             num_rows=len(rows),
-            evaluates=evaluates,
+            evaluates=bool(eval_rows),
             begins=resume is None,
             size=ranks.size,
         ),
@@ -165,22 +188,12 @@ def train(
         eval_dataset=list(eval_rows) or None,
         data_collator=lambda batch: collate_or_none(batch, pad_id, packing=plan.packing),
         callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
-        hooks=hooks or TrainingHooks(),
+        hooks=hooks,
         tokens_seen=resume.tokens if resume and ranks.rank == 0 else 0,
         ranks=ranks,
         checkpoint_minutes=plan.checkpoint_minutes,
         packing=plan.packing,
     )
-    kept = None
-    with short_rows_in_float32():
-        if updates > updates_per_epoch(len(rows), plan) and not trainer.is_fsdp_enabled:
-            kept = _begin_above(trainer, [row.input_ids for row in (*rows, *eval_rows)], plan, pad_id, scratch)
-        _run(trainer, resume)
-        if evaluates:
-            _require_a_finite_look(trainer)
-        else:
-            trainer.require_finite([min(rows, key=lambda row: len(row.input_ids))])
-    return _record(trainer, plan, planned, kept, evaluates=evaluates)
 
 
 def _run(trainer: CompletionTrainer, resume: ResumePoint | None) -> None:
@@ -354,7 +367,7 @@ def _arguments(
     the first four batches, as each has another shape, for 59 to 83 seconds (LoRA on the fixture model, one core), where
     an update takes 0.03; `tests/benchmarks/gpu.py` times it on a GPU.
     """
-    rows = plan.micro_batch // size
+    rows = max(1, plan.micro_batch // size)  # where there are more ranks than rows, some have none
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=updates,

@@ -6,7 +6,7 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,12 +162,20 @@ def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str
     heads, rows = (f" {share_text(trained.get(name))}" if name in telling else "" for name in SHARES)
     scope, data = trained.get("scope"), trained.get("data_method")
     if scope == "heads":
-        scope = "all heads" if trained.get("head_share") == 1 else f"{trained.get('heads_method')} heads"
-        scope += " and channels" if trained.get("channels") else ""
+        scope = _parts_of(trained)
     name = f"{scope}{heads}, {'all' if data in {None, 'full'} else data} rows{rows}"
     if "epochs" in telling and training.epochs is not None:
         name += f", {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
     return name
+
+
+def _parts_of(trained: Mapping[str, Any]) -> str:
+    """Say what a training of scope heads has trained; without a share of heads, channels alone."""
+    channels, share = trained.get("channels"), trained.get("head_share")
+    if channels and share is None:
+        return "channels"
+    heads = "all heads" if share == 1 else f"{trained.get('heads_method')} heads"
+    return f"{heads} and channels" if channels else heads
 
 
 def _distinct_names(runs: list[RunCost]) -> list[RunCost]:

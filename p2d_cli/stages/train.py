@@ -29,7 +29,7 @@ from p2d_cli.engine.training_defaults import ANCHOR_WIDTH
 from p2d_cli.engine.tuning import TokenizedRows, Tuning, is_sharded
 from p2d_cli.errors import UnavailableError, UsageError
 from p2d_cli.modeling.model_files import ModelFiles
-from p2d_cli.modeling.suitability import Needs, placed_rows, require
+from p2d_cli.modeling.suitability import Needs, read_placed_rows, require
 from p2d_cli.runtime import distributed
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _check(model: ModelFiles, config: TrainConfig, heads: SelectedHeads | None) 
     """Refuse a model whose heads, channels or other parts cannot be trained; return its number of embeddings."""
     embeddings = require(model, _needs(config))
     if heads is not None and config.channels:
-        placed_rows(model, heads.selected_LH, config.projections, config.channels)
+        read_placed_rows(model, heads.selected_LH, config.projections, config.channels)
     return embeddings
 
 
@@ -140,9 +140,11 @@ def _caveats(
     job: StageRun[TrainConfig], tuning: Tuning, rows: TokenizedRows, held_out: TokenizedRows | None
 ) -> list[str]:
     """Say what about settings and rows is hardly meant so."""
-    found = caveats.of_unused(job.config, job.resolved.aimed)
-    if job.config.resolved_scope == "lora":
-        found += caveats.of_rank(job.config.lora_rank, TrainingCosts(tuning).adapted().values())
+    config = job.config
+    found = caveats.of_unused(config, job.resolved.aimed)
+    found += caveats.of_processes(tuning.batch_size(len(rows.sizes)), config.accumulation, distributed.world_size())
+    if config.resolved_scope == "lora":
+        found += caveats.of_rank(config.lora_rank, TrainingCosts(tuning).adapted().values())
     if held_out is not None:
         found += caveats.of_held_out(rows.examples, held_out.examples)
     return found
@@ -150,7 +152,6 @@ def _caveats(
 
 def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outcome:
     from p2d_cli.modeling.head_adapter import saved_rank, trainable_share
-    from p2d_cli.modeling.loading import auto_model_name
 
     config, scope = job.config, job.config.resolved_scope
     tuning, reader = Tuning(job, inputs.model, inputs.heads), ModelReader(job, inputs.model)
@@ -168,7 +169,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
         "rows": len(learnt),
         "rows_truncated": rows.truncated,
         "eval_rows": len(looked_at),
-        "heads_trained": None if inputs.heads is None else inputs.heads.count,
+        "heads_trained": inputs.heads.count if inputs.heads is not None and config.projections else None,
         "channels": config.channels if scope == "heads" else None,
     }
     if tuning.probe is not None:
@@ -178,17 +179,7 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
     if job.is_main:
         with job.saving():
             _save(job.config, reader, model, dtype, folder, state=record.full_state, ends=ends)
-            save_training_log(folder, record.log)
-            save_model_card(
-                folder,
-                inputs.model.name_elsewhere,
-                inputs.model.asked_revision,
-                scope=scope,
-                figures=_card_figures(summary),
-                rank=summary.get(ADAPTER_RANK),
-                auto_model=auto_model_name(model),
-            )
-            _draw(job, record.log, folder)
+            _describe(job, inputs, model, record.log, summary, folder)
     return Outcome(
         summary=summary,
         settings={
@@ -196,7 +187,6 @@ def _compute(job: StageRun[TrainConfig], inputs: _Inputs, folder: Path) -> Outco
             "trainable_share": share.share,
             "learning_rate": plan.learning_rate,
             "seed": config.seed,
-            **({"channels": config.channels} if scope == "heads" and config.channels else {}),
             **_selection(job, inputs, len(learnt)),
         },
         precision=str(dtype).removeprefix("torch."),
@@ -271,11 +261,13 @@ def _summary(config: TrainConfig, plan: TrainingPlan, record: TrainingRecord, sh
 
 
 def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[str, Any]:
-    """Say which heads and rows were trained, for the report."""
+    """Say which heads, channels and rows were trained, for the report."""
     heads, subset = job.inputs.manifests.get("heads"), job.inputs.manifests.get("data")
+    trains_heads = bool(job.config.projections)
     return {
-        "heads_method": heads.summary["method"] if heads else None,
-        "head_share": None if inputs.heads is None else inputs.heads.share,
+        "heads_method": heads.summary["method"] if heads and trains_heads else None,
+        "head_share": inputs.heads.share if inputs.heads is not None and trains_heads else None,
+        **({"channels": job.config.channels} if inputs.heads is not None and job.config.channels else {}),
         "data_method": subset.summary["method"] if subset else None,
         "row_share": subset.summary["rows_selected"] / subset.summary["rows_total"] if subset else 1.0,
         "rows": rows,
@@ -309,6 +301,30 @@ def _save(
         add_ends_of_turns(folder, reader.tokenizer.convert_tokens_to_ids(list(ends)))
     if config.chat_template is not None or config.chat_template_kwargs:  # it is not the model's own
         (folder / CHAT_TEMPLATE_NAME).write_text(reader.template.chat_template or "", encoding="utf-8")
+
+
+def _describe(
+    job: StageRun[TrainConfig],
+    inputs: _Inputs,
+    model: Any,
+    log: list[dict[str, float]],
+    summary: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write the log, the model card and the curve of the loss."""
+    from p2d_cli.modeling.loading import auto_model_name
+
+    save_training_log(folder, log)
+    save_model_card(
+        folder,
+        inputs.model.name_elsewhere,
+        inputs.model.asked_revision,
+        scope=job.config.resolved_scope,
+        figures=_card_figures(summary),
+        rank=summary.get(ADAPTER_RANK),
+        auto_model=auto_model_name(model),
+    )
+    _draw(job, log, folder)
 
 
 def _card_figures(summary: dict[str, Any]) -> dict[str, Any]:

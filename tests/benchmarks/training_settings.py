@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from readout_rules import open_reader
 
-from p2d_cli.core.head_layout import Placement, ProjectionName
+from p2d_cli.core.head_layout import ProjectionName, weights_of
 from p2d_cli.core.head_selection import candidate_heads, select_uniform
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.training_defaults import default_learning_rate
 from p2d_cli.engine.tuning import TokenizedRows
+from p2d_cli.modeling.channels import channel_placements
 from p2d_cli.modeling.head_adapter import attach_lora, attach_rows, prepare_full, trainable_share
 from p2d_cli.modeling.layouts import model_layout
 from p2d_cli.modeling.loading import load_model
@@ -135,23 +136,10 @@ def prepared(model: Any, arm: str, width: int) -> tuple[Any, float]:
     placed = layout.placements(heads_LH, PROJECTIONS[:3] if arm == "heads-qkv" else PROJECTIONS)
     if arm.startswith("heads"):
         return attach_rows(model, placed), rate
-    weights = sum(len(place.rows) * place.width for place in placed.values())
-    channels = channel_placements(model, layout.num_layers, weights)
-    return attach_rows(model, channels if arm == "channels" else placed | channels), rate
-
-
-def channel_placements(model: Any, num_layers: int, weights: int) -> dict[str, Placement]:
-    """Return evenly spread channels of the upper half of the layers that have about so many weights together."""
-    config = model.config.get_text_config()
-    layers = range(num_layers // 2, num_layers)
-    count = round(weights / (3 * config.hidden_size) / len(layers))
-    rows = tuple((np.arange(count) * config.intermediate_size // count).tolist())
-    placed = {}
-    for layer in layers:
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            module = f"model.layers.{layer}.mlp.{name}"
-            placed[module] = Placement(rows, name == "down_proj", config.hidden_size, config.intermediate_size)
-    return placed
+    config, lowest = model.config.get_text_config(), layout.num_layers // 2
+    channels = weights_of(placed) / (3 * config.hidden_size) / (layout.num_layers - lowest)
+    beside = channel_placements(model, channels / config.intermediate_size, lowest)
+    return attach_rows(model, beside if arm == "channels" else placed | beside), rate
 
 
 @torch.no_grad()

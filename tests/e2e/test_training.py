@@ -225,6 +225,8 @@ def test_channels_are_planned_trained_and_told(p2d, words, tmp_path, projections
     assert summary["channels"] == 0.1
     names = {name.split(".")[-4] for name in weights(tmp_path / "x")}
     assert names == ({"mlp"} if projections == "none" else {"mlp", "self_attn"})
+    told = "0.1 of the channels of their layers" + " alone" * (projections == "none")
+    assert f"{told}, " in p2d("inspect", tmp_path / "x").said
 
 
 def test_channels_are_exported_as_they_answer(p2d, words, tmp_path, few):
@@ -360,7 +362,7 @@ def test_a_late_look_that_finds_nan_costs_nothing_that_was_good(p2d, words, few,
     assert done.code == 0, done.said
     assert manifest_of(tmp_path / "x")["summary"]["best_update"] == 3
     [told] = [warning for warning in warnings_of(tmp_path / "x") if "finite" in warning]
-    assert told == "the held-out loss was not finite after update 6; the weights are earlier ones"
+    assert told == "the held-out loss was not finite after update 6; weights that gave a finite one are kept"
     assert log_of(tmp_path / "x")[-1]["eval_loss"] is None
 
 

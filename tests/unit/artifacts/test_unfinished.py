@@ -3,7 +3,7 @@
 import pytest
 
 from p2d_cli.artifacts.journal import Journal
-from p2d_cli.artifacts.unfinished import Origin, progress_in
+from p2d_cli.artifacts.unfinished import Origin, is_worth_keeping, progress_in
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -32,3 +32,13 @@ def test_whose_it_is_is_recorded_once(tmp_path):
     assert Origin.load(tmp_path / "x") == Origin({"settings": {"seed": 1}}, forced=True)
     (tmp_path / "x" / "origin.json").write_text("[]")
     assert Origin.load(tmp_path / "x") == Origin({}, forced=False)
+
+
+def test_what_diverged_is_worth_keeping_again_once_its_command_goes_on(tmp_path):
+    with Journal(tmp_path / "read.jsonl", [[0]]) as journal:
+        journal.add(0, {}, seconds=1.0, tokens=1)
+    assert is_worth_keeping(tmp_path)
+    (tmp_path / "diverged").touch()
+    assert not is_worth_keeping(tmp_path)
+    Origin({}, forced=False).save(tmp_path)
+    assert is_worth_keeping(tmp_path)

@@ -1,5 +1,6 @@
 """What is told of a result, and when it is not."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,3 +147,20 @@ def test_answers():
         "2 of 29 answers were cut at --max-new-tokens 128",
     ]
     assert caveats.of_answers(1, 0, 128)[0].startswith("1 test row is few")
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "processes", "told"), [(8, 1, 8, False), (4, 2, 3, True), (2, 1, 1, False)]
+)
+def test_processes_without_a_row_are_told(size, accumulation, processes, told):
+    found = caveats.of_processes(size, accumulation, processes)
+    assert found == (
+        ["3 processes share micro-batches of 2 rows, and some wait: --batch-size 6 gives each a row"] * told
+    )
+
+
+def test_only_looks_behind_an_update_count_as_failed():
+    looks = [{"step": 0, "eval_loss": math.nan}, {"step": 3, "loss": 2.0}, {"step": 3, "eval_loss": 1.0}]
+    assert caveats.of_losses(looks, math.nan, 1.0) == []
+    [told] = caveats.of_losses([*looks, {"step": 6, "eval_loss": math.inf}], math.nan, 1.0)
+    assert told.startswith("the held-out loss was not finite after update 6")

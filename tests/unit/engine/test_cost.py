@@ -94,7 +94,7 @@ def test_operations_are_two_a_weight_and_token(size):
 def test_heads_of_one_group_train_its_keys_once(size):
     heads_LH = np.zeros((2, 4), dtype=bool)
     heads_LH[1, :2] = True
-    trained = rows_trained(LAYOUT.placements(heads_LH, ("q", "k", "v", "o")).values(), 1)
+    trained = rows_trained(LAYOUT.placements(heads_LH, ("q", "k", "v", "o")), 1)
     assert trained.parameters == 8 * (2 * 2 + 2 + 2 + 2 * 2)
     assert trained.placing == 4 * 8 + 2 * 4 + 2 * 4 + 4 * 8
     assert trained.layers == 1

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from p2d_cli.core.aer import RunCost, StageCost
-from p2d_cli.stages.report_aer import _distinct_names, _is_control, _Settings
+from p2d_cli.stages.report_aer import _describe, _distinct_names, _is_control, _Settings
 
 
 def run(name="pad heads, p2d rows", path="evaluation/a", epochs=3.0, **settings):
@@ -30,6 +30,21 @@ def test_a_name_of_its_own_stays():
         ("pad heads, p2d rows", "pad heads, p2d rows"),
         ("lora, p2d rows", "lora, p2d rows"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"head_share": 0.1}, "pad heads"),
+        ({"head_share": 1.0}, "all heads"),
+        ({"head_share": 0.1, "channels": 0.1}, "pad heads and channels"),
+        ({"head_share": None, "heads_method": None, "channels": 0.1}, "channels"),
+    ],
+)
+def test_a_run_is_called_by_what_it_trained(settings, name):
+    found = run(**settings)
+    assert _describe(found.stages) == f"{name}, p2d rows"
+    assert not _is_control(found)
 
 
 def test_shares_that_differ_are_told():
