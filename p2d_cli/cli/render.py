@@ -24,7 +24,7 @@ from p2d_cli.engine.prompts import describe_prompt
 from p2d_cli.engine.rate_probe import RateProbe, losses_of
 from p2d_cli.engine.stage_run import StageResult
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
-from p2d_cli.reporting.table import number_text
+from p2d_cli.reporting.table import number_text, share_text
 from p2d_cli.stages.comparison import Comparison
 from p2d_cli.stages.examination import Examination
 
@@ -258,11 +258,10 @@ def _rate_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _channels_text(summary: dict[str, Any]) -> str:
-    """Say which share of the channels was trained, and whether alone."""
+    """Say which share of the channels was trained, and whether heads were."""
     if not summary.get("channels"):
         return ""
-    alone = "" if summary["heads_trained"] else " alone"
-    return f", {summary['channels']:.3g} of the channels of their layers{alone}"
+    return f", {'heads and' if summary['heads_trained'] else 'only'} {share_text(summary['channels'])} of the channels"
 
 
 def _frozen_text(summary: dict[str, Any]) -> str:

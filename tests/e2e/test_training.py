@@ -225,8 +225,8 @@ def test_channels_are_planned_trained_and_told(p2d, words, tmp_path, projections
     assert summary["channels"] == 0.1
     names = {name.split(".")[-4] for name in weights(tmp_path / "x")}
     assert names == ({"mlp"} if projections == "none" else {"mlp", "self_attn"})
-    told = "0.1 of the channels of their layers" + " alone" * (projections == "none")
-    assert f"{told}, " in p2d("inspect", tmp_path / "x").said
+    told = "only 10% of the channels" if projections == "none" else "heads and 10% of the channels"
+    assert f", {told}, " in p2d("inspect", tmp_path / "x").said
 
 
 def test_channels_are_exported_as_they_answer(p2d, words, tmp_path, few):
