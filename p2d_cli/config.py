@@ -109,6 +109,7 @@ CommaList = BeforeValidator(_split_commas)
 TemplateArguments = Annotated[dict[str, JsonValue] | None, BeforeValidator(_json_object)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -437,6 +438,9 @@ class MineDataConfig(RowOptions):
     method: RowMethodName = setting("p2d", "How rows are scored.")
     ratio: Ratio | None = setting(None, "Share of the pool to keep (0.1 if --count is not given).")
     count: Positive | None = setting(None, "Number of rows to keep, instead of --ratio.")
+    count_of: PathSpec | None = input_setting(
+        None, "subset artifact: keep as many rows as it has, by whatever it chose them.", panel="Method"
+    )
     answer_weight: Literal["likelihood", "generate", "none"] = setting(
         "likelihood", "How well an episode answers: likelihood of the reference, a generated answer's metric, or 1."
     )
@@ -473,14 +477,14 @@ class MineDataConfig(RowOptions):
     refine: Ratio | None = setting(
         None,
         "Share of the pool that is read on by deeper heads: the best by the first ones (score-heads --depth); "
-        "by default what may be of the task, from 0.02 up to 0.04 or three times what may be kept.",
+        "by default 0.02 to 0.04, and more as long as rows of the task are found, up to three times what may be kept.",
         panel="readout",
         neutral=None,
     )
     index: Path | None = setting(
         None,
-        "Folder that keeps what the first layers' heads make of the pool, so that a further target does not read it "
-        "again; made if it is not there, and rows that it lacks are added.",
+        "Folder that keeps what the first layers' heads make of the pool, and for embedding and rds its hidden states, "
+        "so that a further target does not read it again; made if it is not there, and rows that it lacks are added.",
         identity=False,
         panel="readout",
     )
@@ -494,7 +498,7 @@ class MineDataConfig(RowOptions):
     shortlist: Ratio = setting(
         1.0,
         "Share of the pool, most like the target rows in its words (TF-IDF), that the model reads and chooses from "
-        "(for p2d, data-whisperer and embedding).",
+        "(for p2d, data-whisperer, embedding and rds).",
         neutral=1.0,
     )
     floor_quantile: Annotated[float, Field(ge=0, lt=1)] | None = setting(
@@ -560,8 +564,8 @@ class MineDataConfig(RowOptions):
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
         if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
             raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")
-        if self.ratio is not None and self.count is not None:
-            raise ValueError("--ratio and --count exclude each other: give one of them")
+        if sum(size is not None for size in (self.ratio, self.count, self.count_of)) > 1:
+            raise ValueError("--ratio, --count and --count-of exclude each other: give one of them")
         return self
 
 
@@ -586,7 +590,7 @@ class TrainConfig(RowOptions):
         "Share of the MLPs' channels to train as well, evenly spread over the layers from the lowest selected head on.",
         neutral=0.0,
     )
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = setting(3.0, "Passes over the rows.", panel="Optimisation")
+    epochs: Epochs = setting(3.0, "Passes over the rows.", panel="Optimisation")
     max_steps: Positive | None = setting(
         None, "Stop after so many updates; a reference cut short is extrapolated by report-aer.", panel="Optimisation"
     )
@@ -816,6 +820,8 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "report-aer": ReportAerConfig,
     "export": ExportConfig,
 }
+SEED_MARK = "{seed}"
+"""In a path of a recipe: the seed of the stage that reads it."""
 INPUT_FIELDS = frozenset(
     name
     for config in STAGE_CONFIGS.values()
@@ -871,10 +877,21 @@ def resolve(
     preset = {key: value for known in presets for key, value in known.items() if key not in values}
     values |= preset
     origins |= dict.fromkeys(preset, "preset")
+    values |= _seeded({name: value for name, value in values.items() if origins[name] == "recipe"}, values)
     try:
         return Resolved(model(**values), origins, frozenset(flags))
     except ValidationError as problems:
         raise UsageError(_explain(problems, origins)) from None
+
+
+def _seeded(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's inputs that are named after the seed, as `target-{seed}.jsonl`, for the seed in `values`."""
+    seed = str(values.get("seed", 0))
+    return {
+        name: value.replace(SEED_MARK, seed)
+        for name, value in recipe.items()
+        if name in INPUT_FIELDS and isinstance(value, str)
+    }
 
 
 def known_keys(table: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:

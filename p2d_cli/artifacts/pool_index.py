@@ -3,7 +3,8 @@
 A folder: `index.json`, written last, and shards, each two NumPy files that are memory-mapped: `<number>.outputs.npy`,
 float16 [n, K, P, d], and `<number>.rows.npy`, uint64 [n, 3]: the rows' digests, and 1 for rows that were too long and
 cut. Rows are only ever added, a shard at a time; a shard that was being written when a process died is not listed, and
-written over. In `users` each artifact that was made with the index has an empty file, by its key.
+written over. In `hidden-states` may be such an index of what a model makes of rows in the end, instead of its heads.
+In `users` each artifact that was made with the index has an empty file, by its key.
 
 Axes: n rows of a shard, N rows of the index, M rows asked for, K heads in (layer, head) order, P places (answer and
 prompt), d head_dim.
@@ -34,6 +35,8 @@ INDEX_NAME = "index.json"
 SCHEMA = "p2d.index/1"
 FLOAT16 = 2
 _USERS = "users"
+STATES_FOLDER = "hidden-states"
+"""Where an index keeps the hidden states of rows, an index of their own."""
 _ROW_SHAPE = (3,)
 _PROBE = f".{INDEX_NAME}.probe"
 
@@ -346,5 +349,5 @@ def read_index(folder: Path) -> _Described | None:
 
 
 def _is_ours(name: str) -> bool:
-    """Say whether a process that died before it wrote `index.json` may have left something of this name."""
-    return name == _USERS or name.startswith(f".{INDEX_NAME}.")
+    """Say whether it may be there before `index.json` is: the other index, and what a process that died has left."""
+    return name in {_USERS, STATES_FOLDER} or name.startswith(f".{INDEX_NAME}.")

@@ -436,7 +436,9 @@ def print_index(found: IndexFound) -> None:
     out.print(Text.assemble(("index of a pool", "bold"), f"  {found.folder}"), soft_wrap=True)
     out.print(f"  {found.schema}, {2 * found.shards} files verified")
     layers = "the first layer" if found.depth == 1 else f"the first {found.depth} layers"
-    out.print(f"  {found.rows:,} rows by {found.heads} heads of {layers}, {bytes_text(found.bytes)}")
+    by_heads = f" by {found.heads} heads of {layers}"
+    kept = f", {escape(found.source['keeps'])}" if "keeps" in found.source else by_heads
+    out.print(f"  {found.rows:,} rows{kept}, {bytes_text(found.bytes)}")
     users = count_text(found.targets, "subset")
     out.print(f"  cost {found.seconds:.2f} s and {found.tokens:,} tokens; used for {users}")
     out.print("\n[bold]made with[/]")

@@ -458,8 +458,9 @@ def _likeness(run: RunCost) -> tuple[Any, ...]:
     if not trainings:
         return (run.path,)
     training = trainings[-1]
-    # The share of parameters depends on which heads a seed drew.
-    alike = {key: value for key, value in training.settings.items() if key not in {"seed", "trainable_share"}}
+    # The share of parameters depends on which heads a seed drew, and how many rows a floor keeps, on its target rows.
+    left_out = {"seed", "trainable_share"} | ({"row_share", "rows"} if "rows_asked" in training.settings else set())
+    alike = {key: value for key, value in training.settings.items() if key not in left_out}
     mined = [cost.settings.get("method") for cost in run.stages_of("mine-data")]
     return (run.label or run.name, repr(sorted(alike.items(), key=str)), training.epochs, training.model, *mined)
 

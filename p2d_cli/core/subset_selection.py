@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -81,3 +83,11 @@ def round_robin(likeness_NQ: ArrayLike) -> NDArray[np.int64]:
         is_taken_N[row] = True
         order_N[turn] = row
     return order_N
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the vectors, along the last axis, at length 1 and in float64; none depends on what stands beside it."""
+    exact = np.asarray(vectors, dtype=np.float64)
+    lengths = np.sqrt([vector.dot(vector) for vector in exact.reshape(-1, exact.shape[-1])])
+    of_length_one: NDArray[np.float64] = exact / lengths.reshape(*exact.shape[:-1], 1)
+    return of_length_one

@@ -148,6 +148,45 @@ def head_outputs_pass(
     )
 
 
+MEAN, LATE_MEAN = 0, 1
+"""Places of the two means of a row's hidden states."""
+
+
+def hidden_states_pass(
+    reader: Reader,
+    examples: Sequence[EncodedExample],
+    *,
+    keep: Callable[[Arrays], Arrays] | None = None,
+    kept_bytes: int = 0,
+    **options: Any,
+) -> Pass:
+    """Return a pass that gives the means of each row's last hidden states as `states`, float32 `[B, 2, D]`.
+
+    Args:
+        reader: knows the hidden size.
+        examples: the rows.
+        keep: what is kept of a batch in place of the states, `kept_bytes` a row.
+        kept_bytes: likewise.
+        options: see `Pass`.
+    """
+    ids = [example.input_ids for example in examples]
+
+    def read(model: ModelReader, batch: list[int]) -> Arrays:
+        from p2d_cli.modeling.generation import mean_hidden_states
+
+        padding = model.tokenizer.pad_token_id
+        return {"states": mean_hidden_states(model.model, [ids[row] for row in batch], padding).numpy()}
+
+    return Pass(
+        lengths=[len(row) for row in ids],
+        content=_content_of(examples, np.ones((1, 1), dtype=np.bool_), is_whole=keep is None),
+        read=read,
+        keep=keep,
+        kept_bytes=PLACES * FLOAT32 * reader.hidden_size if keep is None else kept_bytes,
+        **options,
+    )
+
+
 def _content_of(examples: Sequence[EncodedExample], heads_LH: NDArray[np.bool_], *, is_whole: bool) -> int:
     """Return a digest of what is read: an index, or the lack of one, changes which rows, and what is kept of them."""
     digest = hashlib.blake2b(heads_LH.tobytes() + bytes([is_whole]), digest_size=8)

@@ -5,8 +5,9 @@ Legend: M rows to choose from, n rows that are read, K heads, P places, d head_d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,68 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2d_cli.artifacts.pool_index import PoolIndex
+from p2d_cli.artifacts.digests import digest_json
+from p2d_cli.artifacts.pool_index import FLOAT16, STATES_FOLDER, PoolIndex
 from p2d_cli.artifacts.readings import PLACES, Digests
-from p2d_cli.core.readout import Readout
+from p2d_cli.core.subset_selection import unit
+from p2d_cli.data.prompts import EncodedExample
 from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.reader import ModelReader
-from p2d_cli.engine.readings import context_of, describe_context, digests_of, head_outputs_pass
+from p2d_cli.engine.readings import describe_context, digests_of, head_outputs_pass, hidden_states_pass
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask
 from p2d_cli.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an index keeps of each row: some readings, `[K, P, d]`."""
+
+    folder: Path
+    heads: list[tuple[int, int]]
+    """Layer and head of each of the K heads."""
+    size: int
+    """d."""
+    source: dict[str, Any]
+    """What decides a reading beside the row."""
+    read: Callable[..., Pass]
+    """Returns the pass that reads some examples; its options are those of `Pass`."""
+    array: str
+    """What that pass calls the readings, which may lack the axis of heads."""
+
+
+def kept_outputs(task: PoolTask, heads_LH: NDArray[np.bool_]) -> Kept:
+    """Return what an index keeps of rows that some heads read, bool `[L, H]`."""
+    assert task.config.index is not None, "there is an index"
+    return Kept(
+        folder=Path(task.config.index).expanduser(),
+        heads=[(layer, head) for layer, head in np.argwhere(heads_LH).tolist()],
+        size=int(task.reader.shape.dims(heads_LH).max()),
+        source=describe_context(task.reader),
+        read=lambda examples, **options: head_outputs_pass(task.reader, examples, heads_LH, **options),
+        array="outputs",
+    )
+
+
+def kept_states(task: PoolTask) -> Kept:
+    """Return what an index keeps of the last hidden states of rows, as if these were what a single head puts out."""
+    assert task.config.index is not None, "there is an index"
+    return Kept(
+        folder=Path(task.config.index).expanduser() / STATES_FOLDER,
+        heads=[(0, 0)],
+        size=task.reader.hidden_size,
+        source=describe_context(task.reader) | {"keeps": "hidden states"},
+        read=lambda examples, **options: hidden_states_pass(
+            task.reader,
+            examples,
+            # Their length is of no use, and may be beyond float16.
+            keep=lambda arrays: {"states": unit(arrays["states"]).astype(np.float16)},
+            kept_bytes=PLACES * FLOAT16 * task.reader.hidden_size,
+            **options,
+        ),
+        array="states",
+    )
 
 
 class IndexedRows:
@@ -31,14 +84,22 @@ class IndexedRows:
 
     Args:
         task: the pool; its settings name the index.
-        heads_LH: the heads that read all rows, bool [L, H].
-        known: rows that have been read already.
+        kept: what the index keeps of a row.
+        known: rows that have been read already, by heads; what is kept is then what heads put out.
+        heads_LH: the heads of `kept`, where there are known rows.
     """
 
-    def __init__(self, task: PoolTask, heads_LH: NDArray[np.bool_], known: KnownRows) -> None:
+    def __init__(
+        self,
+        task: PoolTask,
+        kept: Kept,
+        known: KnownRows | None = None,
+        heads_LH: NDArray[np.bool_] | None = None,
+    ) -> None:
         self._task = task
-        self._heads_LH = heads_LH
+        self._kept = kept
         self._known = known
+        self._heads_LH = heads_LH
         self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
         self.is_cut_M = np.zeros(task.pool.size, dtype=np.bool_)
         """Which rows are too long, as the index tells."""
@@ -47,14 +108,13 @@ class IndexedRows:
 
     @cached_property
     def _index(self) -> PoolIndex:
-        task = self._task
-        assert task.config.index is not None, "there is an index"
+        kept = self._kept
         return PoolIndex(
-            Path(task.config.index).expanduser(),
-            context=context_of(task.reader),
-            heads=[(layer, head) for layer, head in np.argwhere(self._heads_LH).tolist()],
-            head_dim=int(task.reader.shape.dims(self._heads_LH).max()),
-            source=describe_context(task.reader),
+            kept.folder,
+            context=digest_json(kept.source),
+            heads=kept.heads,
+            head_dim=kept.size,
+            source=kept.source,
         )
 
     @property
@@ -99,37 +159,39 @@ class IndexedRows:
         return lacking_M & is_first_M
 
     def _read(self, lacking_M: NDArray[np.bool_]) -> Iterator[Pass]:
-        job, reader, known = self._task.job, self._task.reader, self._known
-        dims_K = reader.shape.dims(self._heads_LH)
+        job, reader, kept = self._task.job, self._task.reader, self._kept
         for chunk in self._task.chunks():
             rows = np.flatnonzero(lacking_M[chunk.places])
-            outputs_nKPd = np.empty((len(rows), len(dims_K), PLACES, dims_K.max()), dtype=np.float16)
-            is_cut_n = known.is_cut_M[chunk.start + rows]
+            readings_nKPd = np.empty((len(rows), len(kept.heads), PLACES, kept.size), dtype=np.float16)
+            is_cut_n = np.zeros(len(rows), dtype=np.bool_)
+            is_known_n = np.zeros(len(rows), dtype=np.bool_)
+            if self._known is not None:
+                is_cut_n = self._known.is_cut_M[chunk.start + rows]
+                is_known_n = self._known.is_known_M[chunk.start + rows]
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
-            is_known_n = known.is_known_M[chunk.start + rows]
             unread = np.flatnonzero(~is_known_n)
             if unread.size:
                 records = [chunk.records[row] for row in rows[unread]]
-                examples = reader.examples(records)
+                examples: Sequence[EncodedExample] = reader.examples(records)
                 is_cut_n[unread] = [example.truncated > 0 for example in examples]
-                yield head_outputs_pass(
-                    reader,
+                into = readings_nKPd if kept.array == "outputs" else readings_nKPd[:, 0]
+                yield kept.read(
                     examples,
-                    self._heads_LH,
                     work="read rows",
                     part=chunk.part,
-                    take=scatter(outputs_nKPd, "outputs", unread),
+                    take=scatter(into, kept.array, unread),
                     name=lambda row, records=records: records[row].where,
                 )
             if rows.size and isinstance(reader, ModelReader):  # and not one that only counts
-                places = np.searchsorted(known.sample, chunk.start + rows[is_known_n])
-                outputs_nKPd[is_known_n] = known.background(self._heads_LH)[places]
-                self._add(self._digests_M2[chunk.start + rows], outputs_nKPd, is_cut_n, *before)
+                if self._known is not None and self._heads_LH is not None:
+                    places = np.searchsorted(self._known.sample, chunk.start + rows[is_known_n])
+                    readings_nKPd[is_known_n] = self._known.background(self._heads_LH)[places]
+                self._add(self._digests_M2[chunk.start + rows], readings_nKPd, is_cut_n, *before)
 
     def _add(
         self,
         digests_n2: Digests,
-        outputs_nKPd: NDArray[np.float16],
+        readings_nKPd: NDArray[np.float16],
         is_cut_n: NDArray[np.bool_],
         seconds: float,
         tokens: int,
@@ -140,7 +202,7 @@ class IndexedRows:
         spent, read = job.timer.seconds.get("score", 0.0) - seconds, reader.tokens - tokens
         with job.timer.phase("save"):
             distributed.from_main(
-                lambda: self._index.add(digests_n2, outputs_nKPd, is_cut_n, seconds=spent, tokens=read, by=job.key)
+                lambda: self._index.add(digests_n2, readings_nKPd, is_cut_n, seconds=spent, tokens=read, by=job.key)
             )
             self._index.reload()
 
@@ -152,19 +214,28 @@ class IndexedRows:
             job.timer.charge("index", seconds)
         self.notes |= {"seconds_shared": seconds, "tokens_shared": tokens, "targets": targets}
 
-    def affinity(self, readout: Callable[[], Readout]) -> NDArray[np.float64]:
-        """Return the affinity of each row, nan where the index lacks it, as in a dry run."""
-        found_M = np.full(len(self._digests_M2), np.nan)
+    def score(self, of: Callable[[NDArray[np.float16]], NDArray[Any]], into_M: NDArray[Any]) -> None:
+        """Put what `of` makes of each row's readings, `[n, K, P, d]`, into an array of all rows.
+
+        It stays as it is where the index lacks rows, as in a dry run.
+        """
         places_M = self._index.find(self._digests_M2)
         if (places_M < 0).any():
-            return found_M
+            return
         self.is_cut_M = self._index.is_cut_N[places_M]
         with self._task.job.timer.phase("score"):
-            for block, outputs_nKPd in self._index.blocks():
+            for block, readings_nKPd in self._index.blocks():
                 here = np.flatnonzero((places_M >= block.start) & (places_M < block.stop))
-                found_M[here] = readout().affinity(outputs_nKPd)[places_M[here] - block.start]
-        return found_M
+                into_M[here] = of(readings_nKPd)[places_M[here] - block.start]
 
 
 def _enter(held: ExitStack, index: PoolIndex) -> None:
     held.enter_context(index.adding())
+
+
+def describe_index(found: dict[str, Any]) -> str:
+    """Say what an index has saved, and what share of its making this run is charged with."""
+    line = f"index: {found['rows_found']:,} rows were there, {found['rows_added']:,} were added"
+    if found["seconds_shared"]:
+        line += f"; charged with {found['seconds_shared']:.1f} s, its share among {found['targets']} targets"
+    return line

@@ -1,7 +1,8 @@
 """Readouts of heads: how much what they put out on a row is like what they put out on the target's rows.
 
 Where a heads artifact has heads of its own for reading, rows are read in two stages. Heads of the first layers read all
-rows; the best of these are read on by deeper heads, and ranked. The others keep no score.
+rows; the best of these are read on by deeper heads, and ranked. The others keep no score. How many are read on is
+found on the way: in rounds, the best first, until hardly any row of a round lies above the floor.
 
 The deeper heads tell the target's rows from a random sample of the pool, and from near misses: rows that were read on
 though most of the target's rows are more like the target. In a pool whose look-alikes are few a random sample has none.
@@ -15,6 +16,7 @@ d head_dim.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,14 +30,18 @@ from p2d_cli.core.readout import Background, Readout, fit_readout, floor_below, 
 from p2d_cli.core.subset_selection import rank_rows
 from p2d_cli.engine.passes import Arrays, Pass, scatter
 from p2d_cli.engine.readings import distinct, head_outputs_pass
-from p2d_cli.methods.indexed_rows import IndexedRows
+from p2d_cli.methods.indexed_rows import IndexedRows, kept_outputs
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
 
 FEWEST_READ_ON, MOST_READ_ON, TIMES_KEPT = 0.02, 0.04, 3
 """At least and at most so much of the pool is read on; if it is more, so many times the rows that may be kept."""
 FIRST_LEVEL = 0.002
-"""Between these bounds, all rows but so small a share of the task's are read on: more, where few target rows tell."""
+"""Between these bounds nothing is read on that is less like the target, by the first heads, than all but so small a
+share of the task's rows: a low bound, where few target rows tell."""
+GROWTH, FEWEST_FOUND = 1.5, 0.05
+"""Each further round of reading on brings what was read to so many times as many rows, as long as so large a share of
+the round before lies above the floor; the first round is `MOST_READ_ON`."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""
 NEAR_WEIGHT, NEAR_HALF = 0.3, 50
@@ -64,12 +70,14 @@ class ReadoutMethod(RowMethod):
         self._known = KnownRows(task, heads_LH, task.config.background or size)
         self._indexed = None
         if self._first_LH is not None and task.config.index is not None:
-            self._indexed = IndexedRows(task, self._first_LH, self._known)
+            self._indexed = IndexedRows(task, kept_outputs(task, self._first_LH), self._known, self._first_LH)
         for flag, value in (("--index", task.config.index), ("--refine", task.config.refine)):
             if self._first_LH is None and value is not None:
                 task.job.progress.note(f"{flag} is of no use here: all rows are read as deep as the best")
         self._first_M = np.full(task.pool.size, np.nan)
         """Affinities to the first heads, where there are two stages."""
+        self._read_on_M = np.zeros(task.pool.size, dtype=np.bool_)
+        """Which rows are read on, so far."""
         self._near: dict[int, NDArray[np.float32]] = {}
         """What the deeper heads put out on near misses, by their positions."""
         self._truncated_M = np.zeros(task.pool.size, dtype=np.bool_)
@@ -91,9 +99,24 @@ class ReadoutMethod(RowMethod):
             yield from self._indexed.passes()
         if self._is_one_task:
             return
+        self._read_on_M = self._best_M(self._first_read_on)
         near_M = self._near_M
         yield from self._keep(near_M, self._deep_LH, self._near, work="read on", part="near misses ")
-        yield from self._score(self._best_M & ~near_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read on")
+        yield from self._read_on(self._read_on_M & ~near_M)
+        self._score_near()
+        last_M = self._read_on_M & ~self._best_M(int(self._first_read_on / GROWTH))
+        for further in itertools.count(1):
+            if not self._goes_on(last_M):
+                return
+            count = min(math.ceil(GROWTH * self._read_on_M.sum()), self._may_read_on)
+            last_M = self._best_M(count) & ~self._read_on_M
+            self._read_on_M |= last_M
+            yield from self._read_on(last_M, part=f"round {further + 1} ")
+
+    def _read_on(self, wanted_M: NDArray[np.bool_], part: str = "") -> Iterator[Pass]:
+        """Yield passes that give wanted rows their affinity to the deeper heads."""
+        deep = lambda: self._deep  # noqa: E731 - it is fitted once it is needed
+        yield from self._score(wanted_M, self._deep_LH, deep, self.scores_M, work="read on", part=part)
 
     def _score(
         self,
@@ -103,6 +126,7 @@ class ReadoutMethod(RowMethod):
         affinities_M: NDArray[np.float64],
         *,
         work: str,
+        part: str = "",
     ) -> Iterator[Pass]:
         """Yield passes that give wanted rows their affinity, but those of the sample."""
 
@@ -112,7 +136,7 @@ class ReadoutMethod(RowMethod):
                 "take": scatter(affinities_M, "affinity", rows_M),
             }
 
-        yield from self._passes(wanted_M, heads_LH, options, work)
+        yield from self._passes(wanted_M, heads_LH, options, work, part)
 
     def _keep(
         self,
@@ -184,7 +208,7 @@ class ReadoutMethod(RowMethod):
             self.scores_M[self._known.sample] = self._deep.affinity(self._known.background(self._deep_LH))
             return self.scores_M
         if self._indexed is not None:
-            self._first_M[:] = self._indexed.affinity(lambda: self._first)
+            self._indexed.score(lambda outputs_nKPd: self._first.affinity(outputs_nKPd), self._first_M)
         else:
             self._first_M[self._known.sample] = self._first.affinity(self._known.background(self._first_LH))
         return self._first_M
@@ -204,21 +228,47 @@ class ReadoutMethod(RowMethod):
         return self._area < ONE_TASK
 
     @cached_property
-    def _best_M(self) -> NDArray[np.bool_]:
-        """Which rows are read on; in a dry run, in which nothing was read, evenly spread ones."""
-        count, size = self._most_read_on, self.task.pool.size
-        if np.isnan(self._affinities_M).any():
-            return evenly_M(count, size)
-        if self.task.config.refine is None and self._sets_floor and self._first_LH is not None:
-            floor = floor_below(self._held_out_Q, FIRST_LEVEL)
-            count = min(count, max(int((self._affinities_M >= floor).sum()), math.ceil(FEWEST_READ_ON * size)))
-        return rank_rows(self._affinities_M) < count
+    def _may_read_on(self) -> int:
+        """How many rows are read on if all rounds find some: those that may be of the task, as the first heads tell."""
+        most, config = self._most_read_on, self.task.config
+        if config.refine is not None or not self._sets_floor or not self._is_read:
+            return most
+        floor = floor_below(self._held_out_Q, FIRST_LEVEL)
+        likely = int((self._affinities_M >= floor).sum())
+        return min(most, max(likely, math.ceil(FEWEST_READ_ON * self.task.pool.size)))
+
+    @property
+    def _first_read_on(self) -> int:
+        """How many rows are read on in the first round; all, where nobody asked for a floor, and in a dry run."""
+        if self.task.config.refine is not None or not self._sets_floor or not self._is_read:
+            return self._may_read_on
+        return min(self._may_read_on, math.ceil(MOST_READ_ON * self.task.pool.size))
+
+    @property
+    def _is_read(self) -> bool:
+        """Whether all rows were read by the first heads; in a dry run they are not."""
+        return not np.isnan(self._affinities_M).any()
+
+    @cached_property
+    def _first_ranks_M(self) -> NDArray[np.int64]:
+        return rank_rows(self._affinities_M)
+
+    def _best_M(self, count: int) -> NDArray[np.bool_]:
+        """Return the best rows by the first heads; in a dry run, in which nothing was read, evenly spread ones."""
+        return self._first_ranks_M < count if self._is_read else evenly_M(count, self.task.pool.size)
+
+    def _goes_on(self, last_M: NDArray[np.bool_]) -> bool:
+        """Say whether there is more to read on, and the last rows that were had enough above the floor."""
+        if self._read_on_M.sum() >= self._may_read_on or not self._is_read:
+            return False
+        last = self.scores_M[last_M & np.isfinite(self.scores_M)]  # those of the sample are not scored yet
+        return bool(last.size) and float((last >= self._floor).mean()) >= FEWEST_FOUND
 
     @cached_property
     def _near_M(self) -> NDArray[np.bool_]:
         """Which of them are near misses: less like the target than half of its own rows, by the first heads."""
-        best = np.flatnonzero(self._best_M)
-        if self._first_LH is not None and len(self._held_out_Q) and not np.isnan(self._affinities_M).any():
+        best = np.flatnonzero(self._read_on_M)
+        if self._first_LH is not None and len(self._held_out_Q) and self._is_read:
             best = best[self._affinities_M[best] < np.median(self._held_out_Q)]
         near_M = np.zeros(self.task.pool.size, dtype=np.bool_)
         near_M[best[evenly_M(min(NEAR_ROWS, len(best)), len(best))]] = True
@@ -283,6 +333,10 @@ class ReadoutMethod(RowMethod):
         with self.task.job.timer.phase("fit"):
             return held_out_affinity(self._known.target(self._deep_LH), self._deep_background)
 
+    @property
+    def _floor(self) -> float:
+        return floor_below(self._deep_held_out_Q, self.task.config.resolved_floor)
+
     # --- what a plan and a summary say
 
     def caveats(self) -> tuple[str, ...]:
@@ -318,23 +372,26 @@ class ReadoutMethod(RowMethod):
             return RowScores.measured(self._affinities_M, notes | {"pool_of_one_task": True})
         self._score_read(notes)
         if self._first_LH is not None:
-            self.scores_M[~self._best_M] = np.nan
-            read_on = int(self._best_M.sum())
+            self.scores_M[~self._read_on_M] = np.nan
+            read_on = int(self._read_on_M.sum())
             notes |= {"rows_read_on": read_on, "rows_not_read_on": size - read_on, "near_misses": len(self._near)}
         if self._sets_floor:
             notes["floor_quantile"] = self.task.config.resolved_floor
-            notes["floor_score"] = floor_below(self._deep_held_out_Q, self.task.config.resolved_floor)
+            notes["floor_score"] = self._floor
             notes["middle_score"] = float(np.median(self._deep_held_out_Q))
         first_M = None if self._first_LH is None else self._first_M
         return RowScores(self.scores_M, np.isfinite(self.scores_M).astype(np.int64), notes, first_M)
+
+    def _score_near(self) -> None:
+        """Give near misses their affinity to the deeper heads."""
+        if self._near:
+            rows = sorted(self._near)
+            self.scores_M[rows] = self._deep.affinity(np.stack([self._near[row] for row in rows]))
 
     def _score_read(self, notes: dict[str, Any]) -> None:
         """Give the rows that are held their affinity to the deeper heads, and tell the target's."""
         known = self._known
         self.scores_M[known.sample] = self._deep.affinity(known.background(self._deep_LH))
-        if self._near:
-            rows = sorted(self._near)
-            self.scores_M[rows] = self._deep.affinity(np.stack([self._near[row] for row in rows]))
         notes["prompt_share"] = self._prompt_share
         notes["target_affinity"] = float(self._deep.affinity(known.target(self._deep_LH)).mean())
 

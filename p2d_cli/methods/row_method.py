@@ -98,6 +98,8 @@ class RowMethod(Method[PoolTask]):
     """Whether words may choose beforehand which rows the model reads."""
     sets_floor: ClassVar[bool] = False
     """Whether target rows can set a score below which no row is kept (`--floor-quantile`)."""
+    takes_index: ClassVar[bool] = False
+    """Whether an index can keep what it reads of the pool (`--index`)."""
     reads_model: ClassVar[bool] = True
     has_size: ClassVar[bool] = True
     """Whether `--ratio` or `--count` says how many rows are kept."""

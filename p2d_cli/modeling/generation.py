@@ -187,10 +187,11 @@ def score_completions(
 
 
 @torch.no_grad()
-def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int, *, late: bool = False) -> Tensor:
-    """Average over each row's tokens the hidden states that the output embedding reads, `[B, D]` float32 on the CPU.
+def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Average over each row's tokens the hidden states that the output embedding reads, `[B, 2, D]` float32 on the CPU.
 
-    With `late` the first token counts once, the second twice, and so on (Muennighoff 2022, SGPT).
+    In the first mean all tokens count alike; in the second the first token counts once, the second twice, and so on
+    (Muennighoff 2022, SGPT).
 
     All families have them there, and no logits are computed. The model is in eval mode, each row has a token, and
     `pad_id` is any.
@@ -206,9 +207,9 @@ def mean_hidden_states(model: Any, ids: Sequence[Sequence[int]], pad_id: int, *,
     with output_embedding(model).register_forward_pre_hook(keep_none):
         model(**forward_inputs(input_ids_BT, attention_mask_BT))
     hidden_BTD = seen[0].float()
-    counts_BT = attention_mask_BT.cumsum(dim=1) * attention_mask_BT if late else attention_mask_BT
-    weight_BT = (counts_BT / counts_BT.sum(dim=1, keepdim=True)).to(hidden_BTD)
-    return torch.einsum("BTD,BT->BD", hidden_BTD, weight_BT).cpu()
+    counts_BPT = torch.stack([attention_mask_BT, attention_mask_BT.cumsum(dim=1) * attention_mask_BT], dim=1)
+    weight_BPT = (counts_BPT / counts_BPT.sum(dim=2, keepdim=True)).to(hidden_BTD)
+    return torch.einsum("BTD,BPT->BPD", hidden_BTD, weight_BPT).cpu()
 
 
 class _StopStrings(StoppingCriteria):

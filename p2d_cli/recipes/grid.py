@@ -33,17 +33,24 @@ class Point:
     """Share of all heads that is trained; None is that of the recipe's own table."""
     data_ratio: float | None = None
     """Share of the pool that is kept, likewise."""
+    count_of: str | None = None
+    """The data method that says how many rows are kept."""
+    epochs: float | None = None
+    """Epochs of training; None is the number in the recipe's own table."""
 
     @property
     def name(self) -> str:
         """The run's folder name."""
         heads = None if self.heads is None else sized(self.heads, "h", self.head_ratio)
-        return "-".join(part for part in (self.scope, heads, self.data_name, f"s{self.seed}") if part is not None)
+        epochs = None if self.epochs is None else f"e{self.epochs:g}"
+        parts = (self.scope, heads, self.data_name, epochs, f"s{self.seed}")
+        return "-".join(part for part in parts if part is not None)
 
     @property
     def data_name(self) -> str:
         """What tells its rows from those of other runs of its seed."""
-        return sized(self.data, "d", self.data_ratio)
+        name = sized(self.data, "d", self.data_ratio)
+        return name if self.count_of is None else f"{name}-as-{self.count_of}"
 
 
 class Points:
@@ -77,8 +84,9 @@ class Points:
         data = grid.data or (_one_of("mine-data", recipe.mine_data, "method", "p2d", tuple(ROW_METHODS)),)
         seeds = (self._overrides["seed"],) if "seed" in self._overrides else grid.seed or (self._seed(),)
         scopes = grid.scope or (_one_of("train", recipe.train, "scope", "heads", SCOPES),)
-        sizes = itertools.product(grid.head_ratio or (None,), grid.data_ratio or (None,))
-        for seed, scope, head, rows, (head_ratio, data_ratio) in itertools.product(seeds, scopes, heads, data, sizes):
+        sizes = itertools.product(grid.head_ratio or (None,), grid.data_ratio or (None,), grid.epochs or (None,))
+        axes = itertools.product(seeds, scopes, heads, data, sizes)
+        for seed, scope, head, rows, (head_ratio, data_ratio, epochs) in axes:
             yield Point(
                 heads=head if scope == "heads" else None,
                 data=rows,
@@ -86,6 +94,8 @@ class Points:
                 seed=seed,
                 head_ratio=head_ratio if scope == "heads" and head != ALL_HEADS else None,
                 data_ratio=data_ratio if ROW_METHODS[rows].has_size else None,
+                count_of=grid.count_of if ROW_METHODS[rows].has_size and rows != grid.count_of else None,
+                epochs=epochs,
             )
 
     def _controls(self, points: Sequence[Point]) -> Iterator[Point]:
@@ -95,8 +105,10 @@ class Points:
         sized_points = [point for point in points if point.heads != ALL_HEADS and ROW_METHODS[point.data].has_size]
         bare = [replace(point, head_ratio=None, data_ratio=None) for point in points]
         seeds = {point.seed for point in sized_points}
+        measures = {grid.count_of for grid in self._recipe.grid}
         for point in [*sized_points, *(point for point in bare if point.seed not in seeds)]:
-            yield replace(point, heads=CONTROL, data=CONTROL, scope="heads")
+            count_of = point.data if point.data in measures and point.data_ratio is None else point.count_of
+            yield replace(point, heads=CONTROL, data=CONTROL, scope="heads", count_of=count_of)
 
     def reference(self) -> Point:
         """Return the run that all others are measured against: full fine-tuning on the whole pool."""
@@ -123,7 +135,9 @@ class Points:
         if not ROW_METHODS[point.data].reads_model:
             return point
         kin = [each for each in self.all if (each.data, each.seed) == (point.data, point.seed)]
-        return replace(point, data_ratio=_greatest([each.data_ratio for each in kin]))
+        shares = [each.data_ratio for each in kin if each.count_of is None]
+        # Where every number is that of another method's rows, each is chosen from scores of its own.
+        return replace(point, data_ratio=_greatest(shares), count_of=None) if shares else point
 
 
 def sized(method: str, mark: str, share: float | None) -> str:

@@ -13,8 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from p2d_cli.config import (
     INPUT_FIELDS,
     SCOPES,
+    SEED_MARK,
     STAGE_CONFIGS,
     Choice,
+    Epochs,
     Ratio,
     RowMethodName,
     Scope,
@@ -51,11 +53,21 @@ class Grid(BaseModel):
         (), description="Shares of all heads to train; by default [score-heads] ratio."
     )
     data_ratio: tuple[Ratio, ...] = Field((), description="Shares of the pool to keep; by default [mine-data] ratio.")
+    count_of: RowMethodName | None = Field(
+        None, description="Data method: the others keep as many rows as it keeps of the same pool, with the same seed."
+    )
+    epochs: tuple[Epochs, ...] = Field((), description="Epochs of training; by default [train] epochs.")
 
     @model_validator(mode="before")
     @classmethod
     def _dashes(cls, given: Any) -> Any:
         return _underscored(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Grid:
+        if self.count_of is not None and self.data_ratio:
+            raise ValueError("count-of and data-ratio exclude each other: give them in two [[grid]] tables")
+        return self
 
 
 AsSeveral = BeforeValidator(lambda grids: (grids,) if isinstance(grids, (Mapping, Grid)) else grids)
@@ -84,6 +96,7 @@ class Recipe(BaseModel):
     controls: bool = Field(
         True, description="Add random heads on random rows at the same sizes if the grid lacks them."
     )
+    untrained: bool = Field(False, description="Evaluate the model as it is, too.")
 
     def table(self, stage: str, scope: Scope | None = None) -> dict[str, Any]:
         """Return the settings that this recipe gives to `stage`: its own table over the defaults.
@@ -210,7 +223,8 @@ def _anchored(spec: str, folder: Path) -> str:
         name = str(folder / Path(spec).expanduser())
         parent, colon, _ = name.rpartition(":")
         # Path.glob takes no pattern from the root, nor one that leads upwards.
-        matched = has_magic(name) and next(iglob(name, recursive=True), None) is not None  # noqa: PTH207
+        pattern = name.replace(SEED_MARK, "*")
+        matched = has_magic(pattern) and next(iglob(pattern, recursive=True), None) is not None  # noqa: PTH207
         is_there = Path(name).exists() or matched or (colon and Path(parent).is_dir())
     except (OSError, RuntimeError, ValueError):
         return spec

@@ -35,7 +35,7 @@ from p2d_cli.methods.row_method import PoolTask, RowScores
 from p2d_cli.methods.words import shortlist
 from p2d_cli.modeling.model_files import require_tokenizer
 from p2d_cli.stages.choosing import choose, scored_before
-from p2d_cli.stages.mining_inputs import MiningInputs, open_inputs
+from p2d_cli.stages.mining_inputs import MiningInputs, asked, counted, open_inputs
 
 PICTURE_NAME = "scores.png"
 ROWS_BETWEEN_REPORTS = 1024
@@ -43,7 +43,10 @@ ROWS_BETWEEN_REPORTS = 1024
 
 def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -> StageResult:
     """Score the pool, keep the best share, and write a subset artifact."""
-    job = StageRun("mine-data", resolved, options or RunOptions())
+    options = options or RunOptions()
+    resolved, size_of = counted(resolved, options.planned)
+    job = StageRun("mine-data", resolved, options)
+    job.facts |= size_of
     inputs = open_inputs(job)
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
@@ -93,6 +96,8 @@ def _tell_unused(job: StageRun[MineDataConfig], inputs: MiningInputs) -> None:
     elif not inputs.method.sets_floor:
         beside = f"with --method {config.method}"
         unused += ["floor_quantile"]
+        if inputs.method.takes_index:
+            unused.remove("index")
     elif config.resolved_affinity != "readout":
         beside = "with --affinity attention"
     else:
@@ -150,6 +155,7 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "method": method.name,
             "rows_selected": count,
             "rows_total": pool.num_rows,
+            "rows_asked": asked(config, job.facts),
             "rows_target": len(target),
             "rows_that_are_targets": len(pool.twins),
             "rows_not_listed": len(pool.unlisted),

@@ -9,14 +9,17 @@ another chat template, so that it has to be asked for.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.manifest import InputEntry, ModelIdentity
 from p2d_cli.artifacts.readings import Readings, load_readings
+from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores
-from p2d_cli.config import MineDataConfig, ScoreHeadsConfig
+from p2d_cli.config import MineDataConfig, Resolved, ScoreHeadsConfig, StageConfig
 from p2d_cli.core.geometry import SelectedHeads
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.stage_run import StageRun
@@ -24,6 +27,7 @@ from p2d_cli.errors import DataError, UsageError
 from p2d_cli.methods.row_method import RowMethod
 from p2d_cli.modeling.model_files import ModelFiles, locate_model, vocabulary
 from p2d_cli.registry import ROW_METHODS
+from p2d_cli.reporting.table import share_text
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,43 @@ class MiningInputs:
     """Scores that an earlier run found."""
     relevant: frozenset[str] | None = None
     """Ids of rows that are known to be of the target's task: for measuring the choice, never for making it."""
+
+
+def counted(
+    resolved: Resolved[MineDataConfig], planned: Mapping[str, StageConfig]
+) -> tuple[Resolved[MineDataConfig], dict[str, Any]]:
+    """Return the settings with the number of rows that `--count-of` comes to, and whose number it is.
+
+    It is the number alone that is taken over: what the other rows cost to choose is not charged, and no more part of
+    the artifact's identity than where a user's number comes from.
+
+    Args:
+        resolved: the settings.
+        planned: in a dry run, the settings of subsets that are still to be made, which may have as many as was asked.
+
+    Raises:
+        ArtifactError: it is no subset artifact.
+    """
+    config = resolved.config
+    if config.count_of is None:
+        return resolved, {}
+    other = planned.get(config.count_of)
+    if isinstance(other, MineDataConfig):
+        size: dict[str, Any] = {"ratio": other.ratio, "count": other.count}
+        method = other.method
+    else:
+        found = open_artifact(Path(config.count_of).expanduser(), "subset").summary
+        size, method = {"ratio": None, "count": found["rows_selected"]}, found["method"]
+    config = config.model_copy(update=size | {"count_of": None})
+    origins = resolved.origins | {"count": resolved.origins["count_of"], "count_of": "default"}
+    return replace(resolved, config=config, origins=origins), {"count_of": method}
+
+
+def asked(config: MineDataConfig, facts: Mapping[str, Any]) -> str:
+    """Say how many rows were asked for: the same for every seed, also where a floor keeps fewer."""
+    if "count_of" in facts:
+        return f"as {facts['count_of']}"
+    return share_text(config.ratio or 0.1) if config.count is None else f"{config.count}"
 
 
 def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:

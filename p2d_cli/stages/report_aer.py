@@ -113,6 +113,7 @@ class _Settings(BaseModel):
     head_share: float | None = None
     data_method: str | None = None
     row_share: float | None = None
+    rows_asked: str | None = None
     trainable_share: float | None = None
     seed: int | None = None
     precision: float | None = None
@@ -159,7 +160,7 @@ def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str
     if training is None:
         return "base model"
     trained = training.settings
-    heads, rows = (f" {share_text(trained.get(name))}" if name in telling else "" for name in SHARES)
+    heads, rows = (f" {_size_text(trained, name)}" if name in telling else "" for name in SHARES)
     scope, data = trained.get("scope"), trained.get("data_method")
     if scope == "heads":
         scope = _parts_of(trained)
@@ -167,6 +168,12 @@ def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str
     if "epochs" in telling and training.epochs is not None:
         name += f", {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
     return name
+
+
+def _size_text(trained: Mapping[str, Any], share: str) -> str:
+    """Say how many heads, or rows, a training has; of rows, how many were asked for, if that is known."""
+    asked = trained.get("rows_asked") if share == "row_share" else None
+    return asked or share_text(trained.get(share))
 
 
 def _parts_of(trained: Mapping[str, Any]) -> str:
@@ -193,13 +200,18 @@ def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
 
 def _with_what_tells(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
     """Add to a run's name the shares, and the epochs, in which others of that name differ from it."""
-    telling = {name for name in SHARES if len({other.trained(name) for other in namesakes}) > 1}
+    telling = {name for name in SHARES if len({_size_of(other, name) for other in namesakes}) > 1}
     if len({cost.epochs for other in namesakes for cost in other.stages_of("train")[:1]}) > 1:
         telling.add("epochs")
     if not telling:
         return run
     name = _describe(run.stages, telling)
     return replace(run, name=name, label=name)
+
+
+def _size_of(run: RunCost, share: str) -> Any:
+    asked = run.trained("rows_asked") if share == "row_share" else None
+    return run.trained(share) if asked is None else asked
 
 
 def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) -> Outcome:

@@ -91,15 +91,19 @@ class RecipeRun:
         # A grid with sizes that its own settings rule out is refused before anything is computed.
         for name, inputs in {point.data_name: self._subset_settings(point) for point in points}.items():
             self._resolve("mine-data", self._out / "subset" / name, self._recipe.table("mine-data"), inputs)
-        evaluations = [self._evaluation(point) for point in points]
+        evaluations = [self._untrained()] if self._recipe.untrained else []
+        evaluations += [self._evaluation(point) for point in points]
         full = self._evaluation(reference, self._recipe.reference)
         # A dry run leaves no artifacts for the report to read.
         if not self._options.dry_run:
+            # A recipe that varies the epochs asks for runs of several.
+            mixed: dict[str, Any] = {"allow_mixed": True} if any(point.epochs is not None for point in points) else {}
             self._stage(
                 "report-aer",
                 self._out / "report",
                 evaluations=tuple(str(folder) for folder in evaluations),
                 reference=str(full),
+                **mixed,
                 recipe=None if self._source is None else str(self._source),
             )
         return RunResult(self._out, tuple(self._done.values()))
@@ -109,12 +113,18 @@ class RecipeRun:
         inputs: dict[str, Any] = {"data": str(self._subset(point)), "scope": point.scope, "seed": point.seed}
         if point.heads is not None:
             inputs["heads"] = str(self._heads(point.heads, point.seed, point.head_ratio))
+        if point.epochs is not None:
+            inputs["epochs"] = point.epochs
         table = self._recipe.table("train", point.scope) | {
             key.replace("-", "_"): value for key, value in (extra or {}).items()
         }
         adapter = self._stage("train", self._out / "adapter" / point.name, table=table, **inputs)
         trained: dict[str, Any] = {"adapter" if point.scope in {"heads", "lora"} else "model": str(adapter)}
         return self._stage("eval", self._out / "evaluation" / point.name, seed=point.seed, **trained)
+
+    def _untrained(self) -> Path:
+        """Evaluate the model as it is, and return the folder."""
+        return self._stage("eval", self._out / "evaluation" / "untrained", seed=self.points.reference().seed)
 
     def _heads(self, method: str, seed: int, ratio: float | None = None) -> Path:
         chosen: dict[str, Any] = (
@@ -141,6 +151,9 @@ class RecipeRun:
 
     def _subset(self, point: Point) -> Path:
         inputs = self._subset_settings(point)
+        if point.count_of is not None:
+            measure = replace(point, data=point.count_of, count_of=None)
+            inputs |= {"ratio": None, "count": None, "count_of": str(self._subset(measure))}
         if (scored := self.points.scored_with(point)) != point:
             inputs["scores"] = str(self._subset(scored))
         elif ROW_METHODS[point.data].takes_heads:
@@ -149,7 +162,7 @@ class RecipeRun:
 
     def _subset_settings(self, point: Point) -> dict[str, Any]:
         """Return the settings that a point gives to its rows, heads aside."""
-        ratio = {} if point.data_ratio is None else {"ratio": point.data_ratio}
+        ratio = {} if point.data_ratio is None else {"ratio": point.data_ratio, "count": None}
         return {"method": point.data, "seed": point.seed, **ratio}
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:

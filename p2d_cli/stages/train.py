@@ -270,6 +270,7 @@ def _selection(job: StageRun[TrainConfig], inputs: _Inputs, rows: int) -> dict[s
         **({"channels": job.config.channels} if inputs.heads is not None and job.config.channels else {}),
         "data_method": subset.summary["method"] if subset else None,
         "row_share": subset.summary["rows_selected"] / subset.summary["rows_total"] if subset else 1.0,
+        **({"rows_asked": subset.summary["rows_asked"]} if subset and "rows_asked" in subset.summary else {}),
         "rows": rows,
     }
 

@@ -150,7 +150,9 @@ class Bench:
 
     def states(self, rows: list[Row]) -> NDArray[np.float64]:
         ids = [example.input_ids for example in self.reader.examples(self.records(rows))]
-        found = [mean_hidden_states(self.reader.model, ids[at : at + 16], 0).numpy() for at in range(0, len(ids), 16)]
+        found = [
+            mean_hidden_states(self.reader.model, ids[at : at + 16], 0)[:, 0].numpy() for at in range(0, len(ids), 16)
+        ]
         states = np.concatenate(found).astype(np.float64)
         return states - states.mean(axis=0)
 

@@ -200,9 +200,10 @@ class Plain:
         self.first = np.array([weigh(row[first]) for row in pool])
         kept_out = held_out(target[:, first], sample[:, first], even, share)
         above = (self.first >= floor(kept_out, FLOOR_OF_FIRST)).sum()
-        self.read_on = int(min(most, max(above, fewest, np.ceil(0.02 * len(pool)))))
-        self.is_best = np.zeros(len(pool), dtype=bool)
-        self.is_best[np.argsort(-self.first, kind="stable")[: self.read_on]] = True
+        limit = int(min(most, max(above, fewest, np.ceil(0.02 * len(pool)))))
+        self.read_on = limit if fewest else int(min(limit, np.ceil(0.04 * len(pool))))
+        ranks = np.argsort(np.argsort(-self.first, kind="stable"))
+        self.is_best = ranks < self.read_on
         self.is_near = self.is_best & (self.first < np.median(kept_out)) & ~is_sample
         near = int(self.is_near.sum())
         share = 0.3 * near / (near + 50)
@@ -211,8 +212,13 @@ class Plain:
         weights = np.array([(1 - share) / len(sample)] * len(sample) + [share / max(near, 1)] * near)
         weigh = readout(target[:, deep], background, weights, self.prompt)
         self.scores = np.array([weigh(row[deep]) for row in pool])
-        self.scores[~self.is_best] = np.nan
         self.floor = floor(held_out(target[:, deep], background, weights, self.prompt), 0.05)
+        self.rounds, last = 1, ranks >= int(self.read_on / 1.5)
+        while self.read_on < limit and (self.scores >= self.floor)[self.is_best & last & ~is_sample].mean() >= 0.05:
+            last, self.rounds = ~self.is_best, self.rounds + 1
+            self.read_on = min(int(np.ceil(1.5 * self.read_on)), limit)
+            self.is_best = ranks < self.read_on
+        self.scores[~self.is_best] = np.nan
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +244,7 @@ def test_scores_are_those_of_a_slow_plain_version(mine, work, alone, is_sample, 
         most=most,
         fewest=0 if refine is None else most,
     )
+    assert plain.rounds > 1 or refine is not None
     summary = manifest_of(out)["summary"]
     assert summary["rows_read_on"] == plain.read_on == POOL - summary["rows_not_read_on"]
     assert summary["near_misses"] == plain.is_near.sum()
@@ -384,6 +391,16 @@ def test_an_index_changes_no_choice_and_serves_a_second_target(p2d, mine, work, 
     assert told["tokens_shared"] == pytest.approx(shard["tokens"] / 2, abs=1)
     assert manifest_of(second)["seconds"]["index"] == pytest.approx(shard["seconds"] / 2, abs=1e-4)
     assert tokens_of(alone) - tokens_of(second) > 0.5 * shard["tokens"]
+
+
+def test_hidden_states_have_an_index_of_their_own_in_it(mine, tmp_path):
+    index = tmp_path / "index"
+    states = ("--method", "rds", "--heads", None, "--index", index)
+    mine("rds", *states)
+    first = mine("first", "--index", index)
+    assert chosen_in(first) == chosen_in(mine("plain"))
+    again = mine("again", *states, "--count", COUNT + 1)
+    assert manifest_of(again)["summary"]["index"]["rows_added"] == 0
 
 
 def test_a_target_that_was_not_read_is_planned_beside_a_whole_index(p2d, mine, words, work, tmp_path):
@@ -641,8 +658,8 @@ def test_settings_that_change_nothing_are_told(p2d, mine, words, work, tiny_fold
     assert done.code == 0
     for flag in ("--target", "--refine", "--index"):
         assert f"{flag} is of no use beside --scores" in done.said
-    done = p2d(*words("rds", "--method", "rds", "--heads", None, "--index", tmp_path / "index"))
-    assert (done.code, "--index is of no use with --method rds" in done.said) == (0, True)
+    done = p2d(*words("lexical", "--method", "lexical", "--heads", None, "--index", tmp_path / "index"))
+    assert (done.code, "--index is of no use with --method lexical" in done.said) == (0, True)
 
 
 def test_more_than_were_read_on_keeps_those_above_the_floor(p2d, mine, work, tiny_folder, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from p2d_cli.config import MineDataConfig
 from p2d_cli.engine.passes import Pass, Steps
 from p2d_cli.methods.episodes import EpisodeMethod
+from p2d_cli.methods.indexed_rows import describe_index
 from p2d_cli.methods.method import Read
 from p2d_cli.methods.readout import ReadoutMethod
 from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
@@ -26,6 +27,7 @@ class P2d(RowMethod):
     takes_heads = True
     takes_shortlist = True
     sets_floor = True
+    takes_index = True
 
     def __init__(self, task: PoolTask) -> None:
         super().__init__(task)
@@ -76,7 +78,7 @@ class P2d(RowMethod):
                 " seems to be of one task" + ("; rows that cover it are kept" if "picked" in summary else "")
             )
         if "index" in summary:
-            lines.append(_describe_index(summary["index"]))
+            lines.append(describe_index(summary["index"]))
         if "floor_score" in summary:
             lines.append(
                 f"none scores below {summary['floor_score']:.2f}, as {summary['floor_quantile']:g} of the task's rows"
@@ -97,12 +99,4 @@ def _describe_reading(summary: dict[str, Any]) -> str:
     line = f"{readers}, told from {summary['rows_background']:,} background rows"
     if "target_affinity" in summary:
         line += f"; target rows at {summary['target_affinity']:.2f} deviations, the cut at {summary['cut_score']:.2f}"
-    return line
-
-
-def _describe_index(found: dict[str, Any]) -> str:
-    """Say what an index has saved, and what share of its making this run is charged with."""
-    line = f"index: {found['rows_found']:,} rows were there, {found['rows_added']:,} were added"
-    if found["seconds_shared"]:
-        line += f"; charged with {found['seconds_shared']:.1f} s, its share among {found['targets']} targets"
     return line

@@ -2,27 +2,25 @@
 
     python tests/benchmarks/study/prepare.py --model MODEL --data DATA
 
-DATA holds a folder with `train.jsonl` and `test.jsonl` for each single task, and `mixed_pool` with `pool.jsonl` and,
-for each target, `targets/NAME/query.jsonl`, `test.jsonl` and `relevance.json`. Everything is written to `data` beside
-this file, where the recipes look for it. Rows are shuffled once with a fixed seed, and no row is in two of the parts:
-what describes the task (`target`), what is chosen from (`pool`), what settings are chosen by (`held-out`), and what is
-looked at once, at the end (`test`).
+DATA holds a folder with `train.jsonl` and `test.jsonl` for each single task; `mixed_pool` with `pool.jsonl` and, for
+each target, `targets/NAME/query.jsonl`, `test.jsonl` and `relevance.json`; and `big_pool` with `pool.jsonl` and
+`targets/NAME.relevance.json`. Everything is written to `data` beside this file, where the recipes look for it. No row
+is in two of the parts: what describes the task (`target`; for the pools 8 rows a seed, and 64), what is chosen from
+(`pool`), what settings are chosen by (`held-out`), and what is looked at once, at the end (`test`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import shutil
 from pathlib import Path
 
 SINGLE_TASKS = ("banking77", "snips_parse")
 SINGLE = {"pool": 1000, "target": 64, "held-out": 64}
 TEST_ROWS = 200
-MIXED_TARGETS = ("snips_parse", "banking77", "gsm8k")
-MIXED_POOL_ROWS = 1312
-"""An eighth of the mixed pool, so that the whole of it can be trained on as well."""
+TARGETS = ("banking77", "snips_parse", "commonsense_qa", "disfl_qa")
+FEW, SEEDS = 8, 3
+"""Target rows, and how often others of them are drawn: the first of a target's rows, the next, and so on."""
 HERE = Path(__file__).parent
 
 
@@ -30,12 +28,13 @@ def main() -> None:
     options = parse()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    model = out / "model"
-    model.unlink(missing_ok=True)
-    model.symlink_to(options.model.resolve())
+    link(options.model, out / "model")
     for task in SINGLE_TASKS:
         cut_single(options.data / task, out / task)
-    cut_mixed(options.data / "mixed_pool", out / "mixed")
+    for pool in ("mixed", "big"):
+        link(options.data / f"{pool}_pool" / "pool.jsonl", out / pool / "pool.jsonl")
+    for target in TARGETS:
+        cut_target(options.data, target, out)
 
 
 def parse() -> argparse.Namespace:
@@ -56,19 +55,23 @@ def cut_single(source: Path, out: Path) -> None:
     write(out / "test.jsonl", test[:TEST_ROWS])
 
 
-def cut_mixed(source: Path, out: Path) -> None:
-    """Take the pool and a part of it, and of each target what belongs to it."""
-    whole = shuffled(source / "pool.jsonl")
-    pool = whole[:MIXED_POOL_ROWS]
-    write(out / "whole_pool.jsonl", whole)
-    write(out / "pool.jsonl", pool)
-    for target in MIXED_TARGETS:
-        folder = source / "targets" / target
-        write(out / target / "query.jsonl", lines_of(folder / "query.jsonl"))
-        write(out / target / "test.jsonl", shuffled(folder / "test.jsonl")[:TEST_ROWS])
-        shutil.copyfile(folder / "relevance.json", out / target / "relevance.json")
-        relevant = set(json.loads((folder / "relevance.json").read_text(encoding="utf-8"))["relevant"])
-        print(f"mixed pool: {sum(json.loads(line)['id'] in relevant for line in pool)} of {len(pool)} rows of {target}")
+def cut_target(source: Path, target: str, out: Path) -> None:
+    """Take what describes a target of the pools, its test rows, and which rows of the pools are of it."""
+    folder = source / "mixed_pool" / "targets" / target
+    out /= Path("targets") / target
+    queries = lines_of(folder / "query.jsonl")
+    write(out / "query-64.jsonl", queries)
+    for seed in range(SEEDS):
+        write(out / f"query-8-{seed}.jsonl", queries[FEW * seed : FEW * (seed + 1)])
+    write(out / "test.jsonl", lines_of(folder / "test.jsonl")[:TEST_ROWS])
+    link(folder / "relevance.json", out / "mixed.json")
+    link(source / "big_pool" / "targets" / f"{target}.relevance.json", out / "big.json")
+
+
+def link(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(source.resolve())
 
 
 def shuffled(path: Path) -> list[str]:
