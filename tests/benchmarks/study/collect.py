@@ -3,8 +3,9 @@
     python tests/benchmarks/study/collect.py study/banking77 banking77
 
 writes `results/banking77.json` and `results/banking77.png` beside this file. Methods are compared with the reference
-and with each control: the scores of a test row are averaged over a method's seeds, and rows are resampled jointly.
-Perplexities are not compared.
+and with each control, and p2d's heads on p2d's rows with every other run: the scores of a test row are averaged over a
+method's seeds, and rows are resampled jointly. Perplexities are not compared. Where runs share the index of a pool, the
+seconds of it that a run is not charged with stand beside the report, so that it can be charged with the whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from p2d_cli.core.metrics import compare_means
 from p2d_cli.runtime.seeding import generator
 
 RESULTS = Path(__file__).parent / "results"
+P2D = "readout heads, p2d rows"
 
 
 def main() -> None:
@@ -38,6 +40,12 @@ def main() -> None:
     document = {
         "recipe": name,
         "report": report,
+        "uncharged": uncharged(folder, [row["path"] for row in report["rows"]]),
+        "p2d_less": {
+            other: {metric: difference(scores[other][metric], scores[P2D][metric]) for metric in scores[other]}
+            for other in scores
+            if P2D in scores and other != P2D and scores[other].keys() == scores[P2D].keys()
+        },
         "differences": {
             base: {
                 method: {metric: difference(scores[base][metric], found[metric]) for metric in found}
@@ -50,6 +58,21 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copyfile(folder / "report" / "aer.png", RESULTS / f"{name}.png")
+
+
+def uncharged(folder: Path, evaluations: list[str]) -> dict[str, float]:
+    """Return, for each evaluation, the seconds of an index that its rows came from and that it is not charged with."""
+    spared = {}
+    for path in (folder / "subset").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        told = manifest["summary"].get("index", {})
+        if told.get("rows_found"):
+            spared[manifest["key"]] = told["seconds_shared"] * (told["targets"] - 1)
+    found = {}
+    for spec in evaluations:
+        ledger = json.loads((Path(spec) / "manifest.json").read_text(encoding="utf-8"))["ledger"]
+        found[spec] = sum(spared.get(entry["artifact"], 0.0) for entry in ledger)
+    return found
 
 
 def baselines(groups: list[dict[str, Any]]) -> list[str]:
