@@ -19,10 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import ThreadpoolController
 
 from p2d_cli.errors import DataError, NonFiniteError
 
@@ -35,6 +37,11 @@ FOLDS = 8
 _SILENT = 1e-14
 """Of a head's mean square, a variance that is nothing but rounding."""
 _HEADS_AT_A_TIME = 64  # whose outputs are held in float64
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,9 @@ class Background:
         centre_Jd = np.einsum("M,MJd->Jd", shares_M, outputs)
         rows_JMd = (outputs - centre_Jd).transpose(1, 0, 2)
         covariance_Jdd = (rows_JMd * shares_M[:, None]).transpose(0, 2, 1) @ rows_JMd
-        variances_Jd, axes_Jdd = np.linalg.eigh(covariance_Jdd)
+        # Matrices as small as a head are slower on several threads, and far slower where another process has their core.
+        with _libraries().limit(limits=1, user_api="blas"):
+            variances_Jd, axes_Jdd = np.linalg.eigh(covariance_Jdd)
         loudness_J1 = np.einsum("M,MJd->J", shares_M, outputs**2)[:, None]
         _, readings, size = outputs.shape
         return cls(
