@@ -86,7 +86,7 @@ class Background:
         centre_Jd = np.einsum("M,MJd->Jd", shares_M, outputs)
         rows_JMd = (outputs - centre_Jd).transpose(1, 0, 2)
         covariance_Jdd = (rows_JMd * shares_M[:, None]).transpose(0, 2, 1) @ rows_JMd
-        # Matrices as small as a head are slower on several threads, and far slower where another process has their core.
+        # So small matrices are slower on several threads, and far slower where another process has their core.
         with _libraries().limit(limits=1, user_api="blas"):
             variances_Jd, axes_Jdd = np.linalg.eigh(covariance_Jdd)
         loudness_J1 = np.einsum("M,MJd->J", shares_M, outputs**2)[:, None]
