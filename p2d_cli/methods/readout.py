@@ -2,7 +2,7 @@
 
 Where a heads artifact has heads of its own for reading, rows are read in two stages. Heads of the first layers read all
 rows; the best of these are read on by deeper heads, and ranked. The others keep no score. How many are read on is
-found on the way: in rounds, the best first, until hardly any row of a round lies above the floor.
+found on the way: in rounds, the best first, until hardly any row of a round scores like the upper half of the task's.
 
 The deeper heads tell the target's rows from a random sample of the pool, and from near misses: rows that were read on
 though most of the target's rows are more like the target. In a pool whose look-alikes are few a random sample has none.
@@ -41,7 +41,8 @@ FIRST_LEVEL = 0.002
 share of the task's rows: a low bound, where few target rows tell."""
 GROWTH, FEWEST_FOUND = 1.5, 0.05
 """Each further round of reading on brings what was read to so many times as many rows, as long as so large a share of
-the round before lies above the floor; the first round is `MOST_READ_ON`."""
+the round before scores like the upper half of the task's rows; the first round is `MOST_READ_ON`. Above the floor alone
+look-alikes of a task go on and on."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""
 NEAR_WEIGHT, NEAR_HALF = 0.3, 50
@@ -258,11 +259,11 @@ class ReadoutMethod(RowMethod):
         return self._first_ranks_M < count if self._is_read else evenly_M(count, self.task.pool.size)
 
     def _goes_on(self, last_M: NDArray[np.bool_]) -> bool:
-        """Say whether there is more to read on, and the last rows that were had enough above the floor."""
+        """Say whether there is more to read on, and enough of the last rows that were are like the task's."""
         if self._read_on_M.sum() >= self._may_read_on or not self._is_read:
             return False
         last = self.scores_M[last_M & np.isfinite(self.scores_M)]  # those of the sample are not scored yet
-        return bool(last.size) and float((last >= self._floor).mean()) >= FEWEST_FOUND
+        return bool(last.size) and float((last >= self._middle).mean()) >= FEWEST_FOUND
 
     @cached_property
     def _near_M(self) -> NDArray[np.bool_]:
@@ -337,6 +338,11 @@ class ReadoutMethod(RowMethod):
     def _floor(self) -> float:
         return floor_below(self._deep_held_out_Q, self.task.config.resolved_floor)
 
+    @property
+    def _middle(self) -> float:
+        """The score that half of the task's rows reach."""
+        return float(np.median(self._deep_held_out_Q))
+
     # --- what a plan and a summary say
 
     def caveats(self) -> tuple[str, ...]:
@@ -378,7 +384,7 @@ class ReadoutMethod(RowMethod):
         if self._sets_floor:
             notes["floor_quantile"] = self.task.config.resolved_floor
             notes["floor_score"] = self._floor
-            notes["middle_score"] = float(np.median(self._deep_held_out_Q))
+            notes["middle_score"] = self._middle
         first_M = None if self._first_LH is None else self._first_M
         return RowScores(self.scores_M, np.isfinite(self.scores_M).astype(np.int64), notes, first_M)
 

@@ -212,9 +212,11 @@ class Plain:
         weights = np.array([(1 - share) / len(sample)] * len(sample) + [share / max(near, 1)] * near)
         weigh = readout(target[:, deep], background, weights, self.prompt)
         self.scores = np.array([weigh(row[deep]) for row in pool])
-        self.floor = floor(held_out(target[:, deep], background, weights, self.prompt), 0.05)
+        deep_kept_out = held_out(target[:, deep], background, weights, self.prompt)
+        self.floor = floor(deep_kept_out, 0.05)
+        is_like_upper_half = self.scores >= np.median(deep_kept_out)
         self.rounds, last = 1, ranks >= int(self.read_on / 1.5)
-        while self.read_on < limit and (self.scores >= self.floor)[self.is_best & last & ~is_sample].mean() >= 0.05:
+        while self.read_on < limit and is_like_upper_half[self.is_best & last & ~is_sample].mean() >= 0.05:
             last, self.rounds = ~self.is_best, self.rounds + 1
             self.read_on = min(int(np.ceil(1.5 * self.read_on)), limit)
             self.is_best = ranks < self.read_on
