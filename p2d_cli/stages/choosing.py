@@ -1,5 +1,5 @@
-"""From the scores of a pool's rows to those that are kept: none below the floor, and of the others the best, or some
-that cover them.
+"""From the scores of a pool's rows to those that are kept: none below the floor, no more than the pool seems to hold of
+the task, and of the others the best, or some that cover them.
 
 Legend: N pool rows.
 """
@@ -19,6 +19,9 @@ from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import DataError, UsageError
 from p2d_cli.methods.row_method import PoolTask, RowScores
 from p2d_cli.methods.words import cover_by_words
+
+TIMES_UPPER_HALF = 3
+"""So many times the rows that score like the upper half of the task's are taken for its own at most."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,13 @@ def choose(task: PoolTask, scored: RowScores, count: int) -> Choice:
     Raises:
         DataError: no row lies above the floor.
     """
-    above = min(task.pool.size, _above_floor(task.job, scored))
-    count = min(count, above)
+    likely = min(task.pool.size, _above_floor(task.job, scored), _likely(task.job, scored))
+    count, asked = min(count, likely), count
     with task.job.timer.phase("select"):
         ranks_N = rank_rows(scored.scores, scored.first)
     if task.config.pick == "cover" and not scored.notes.keys() & {"floor_score", "pool_of_one_task"}:
         task.job.progress.note("--pick cover is of no use without a floor: the best rows are kept")
-    likely = max(count, min(above, _likely(scored)))
-    covers = count < likely and _covers(task.config, scored)
+    covers = asked < likely and _covers(task.config, scored)
     if covers and task.config.pick == "auto":
         task.job.progress.note(
             "target and pool can hardly be told apart: the pool seems to be of one task; rows that cover it are kept"
@@ -83,14 +85,21 @@ def _above_floor(job: StageRun[MineDataConfig], scored: RowScores) -> int:
     return above
 
 
-def _likely(scored: RowScores) -> int:
-    """Return how many rows are taken for the task's: twice as many as score like the upper half of its own rows.
+def _likely(job: StageRun[MineDataConfig], scored: RowScores) -> int:
+    """Return how many rows are taken for the task's: three times as many as score like the upper half of its own rows.
 
-    Where a readout is weak, many others score between the floor and the middle of the task's rows.
+    Few target rows, or rows that differ much, set a floor so low that look-alikes lie above it; the middle of their
+    scores is surer than so low a quantile. At least a third of the task's rows lie above it, as a rule, even of eight.
     """
     if "middle_score" not in scored.notes:
-        return int((~np.isnan(scored.scores)).sum())
-    return 2 * int((scored.scores >= scored.notes["middle_score"]).sum())
+        return scored.scores.size
+    likely = TIMES_UPPER_HALF * int((scored.scores >= scored.notes["middle_score"]).sum())
+    above = int((scored.scores >= scored.notes["floor_score"]).sum())
+    if 0 < likely < above:
+        job.progress.note(
+            f"{likely} of them are taken for the task's: {TIMES_UPPER_HALF} times as many as score like its upper half"
+        )
+    return likely or above
 
 
 def _covers(config: MineDataConfig, scored: RowScores) -> bool:
