@@ -5,7 +5,8 @@
 Plans count passes and tokens, and what follows from them, floating-point operations and bytes; no model is loaded, so
 that the model folders hold weight files of the right shapes with nothing in them. AER and STR are ratios of operations
 here, not of seconds. Rows are random words of the tokenizer's. Varied are the pool's size, the length of its rows and
-the model's shape, each from the middle of the others.
+the model's shape, each from the middle of the others, and for each how many of the rows are of the task: 0.5%, for
+which 0.04 of the pool is read on, or 5%, for which it is 0.09, as in the two pools that were measured.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ SHAPES: dict[str, dict[str, int]] = {
     "360M": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "heads": 15, "groups": 5},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32, "groups": 8},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": 32, "groups": 8},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "heads": 64, "groups": 8},
 }
-"""Those of SmolLM2-135M and 360M, Llama-3.2-1B and Llama-3.1-8B, all with the given tokenizer's vocabulary."""
-POOLS, MIDDLE_POOL = (1000, 10_000, 100_000), 10_000
+"""Those of SmolLM2-135M and 360M, Llama-3.2-1B and Llama-3.1-8B and 70B, all with the given tokenizer's vocabulary."""
+POOLS, MIDDLE_POOL = (1000, 10_000, 100_000, 1_000_000), 10_000
 LENGTHS, MIDDLE_LENGTH = (32, 128, 512), 128
-SHORTLISTS = (1.0, 0.2)
-TARGET_ROWS, TEST_ROWS = 64, 16
+TASKS = {"0.5%": (0.005, 0.04), "5%": (0.05, 0.09)}
+"""How much of the pool is of the task, and kept; and how much of it is read on."""
+TARGET_ROWS, TEST_ROWS = 8, 16
 RECIPE = """\
 name = "cost"
 [defaults]
@@ -36,22 +39,16 @@ model = "{model}"
 template = "plain"
 dtype = "bfloat16"
 [score-heads]
-method = "readout"
 target = "target.jsonl"
 pool = "pool.jsonl"
-layers = "{layers}"
 [mine-data]
 target = "target.jsonl"
 pool = "pool.jsonl"
-shortlist = {shortlist}
-[train]
-epochs = 3
+ratio = {kept}
+refine = {refine}
 [eval]
 data = "test.jsonl"
 metric = "perplexity"
-[grid]
-heads = ["readout"]
-data = ["p2d"]
 """
 
 
@@ -63,8 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     plans: list[dict[str, Any]] = []
     for shape, pool, length in combinations():
-        for shortlist in SHORTLISTS:
-            plans.append(plan(options.work.resolve(), options.tokenizer, shape, pool, length, shortlist))
+        for task in TASKS:
+            plans.append(plan(options.work.resolve(), options.tokenizer, shape, pool, length, task))
             print(plans[-1], flush=True)
             options.out.write_text(json.dumps({"plans": plans}, indent=1) + "\n", encoding="utf-8")
 
@@ -79,16 +76,14 @@ def combinations() -> Iterator[tuple[str, int, int]]:
     yield from dict.fromkeys(varied)
 
 
-def plan(work: Path, tokenizer: Path, shape: str, pool: int, length: int, shortlist: float) -> dict[str, Any]:
-    """Plan p2d in the upper half of the layers and full fine-tuning; return operations by stage and the ratios."""
+def plan(work: Path, tokenizer: Path, shape: str, pool: int, length: int, task: str) -> dict[str, Any]:
+    """Plan p2d by its defaults and full fine-tuning; return operations by stage and the ratios."""
     folder = work / f"pool-{pool}-length-{length}"
     rows = {"pool": pool, "target": TARGET_ROWS, "test": TEST_ROWS}
     for seed, (name, count) in enumerate(rows.items()):
         write_rows(tokenizer, folder / f"{name}.jsonl", count, length, seed)
-    recipe, layers = folder / "recipe.toml", SHAPES[shape]["num_hidden_layers"]
-    text = RECIPE.format(
-        model=empty_model(work, tokenizer, shape), layers=f"{layers // 2}-{layers - 1}", shortlist=shortlist
-    )
+    recipe, (kept, refine) = folder / "recipe.toml", TASKS[task]
+    text = RECIPE.format(model=empty_model(work, tokenizer, shape), kept=kept, refine=refine)
     recipe.write_text(text, encoding="utf-8")
     words = ["p2d", "run", str(recipe), "--out", str(folder / "out"), "--dry-run", "--json", "-q"]
     document = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -104,7 +99,7 @@ def plan(work: Path, tokenizer: Path, shape: str, pool: int, length: int, shortl
         "shape": shape,
         "pool_rows": pool,
         "tokens_a_row": length,
-        "shortlist": shortlist,
+        "of_the_task": task,
         "flops": flops | {"full": full["flops"]},
         "memory_gib": {name: stage["memory_bytes"] / 2**30 for name, stage in (p2d | {"full": full}).items()},
         "str": (flops["score_heads"] + flops["mine_data"]) / full["flops"],
