@@ -11,6 +11,7 @@ seconds of it that a run is not charged with stand beside the report, so that it
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from p2d_cli.core.metrics import compare_means
 from p2d_cli.runtime.seeding import generator
 
 RESULTS = Path(__file__).parent / "results"
-P2D = "readout heads, p2d rows"
+P2D = "heads-readout-p2d"
 
 
 def main() -> None:
@@ -34,17 +35,25 @@ def main() -> None:
         {key: row[key] for key in ("name", "metrics", "is_reference", "is_control")} | {"members": [place]}
         for place, row in enumerate(report["rows"])
     ]
+    of_p2d = next((group["name"] for group in groups if is_p2d(report, group)), None)
     scores = {
         group["name"]: row_scores([report["rows"][place]["path"] for place in group["members"]]) for group in groups
     }
     document = {
         "recipe": name,
         "report": report,
+        "pool_rows": pool_rows(folder),
+        "stages": {
+            row["path"]: stages(row["path"]) for row in report["rows"] if row["is_reference"] or P2D in row["path"]
+        },
         "uncharged": uncharged(folder, [row["path"] for row in report["rows"]]),
         "p2d_less": {
-            other: {metric: difference(scores[other][metric], scores[P2D][metric]) for metric in scores[other]}
-            for other in scores
-            if P2D in scores and other != P2D and scores[other].keys() == scores[P2D].keys()
+            folder_of(report, group): {
+                metric: difference(scores[group["name"]][metric], found)
+                for metric, found in scores.get(of_p2d, {}).items()
+            }
+            for group in groups
+            if of_p2d not in (None, group["name"])
         },
         "differences": {
             base: {
@@ -58,6 +67,28 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copyfile(folder / "report" / "aer.png", RESULTS / f"{name}.png")
+
+
+def stages(evaluation: str) -> list[dict[str, Any]]:
+    """Return the tokens and the seconds, by phase, of the stages that led to an evaluation."""
+    ledger = json.loads((Path(evaluation) / "manifest.json").read_text(encoding="utf-8"))["ledger"]
+    return [{name: entry[name] for name in ("stage", "tokens", "seconds")} for entry in ledger]
+
+
+def folder_of(report: dict[str, Any], group: dict[str, Any]) -> str:
+    """Return the folder of a group's evaluations, without their seeds."""
+    return re.sub(r"-s\d+$", "", Path(report["rows"][group["members"][0]]["path"]).name)
+
+
+def is_p2d(report: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Say whether a group is p2d's heads on p2d's rows."""
+    return folder_of(report, group) == P2D
+
+
+def pool_rows(folder: Path) -> int:
+    """Return how many rows the pool has."""
+    path = next((folder / "subset").glob("*/manifest.json"))
+    return int(json.loads(path.read_text(encoding="utf-8"))["summary"]["rows_total"])
 
 
 def uncharged(folder: Path, evaluations: list[str]) -> dict[str, float]:

@@ -2,25 +2,75 @@
 
     python tests/benchmarks/study/tables.py > tests/benchmarks/study/RESULTS.md
 
-Methods stand by AER, means over seeds, with the paired difference from one run, a control or the reference.
+Of the two pools there is a table each, a line a run, a column a target; of each other recipe one, by AER. Scores are
+means over seeds, differences are paired.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 INTRODUCTION = """\
 # What the study found
 
-Each table is what one recipe of this folder gave, on SmolLM2-135M-Instruct in float32 on two CPU cores, in 3 epochs;
-where nothing else is said, a tenth of the rows and a tenth of the heads. Scores have 95% bootstrap intervals over
-test rows, differences are of the same rows, paired. AER is the cost, selection included, over that of full
-fine-tuning on all rows, STR the selection's part of it. Made by `tables.py` from `results`; how the settings were
-chosen is `choices.md`.
+On SmolLM2-135M-Instruct and two CPU cores, in 3 epochs; where nothing else is said, a tenth of the heads. Scores have
+95% bootstrap intervals over test rows, differences are of the same rows, paired. AER is the cost, selection included,
+over that of full fine-tuning on all rows, STR the selection's part of it. Made by `tables.py` from `results`.
 """
+TARGETS = {
+    "banking77": ("banking77", "exact_match"),
+    "snips_parse": ("snips-nlu", "exact_match"),
+    "commonsense_qa": ("CommonsenseQA", "accuracy"),
+    "disfl_qa": ("Disfl-QA", "exact_match"),
+}
+"""What each target of the pools is called, and what its score is."""
+P2D = "heads-readout-p2d"
+SELECTORS = ("lexical", "rds", "embedding", "random")
+RUNS = {
+    "untrained": "untrained",
+    P2D: "heads, **p2d rows**",
+    **{f"heads-readout-{name}-as-p2d": f"heads, {name} rows" for name in SELECTORS},
+    **{f"heads-readout-{name}-d0.1": f"heads, {name} rows, a tenth" for name in SELECTORS},
+    "heads-random-p2d": "random heads, p2d rows",
+    "attention-p2d": "attention, p2d rows",
+    "lora-p2d": "LoRA, p2d rows",
+    "full-p2d": "full, p2d rows",
+    "full-full-e1": "full, all rows, one epoch",
+}
+"""The lines of a pool's table, by the folders of their evaluations without the seed."""
+
+
+class Pool(NamedTuple):
+    """One of the pools."""
+
+    name: str
+    title: str
+    text: str
+
+
+POOLS = (
+    Pool(
+        "big",
+        "Rare rows in a large pool",
+        "42,381 rows, 200 of each target's task (0.47%) beside thousands of look-alikes.",
+    ),
+    Pool("mixed", "A mixed pool", "10,496 rows of 21 tasks, some 500 of each target's (4.8%)."),
+)
+
+
+class Run(NamedTuple):
+    """One line of a table for one target."""
+
+    score: float
+    seeds: int
+    aer: float
+    precision: float | None
+    rows: float
 
 
 class Study(NamedTuple):
@@ -30,64 +80,9 @@ class Study(NamedTuple):
     title: str
     text: str
     baseline: str = "full, all rows"
-    one_epoch: str = ""
-    """The raw result of one epoch on all rows, where three were cut short."""
-    crossed_with: tuple[str, ...] = ()
-    """The recipes of the same grid's other cells."""
 
 
-_WHOLE = (
-    "10,496 rows of 21 tasks, 500 of them of the target's, 64 target rows; 1,050 rows are chosen, 200 test rows, one"
-    " seed. Full fine-tuning was ended after 12 updates, and its cost extrapolated."
-)
-_MIXED = "1,312 rows of 21 tasks, 64 target rows; 132 rows are chosen, 200 test rows, one seed."
 STUDIES = (
-    Study(
-        "whole_pool_banking77", "banking77 out of a large mixed pool", _WHOLE, "full, random rows", "whole_pool_epoch"
-    ),
-    Study(
-        "whole_pool_snips_parse",
-        "snips-nlu out of a large mixed pool",
-        f"{_WHOLE} 4.53% of the rows, on which full fine-tuning was run as well, are those above the floor that the"
-        " target's own rows set (`whole_pool_floor.sh`).",
-        "full, random rows",
-    ),
-    Study("mixed_banking77", "banking77 out of a mixed pool", _MIXED, "full, random rows"),
-    Study("mixed_snips_parse", "snips-nlu out of a mixed pool", _MIXED, "full, random rows"),
-    Study(
-        "mixed_gsm8k",
-        "gsm8k out of a mixed pool",
-        "1,312 rows of 21 tasks, 64 target rows; 132 rows are chosen, 100 test rows, one seed. A lower perplexity is"
-        " better; full fine-tuning was ended after 12 updates, and its cost extrapolated.",
-    ),
-    *(
-        Study(
-            f"rows_{target}",
-            f"{name} out of a mixed pool, other ways to choose rows",
-            "The same on another day, on which full fine-tuning was ended after 12 updates, and its cost extrapolated."
-            f" p2d keeps the {kept} rows above the floor that the target's own rows set (`floor-quantile = 0.05`), the"
-            " others 132.",
-            baseline,
-        )
-        for target, name, kept, baseline in (
-            ("banking77", "banking77", 79, "random heads, random rows"),
-            ("snips_parse", "snips-nlu", 53, "random heads, random rows"),
-        )
-    ),
-    Study("cross", "Which heads are trained, on which rows", f"banking77. {_MIXED}"),
-    Study(
-        "cross_rows",
-        "Which heads are trained, on which rows: the other rows",
-        "The same, on another day, on which full fine-tuning was ended after 12 updates, and its cost extrapolated.",
-        "random heads, all rows",
-    ),
-    Study(
-        "cross_all_rows",
-        "Which heads are trained, on which rows: all rows",
-        "The same, on a third day, for the sets of heads that are left.",
-        "uniform heads, all rows",
-        crossed_with=("cross", "cross_rows"),
-    ),
     Study("banking77", "banking77, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, three seeds."),
     Study("coverage", "banking77, rows that cover the pool", "The same, two seeds.", "random heads, random rows"),
     Study("snips_parse", "snips-nlu, a pool of one task", "1,000 rows, 100 are chosen, 100 test rows, two seeds."),
@@ -97,44 +92,106 @@ STUDIES = (
 
 def main() -> None:
     print(INTRODUCTION)
-    print("\n\n".join(section(study) for study in STUDIES))
+    pools = (pool_section(pool) for pool in POOLS if found(pool.name))
+    print("\n\n".join([*pools, *(section(study) for study in STUDIES)]))
 
 
 def section(study: Study) -> str:
     sources = f"`{study.recipe}.toml`, raw result `results/{study.recipe}.json`."
-    parts = [f"## {study.title}", f"{study.text} {sources}", table(read(study.recipe), study.baseline)]
-    if study.one_epoch:
-        parts.append(one_epoch(study.one_epoch))
-    if study.crossed_with:
-        parts += ["Exact match of all three together:", crossing(*study.crossed_with, study.recipe)]
-    return "\n\n".join(parts)
+    return "\n\n".join([f"## {study.title}", f"{study.text} {sources}", table(read(study.recipe), study.baseline)])
 
 
-def one_epoch(name: str) -> str:
-    """Return what one epoch of full fine-tuning on all rows reached, in words."""
-    report = read(name)["report"]
-    row = next(row for row in report["rows"] if not row["is_reference"])
-    score = row["metrics"]["exact_match"]
-    return (
-        f"One epoch of full fine-tuning on all rows, on another day, answers"
-        f" {interval(score['value'], score['low'], score['high'])} after {row['train_seconds']:,.0f} s,"
-        f" {row['aer']:.3f} of the three epochs that were extrapolated on that day"
-        f" ({report['reference']['seconds']:,.0f} s)."
-        f" `{name}.sh`, raw result `results/{name}.json`."
+def found(pool: str) -> dict[str, dict[str, Any]]:
+    """Return the raw results of a pool's targets, as far as they are there."""
+    paths = {target: RESULTS / f"{pool}_{target}.json" for target in TARGETS}
+    return {target: json.loads(path.read_text(encoding="utf-8")) for target, path in paths.items() if path.is_file()}
+
+
+def pool_section(pool: Pool) -> str:
+    documents = found(pool.name)
+    recipes = ", ".join(f"`{pool.name}_{target}.toml`" for target in documents)
+    return "\n\n".join(
+        [f"## {pool.title}", f"{pool.text} {recipes}.", scores(documents), DIFFERENCES, differences(documents)]
     )
 
 
-def crossing(*recipes: str) -> str:
-    """Return the scores of some recipes' runs, a line for each set of heads, a column for each set of rows."""
-    scores = {}
-    for row in (row for recipe in recipes for row in read(recipe)["report"]["rows"] if not row["is_reference"]):
-        heads, rows = row["name"].split(" heads, ")
-        score = row["metrics"]["exact_match"]
-        scores[heads, rows] = interval(score["value"], score["low"], score["high"])
-    methods, columns = dict.fromkeys(heads for heads, _ in scores), dict.fromkeys(rows for _, rows in scores)
-    lines = [["heads", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[heads, *(scores.get((heads, rows), "") for rows in columns)] for heads in methods]
-    return markdown(lines)
+DIFFERENCES = "Heads on p2d's rows less heads on as many rows of others, and less other trainings, in points, paired:"
+
+
+def runs_of(document: dict[str, Any], metric: str) -> dict[str, Run]:
+    """Return the lines of one target, by name of the run; each charged with the whole of an index that it shared."""
+    report = document["report"]
+    groups = report["groups"] or [row | {"members": [place]} for place, row in enumerate(report["rows"])]
+    seconds, lines = report["reference"]["seconds"], {}
+    for group in groups:
+        rows = [report["rows"][place] for place in group["members"]]
+        precisions = [row["precision"] for row in rows if row["precision"] is not None]
+        lines[folder_of(rows[0])] = Run(
+            score=group["metrics"][metric]["value"],
+            seeds=len(rows),
+            aer=fmean((row["total_seconds"] + document["uncharged"].get(row["path"], 0.0)) / seconds for row in rows),
+            precision=fmean(precisions) if precisions else None,
+            rows=fmean(row["row_share"] or 0.0 for row in rows) * document["pool_rows"],
+        )
+    return lines
+
+
+def folder_of(row: dict[str, Any]) -> str:
+    """Return the folder of a run's evaluation, without its seed."""
+    return re.sub(r"-s\d+$", "", Path(row["path"]).name)
+
+
+def scores(documents: dict[str, dict[str, Any]]) -> str:
+    """Return the scores, a line a run, a column a target, with means and costs where all targets are there."""
+    lines = {target: runs_of(document, TARGETS[target][1]) for target, document in documents.items()}
+    heading = ["trained", *(TARGETS[target][0] for target in documents), "mean", "right rows", "AER", "speed-up"]
+    kept = [runs[P2D].rows for runs in lines.values()]
+    table = [heading, ["---"] * len(heading), ["*rows kept*", *(f"{rows:.0f}" for rows in kept), "", "", "", ""]]
+    for name, words in RUNS.items():
+        here = [runs[name] for runs in lines.values() if name in runs]
+        if not here:
+            continue
+        right = [run.precision for run in here if run.precision is not None]
+        aer = fmean(run.aer for run in here)
+        table.append(
+            [
+                words,
+                *(score_text(runs.get(name)) for runs in lines.values()),
+                f"{fmean(run.score for run in here):.3f}" if len(here) == len(documents) else "",
+                f"{fmean(right):.2f}" if right else "",
+                f"{aer:.3f}" if aer else "",
+                f"{1 / aer:.0f}x" if aer else "",
+            ]
+        )
+    return markdown(table)
+
+
+def score_text(run: Run | None) -> str:
+    """Return a score, with the number of seeds where it is one."""
+    if run is None:
+        return ""
+    return f"{run.score:.3f}" + (" (1)" if run.seeds == 1 else "")
+
+
+def differences(documents: dict[str, dict[str, Any]]) -> str:
+    """Return by how much p2d's heads and rows are ahead of each other run, with intervals."""
+    heading = ["less", *(TARGETS[target][0] for target in documents)]
+    table = [heading, ["---"] * len(heading)]
+    for name, words in RUNS.items():
+        cells = [
+            points(document["p2d_less"].get(name, {}).get(TARGETS[target][1])) for target, document in documents.items()
+        ]
+        if any(cells):
+            table.append([words, *cells])
+    return markdown(table)
+
+
+def points(away: dict[str, float] | None) -> str:
+    """Return a difference in points of a hundred, with its interval."""
+    if away is None:
+        return ""
+    value, low, high = (100 * away[key] for key in ("difference", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def read(recipe: str) -> dict[str, Any]:

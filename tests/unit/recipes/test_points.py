@@ -177,3 +177,30 @@ def test_what_was_named_after_auto_stays_where_it_is(tmp_path):
         with pytest.raises(StopIteration):
             run._stage(stage, tmp_path / name)
         assert places[stage] == tmp_path / expected
+
+
+def test_other_methods_may_keep_as_many_rows_as_one_of_them():
+    grid = {"heads": ["pad"], "data": ["p2d", "lexical", "full"], "count-of": "p2d"}
+    assert names(grid=grid) == [
+        "heads-pad-p2d-s0",
+        "heads-pad-lexical-as-p2d-s0",
+        "heads-pad-full-s0",
+        "heads-random-random-as-p2d-s0",
+    ]
+    with pytest.raises(ValueError, match="count-of and data-ratio exclude each other"):
+        Grid(**grid, data_ratio=(0.1,))
+
+
+def test_epochs_are_an_axis_and_part_of_a_name():
+    assert names(grid={"heads": ["pad"], "epochs": [1, 0.5]}, controls=False) == [
+        "heads-pad-p2d-e1-s0",
+        "heads-pad-p2d-e0.5-s0",
+    ]
+
+
+def test_rows_by_number_and_by_share_have_scores_in_common():
+    grid = [{"data": ["p2d", "rds"], "count-of": "p2d"}, {"data": ["rds"], "data-ratio": [0.1]}]
+    run = Recorder(grid=grid, **{"mine-data": {"target": "rows"}})
+    run.run()
+    assert run.scores["subset/rds-as-p2d-s0"] == "o/subset/rds-d0.1-s0"
+    assert run.scores["subset/p2d-s0"] is None
