@@ -564,8 +564,9 @@ class MineDataConfig(RowOptions):
             raise ValueError("--shortlist needs --target: rows that the pool's rows are compared with")
         if self.has_shortlist and self.count is None and (share := self.ratio or 0.1) > self.shortlist:
             raise ValueError(f"--shortlist {self.shortlist:g} is less than the share of rows to keep, {share:g}")
-        if sum(size is not None for size in (self.ratio, self.count, self.count_of)) > 1:
-            raise ValueError("--ratio, --count and --count-of exclude each other: give one of them")
+        sizes = {"--ratio": self.ratio, "--count": self.count, "--count-of": self.count_of}
+        if len(given := [flag for flag, size in sizes.items() if size is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
         return self
 
 
@@ -886,11 +887,10 @@ def resolve(
 
 def _seeded(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's inputs that are named after the seed, as `target-{seed}.jsonl`, for the seed in `values`."""
-    seed = str(values.get("seed", 0))
     return {
-        name: value.replace(SEED_MARK, seed)
+        name: value.replace(SEED_MARK, str(values.get("seed", 0)))
         for name, value in recipe.items()
-        if name in INPUT_FIELDS and isinstance(value, str)
+        if name in INPUT_FIELDS and isinstance(value, str) and SEED_MARK in value
     }
 
 

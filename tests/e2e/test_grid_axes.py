@@ -110,6 +110,6 @@ def test_by_hand_as_many_rows_as_a_subset_has(p2d, finished, tiny_folder, few, t
     assert pq.read_table(tmp_path / "out" / "subset.parquet").num_rows == kept
     assert p2d(*words, "--count", kept).said.count("up to date") == 1, "it is the number that counts"
     refused = p2d(*words, "--count-of", mined, "--ratio", 0.1)
-    assert (refused.code, "--ratio, --count and --count-of exclude each other" in refused.said) == (2, True)
+    assert (refused.code, "--ratio and --count-of exclude each other" in refused.said) == (2, True)
     missing = p2d(*words, "--count-of", tmp_path / "nothing")
     assert (missing.code, "nothing" in missing.said) == (65, True)
