@@ -8,6 +8,7 @@ arXiv:2505.12212). All times are device-synchronised wall seconds, read from man
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from statistics import fmean
@@ -443,9 +444,13 @@ def _reference_row(run: RunCost, denominator: Reference) -> AerRow:
 def _seed_groups(rows: Sequence[AerRow], runs: Sequence[RunCost]) -> tuple[SeedGroup, ...]:
     """Put the runs together that were trained alike but for their seed; nothing where each stands alone."""
     likeness = {run.path: _likeness(run) for run in runs}
+    times = Counter((likeness[row.path], row.seed) for row in rows)
+    # Two of one seed differ in more than that: it is how many rows they keep that tells them apart.
+    several = {like for (like, _), count in times.items() if count > 1}
     members: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
-        members.setdefault(likeness[row.path], []).append(place)
+        like = likeness[row.path]
+        members.setdefault((like, row.row_share if like in several else None), []).append(place)
     if len(members) == len(rows):
         return ()
     groups = [_seed_group([rows[place] for place in places], tuple(places)) for places in members.values()]

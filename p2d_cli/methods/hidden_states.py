@@ -49,8 +49,7 @@ class HiddenStateMethod(RowMethod):
         """Read the pool's rows, and put what `of` makes of their states, `[B, D]`, into an array of them all."""
         if self.indexed is not None:
             yield from self.indexed.passes()
-            if not self.task.job.options.dry_run:
-                self.indexed.score(lambda kept_nKPd: of(kept_nKPd[:, 0, self.mean].astype(np.float32)), into_M)
+            self.indexed.score(lambda kept_nKPd: of(kept_nKPd[:, 0, self.mean].astype(np.float32)), into_M)
             return
         for chunk in self.task.chunks():
             yield hidden_states_pass(

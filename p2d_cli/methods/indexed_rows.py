@@ -24,6 +24,7 @@ from p2d_cli.engine.counting import CountingReader
 from p2d_cli.engine.passes import Pass, scatter
 from p2d_cli.engine.reader import ModelReader
 from p2d_cli.engine.readings import describe_context, digests_of, head_outputs_pass, hidden_states_pass
+from p2d_cli.errors import ArtifactError
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask
 from p2d_cli.runtime import distributed
@@ -41,12 +42,14 @@ class Kept:
     source: dict[str, Any]
     """What decides a reading beside the row."""
     read: Callable[..., Pass]
-    """Returns the pass that reads some examples; its options are those of `Pass`."""
-    array: str
-    """What that pass calls the readings, which may lack the axis of heads."""
+    """Returns the pass that reads some examples, as `outputs`; its options are those of `Pass`."""
+    known: KnownRows | None = None
+    """Rows that have been read already."""
+    known_readings: Callable[[], NDArray[np.float32]] | None = None
+    """Returns their readings."""
 
 
-def kept_outputs(task: PoolTask, heads_LH: NDArray[np.bool_]) -> Kept:
+def kept_outputs(task: PoolTask, heads_LH: NDArray[np.bool_], known: KnownRows) -> Kept:
     """Return what an index keeps of rows that some heads read, bool `[L, H]`."""
     assert task.config.index is not None, "there is an index"
     return Kept(
@@ -55,7 +58,8 @@ def kept_outputs(task: PoolTask, heads_LH: NDArray[np.bool_]) -> Kept:
         size=int(task.reader.shape.dims(heads_LH).max()),
         source=describe_context(task.reader),
         read=lambda examples, **options: head_outputs_pass(task.reader, examples, heads_LH, **options),
-        array="outputs",
+        known=known,
+        known_readings=lambda: known.background(heads_LH),
     )
 
 
@@ -71,11 +75,10 @@ def kept_states(task: PoolTask) -> Kept:
             task.reader,
             examples,
             # Their length is of no use, and may be beyond float16.
-            keep=lambda arrays: {"states": unit(arrays["states"]).astype(np.float16)},
+            keep=lambda arrays: {"outputs": unit(arrays["states"])[:, None].astype(np.float16)},
             kept_bytes=PLACES * FLOAT16 * task.reader.hidden_size,
             **options,
         ),
-        array="states",
     )
 
 
@@ -83,23 +86,13 @@ class IndexedRows:
     """Keeps the index of a pool complete, and reads it.
 
     Args:
-        task: the pool; its settings name the index.
-        kept: what the index keeps of a row.
-        known: rows that have been read already, by heads; what is kept is then what heads put out.
-        heads_LH: the heads of `kept`, where there are known rows.
+        task: the pool.
+        kept: what the index keeps of a row, and where.
     """
 
-    def __init__(
-        self,
-        task: PoolTask,
-        kept: Kept,
-        known: KnownRows | None = None,
-        heads_LH: NDArray[np.bool_] | None = None,
-    ) -> None:
+    def __init__(self, task: PoolTask, kept: Kept) -> None:
         self._task = task
         self._kept = kept
-        self._known = known
-        self._heads_LH = heads_LH
         self._digests_M2: Digests = np.empty((task.pool.size, 2), dtype=np.uint64)
         self.is_cut_M = np.zeros(task.pool.size, dtype=np.bool_)
         """Which rows are too long, as the index tells."""
@@ -150,10 +143,8 @@ class IndexedRows:
         """Return which rows the index lacks, of equal ones the first."""
         lacking_M = self._index.find(self._digests_M2) < 0
         reader = self._task.reader
-        if (
-            isinstance(reader, CountingReader) and not reader.is_exact
-        ):  # a few rows stand for many, and are equal to them
-            return lacking_M
+        if isinstance(reader, CountingReader) and not reader.is_exact:
+            return lacking_M  # a few rows stand for many, and are equal to them
         is_first_M = np.zeros(len(lacking_M), dtype=np.bool_)
         is_first_M[np.unique(self._digests_M2, axis=0, return_index=True)[1]] = True
         return lacking_M & is_first_M
@@ -165,27 +156,26 @@ class IndexedRows:
             readings_nKPd = np.empty((len(rows), len(kept.heads), PLACES, kept.size), dtype=np.float16)
             is_cut_n = np.zeros(len(rows), dtype=np.bool_)
             is_known_n = np.zeros(len(rows), dtype=np.bool_)
-            if self._known is not None:
-                is_cut_n = self._known.is_cut_M[chunk.start + rows]
-                is_known_n = self._known.is_known_M[chunk.start + rows]
+            if kept.known is not None:
+                is_cut_n = kept.known.is_cut_M[chunk.start + rows]
+                is_known_n = kept.known.is_known_M[chunk.start + rows]
             before = job.timer.seconds.get("score", 0.0), getattr(reader, "tokens", 0)
             unread = np.flatnonzero(~is_known_n)
             if unread.size:
                 records = [chunk.records[row] for row in rows[unread]]
                 examples: Sequence[EncodedExample] = reader.examples(records)
                 is_cut_n[unread] = [example.truncated > 0 for example in examples]
-                into = readings_nKPd if kept.array == "outputs" else readings_nKPd[:, 0]
                 yield kept.read(
                     examples,
                     work="read rows",
                     part=chunk.part,
-                    take=scatter(into, kept.array, unread),
+                    take=scatter(readings_nKPd, "outputs", unread),
                     name=lambda row, records=records: records[row].where,
                 )
             if rows.size and isinstance(reader, ModelReader):  # and not one that only counts
-                if self._known is not None and self._heads_LH is not None:
-                    places = np.searchsorted(self._known.sample, chunk.start + rows[is_known_n])
-                    readings_nKPd[is_known_n] = self._known.background(self._heads_LH)[places]
+                if kept.known is not None and kept.known_readings is not None:
+                    places = np.searchsorted(kept.known.sample, chunk.start + rows[is_known_n])
+                    readings_nKPd[is_known_n] = kept.known_readings()[places]
                 self._add(self._digests_M2[chunk.start + rows], readings_nKPd, is_cut_n, *before)
 
     def _add(
@@ -215,13 +205,18 @@ class IndexedRows:
         self.notes |= {"seconds_shared": seconds, "tokens_shared": tokens, "targets": targets}
 
     def score(self, of: Callable[[NDArray[np.float16]], NDArray[Any]], into_M: NDArray[Any]) -> None:
-        """Put what `of` makes of each row's readings, `[n, K, P, d]`, into an array of all rows.
+        """Put what `of` makes of each row's readings, `[n, K, P, d]`, into an array of all rows; not in a dry run.
 
-        It stays as it is where the index lacks rows, as in a dry run.
+        Raises:
+            ArtifactError: the index has lost rows meanwhile.
         """
+        if self._task.job.options.dry_run:
+            return
         places_M = self._index.find(self._digests_M2)
         if (places_M < 0).any():
-            return
+            raise ArtifactError(
+                f"--index {self._kept.folder} lacks rows that it had: something else writes there", hint="run it again"
+            )
         self.is_cut_M = self._index.is_cut_N[places_M]
         with self._task.job.timer.phase("score"):
             for block, readings_nKPd in self._index.blocks():

@@ -34,15 +34,15 @@ from p2d_cli.methods.indexed_rows import IndexedRows, kept_outputs
 from p2d_cli.methods.known_rows import KnownRows
 from p2d_cli.methods.row_method import PoolTask, RowMethod, RowScores
 
-FEWEST_READ_ON, MOST_READ_ON, TIMES_KEPT = 0.02, 0.04, 3
-"""At least and at most so much of the pool is read on; if it is more, so many times the rows that may be kept."""
+FEWEST_READ_ON, FIRST_ROUND, TIMES_KEPT = 0.02, 0.04, 3
+"""At least so much of the pool is read on, so much in the first round, and at most so many times the rows that may be
+kept, if that is more."""
 FIRST_LEVEL = 0.002
-"""Between these bounds nothing is read on that is less like the target, by the first heads, than all but so small a
-share of the task's rows: a low bound, where few target rows tell."""
+"""Beyond the least, no row is read on that is less like the target, by the first heads, than all but so small a share
+of the task's rows: a low bound, where few target rows tell."""
 GROWTH, FEWEST_FOUND = 1.5, 0.05
 """Each further round of reading on brings what was read to so many times as many rows, as long as so large a share of
-the round before scores like the upper half of the task's rows; the first round is `MOST_READ_ON`. Above the floor alone
-look-alikes of a task go on and on."""
+the last ones scores like the upper half of the task's rows: look-alikes above the floor go on and on."""
 NEAR_ROWS = 2000
 """The most near misses: what the heads put out on them is held."""
 NEAR_WEIGHT, NEAR_HALF = 0.3, 50
@@ -71,7 +71,7 @@ class ReadoutMethod(RowMethod):
         self._known = KnownRows(task, heads_LH, task.config.background or size)
         self._indexed = None
         if self._first_LH is not None and task.config.index is not None:
-            self._indexed = IndexedRows(task, kept_outputs(task, self._first_LH), self._known, self._first_LH)
+            self._indexed = IndexedRows(task, kept_outputs(task, self._first_LH, self._known))
         for flag, value in (("--index", task.config.index), ("--refine", task.config.refine)):
             if self._first_LH is None and value is not None:
                 task.job.progress.note(f"{flag} is of no use here: all rows are read as deep as the best")
@@ -106,18 +106,17 @@ class ReadoutMethod(RowMethod):
         yield from self._read_on(self._read_on_M & ~near_M)
         self._score_near()
         last_M = self._read_on_M & ~self._best_M(int(self._first_read_on / GROWTH))
-        for further in itertools.count(1):
+        for number in itertools.count(2):
             if not self._goes_on(last_M):
                 return
             count = min(math.ceil(GROWTH * self._read_on_M.sum()), self._may_read_on)
             last_M = self._best_M(count) & ~self._read_on_M
             self._read_on_M |= last_M
-            yield from self._read_on(last_M, part=f"round {further + 1} ")
+            yield from self._read_on(last_M, part=f"round {number} ")
 
     def _read_on(self, wanted_M: NDArray[np.bool_], part: str = "") -> Iterator[Pass]:
         """Yield passes that give wanted rows their affinity to the deeper heads."""
-        deep = lambda: self._deep  # noqa: E731 - it is fitted once it is needed
-        yield from self._score(wanted_M, self._deep_LH, deep, self.scores_M, work="read on", part=part)
+        yield from self._score(wanted_M, self._deep_LH, lambda: self._deep, self.scores_M, work="read on", part=part)
 
     def _score(
         self,
@@ -198,7 +197,7 @@ class ReadoutMethod(RowMethod):
         kept = min(self.count(config, self.task.pool.num_rows), size)
         if config.refine is not None:
             return min(max(math.ceil(config.refine * size), kept), size)
-        return min(max(math.ceil(MOST_READ_ON * size), TIMES_KEPT * kept), size)
+        return min(max(math.ceil(FIRST_ROUND * size), TIMES_KEPT * kept), size)
 
     @cached_property
     def _affinities_M(self) -> NDArray[np.float64]:
@@ -231,8 +230,8 @@ class ReadoutMethod(RowMethod):
     @cached_property
     def _may_read_on(self) -> int:
         """How many rows are read on if all rounds find some: those that may be of the task, as the first heads tell."""
-        most, config = self._most_read_on, self.task.config
-        if config.refine is not None or not self._sets_floor or not self._is_read:
+        most = self._most_read_on
+        if not self._goes_by_rounds:
             return most
         floor = floor_below(self._held_out_Q, FIRST_LEVEL)
         likely = int((self._affinities_M >= floor).sum())
@@ -240,10 +239,14 @@ class ReadoutMethod(RowMethod):
 
     @property
     def _first_read_on(self) -> int:
-        """How many rows are read on in the first round; all, where nobody asked for a floor, and in a dry run."""
-        if self.task.config.refine is not None or not self._sets_floor or not self._is_read:
-            return self._may_read_on
-        return min(self._may_read_on, math.ceil(MOST_READ_ON * self.task.pool.size))
+        """How many rows are read on in the first round."""
+        most = self._may_read_on
+        return min(most, math.ceil(FIRST_ROUND * self.task.pool.size)) if self._goes_by_rounds else most
+
+    @property
+    def _goes_by_rounds(self) -> bool:
+        """Whether what is found says how many rows are read on: not with a share asked for, without a floor, or dry."""
+        return self.task.config.refine is None and self._sets_floor and self._is_read
 
     @property
     def _is_read(self) -> bool:
@@ -260,7 +263,7 @@ class ReadoutMethod(RowMethod):
 
     def _goes_on(self, last_M: NDArray[np.bool_]) -> bool:
         """Say whether there is more to read on, and enough of the last rows that were are like the task's."""
-        if self._read_on_M.sum() >= self._may_read_on or not self._is_read:
+        if self._read_on_M.sum() >= self._may_read_on:
             return False
         last = self.scores_M[last_M & np.isfinite(self.scores_M)]  # those of the sample are not scored yet
         return bool(last.size) and float((last >= self._middle).mean()) >= FEWEST_FOUND

@@ -35,7 +35,7 @@ from p2d_cli.methods.row_method import PoolTask, RowScores
 from p2d_cli.methods.words import shortlist
 from p2d_cli.modeling.model_files import require_tokenizer
 from p2d_cli.stages.choosing import choose, scored_before
-from p2d_cli.stages.mining_inputs import MiningInputs, asked, counted, open_inputs
+from p2d_cli.stages.mining_inputs import MiningInputs, counted, open_inputs
 
 PICTURE_NAME = "scores.png"
 ROWS_BETWEEN_REPORTS = 1024
@@ -44,9 +44,9 @@ ROWS_BETWEEN_REPORTS = 1024
 def run(resolved: Resolved[MineDataConfig], options: RunOptions | None = None) -> StageResult:
     """Score the pool, keep the best share, and write a subset artifact."""
     options = options or RunOptions()
-    resolved, size_of = counted(resolved, options.planned)
+    resolved, asked = counted(resolved, options.planned)
     job = StageRun("mine-data", resolved, options)
-    job.facts |= size_of
+    job.facts["rows_asked"] = asked
     inputs = open_inputs(job)
     return job.complete(
         lambda folder: _compute(job, inputs, folder),
@@ -155,7 +155,6 @@ def _compute(job: StageRun[MineDataConfig], inputs: MiningInputs, folder: Path) 
             "method": method.name,
             "rows_selected": count,
             "rows_total": pool.num_rows,
-            "rows_asked": asked(config, job.facts),
             "rows_target": len(target),
             "rows_that_are_targets": len(pool.twins),
             "rows_not_listed": len(pool.unlisted),

@@ -21,6 +21,7 @@ from p2d_cli.artifacts.store import open_artifact
 from p2d_cli.artifacts.subset import NamedPoolScores, load_pool_scores
 from p2d_cli.config import MineDataConfig, Resolved, ScoreHeadsConfig, StageConfig
 from p2d_cli.core.geometry import SelectedHeads
+from p2d_cli.core.subset_selection import DEFAULT_RATIO
 from p2d_cli.data.raw_rows import RowSource
 from p2d_cli.engine.stage_run import StageRun
 from p2d_cli.errors import DataError, UsageError
@@ -53,11 +54,12 @@ class MiningInputs:
 
 def counted(
     resolved: Resolved[MineDataConfig], planned: Mapping[str, StageConfig]
-) -> tuple[Resolved[MineDataConfig], dict[str, Any]]:
-    """Return the settings with the number of rows that `--count-of` comes to, and whose number it is.
+) -> tuple[Resolved[MineDataConfig], str]:
+    """Return the settings with the number of rows that `--count-of` comes to, and how many were asked for, in words.
 
     It is the number alone that is taken over: what the other rows cost to choose is not charged, and no more part of
-    the artifact's identity than where a user's number comes from.
+    the artifact's identity than where a user's number comes from. The words are the same for every seed, also where a
+    floor keeps another number for each.
 
     Args:
         resolved: the settings.
@@ -68,7 +70,7 @@ def counted(
     """
     config = resolved.config
     if config.count_of is None:
-        return resolved, {}
+        return resolved, str(config.count) if config.count is not None else share_text(config.ratio or DEFAULT_RATIO)
     other = planned.get(config.count_of)
     if isinstance(other, MineDataConfig):
         size: dict[str, Any] = {"ratio": other.ratio, "count": other.count}
@@ -78,14 +80,7 @@ def counted(
         size, method = {"ratio": None, "count": found["rows_selected"]}, found["method"]
     config = config.model_copy(update=size | {"count_of": None})
     origins = resolved.origins | {"count": resolved.origins["count_of"], "count_of": "default"}
-    return replace(resolved, config=config, origins=origins), {"count_of": method}
-
-
-def asked(config: MineDataConfig, facts: Mapping[str, Any]) -> str:
-    """Say how many rows were asked for: the same for every seed, also where a floor keeps fewer."""
-    if "count_of" in facts:
-        return f"as {facts['count_of']}"
-    return share_text(config.ratio or 0.1) if config.count is None else f"{config.count}"
+    return replace(resolved, config=config, origins=origins), f"as {method}"
 
 
 def open_inputs(job: StageRun[MineDataConfig]) -> MiningInputs:

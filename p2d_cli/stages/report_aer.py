@@ -6,9 +6,10 @@ Only manifests are read: each evaluation's manifest carries the costs of all tha
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,9 +27,6 @@ from p2d_cli.errors import ArtifactError, DataError, first_line
 from p2d_cli.recipes.recipe import read_recipe_text
 from p2d_cli.registry import HEAD_METHODS, ROW_METHODS
 from p2d_cli.reporting.table import share_text
-
-SHARES = ("head_share", "row_share")
-"""Settings of a training that its run is named after where they differ."""
 
 
 def run(resolved: Resolved[ReportAerConfig], options: RunOptions | None = None) -> StageResult:
@@ -154,26 +152,18 @@ class _Entry(BaseModel):
     settings: _Settings = _Settings()
 
 
-def _describe(stages: Sequence[StageCost], telling: Collection[str] = ()) -> str:
-    """Name a run after what was trained on what, with those of `SHARES` and `epochs` that tell it from others."""
+def _describe(stages: Sequence[StageCost], told: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Name a run after what was trained on what, with the shares and epochs that tell it from others, in words."""
     training = next((cost for cost in stages if cost.stage == "train"), None)
     if training is None:
         return "base model"
     trained = training.settings
-    heads, rows = (f" {_size_text(trained, name)}" if name in telling else "" for name in SHARES)
+    heads, rows = (f" {told[name]}" if name in told else "" for name in ("head_share", "row_share"))
     scope, data = trained.get("scope"), trained.get("data_method")
     if scope == "heads":
         scope = _parts_of(trained)
     name = f"{scope}{heads}, {'all' if data in {None, 'full'} else data} rows{rows}"
-    if "epochs" in telling and training.epochs is not None:
-        name += f", {training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
-    return name
-
-
-def _size_text(trained: Mapping[str, Any], share: str) -> str:
-    """Say how many heads, or rows, a training has; of rows, how many were asked for, if that is known."""
-    asked = trained.get("rows_asked") if share == "row_share" else None
-    return asked or share_text(trained.get(share))
+    return f"{name}, {told['epochs']}" if "epochs" in told else name
 
 
 def _parts_of(trained: Mapping[str, Any]) -> str:
@@ -200,18 +190,31 @@ def _distinct_names(runs: list[RunCost]) -> list[RunCost]:
 
 def _with_what_tells(run: RunCost, namesakes: Sequence[RunCost]) -> RunCost:
     """Add to a run's name the shares, and the epochs, in which others of that name differ from it."""
-    telling = {name for name in SHARES if len({_size_of(other, name) for other in namesakes}) > 1}
-    if len({cost.epochs for other in namesakes for cost in other.stages_of("train")[:1]}) > 1:
-        telling.add("epochs")
-    if not telling:
+    told = {}
+    if len({other.trained("head_share") for other in namesakes}) > 1:
+        told["head_share"] = share_text(run.trained("head_share"))
+    if rows := _rows_that_tell(run, namesakes):
+        told["row_share"] = rows
+    epochs = {cost.epochs for other in namesakes for cost in other.stages_of("train")[:1]}
+    own = next((cost.epochs for cost in run.stages_of("train")), None)
+    if len(epochs) > 1 and own is not None:
+        told["epochs"] = f"{own:g} epoch{'' if own == 1 else 's'}"
+    if not told:
         return run
-    name = _describe(run.stages, telling)
+    name = _describe(run.stages, told)
     return replace(run, name=name, label=name)
 
 
-def _size_of(run: RunCost, share: str) -> Any:
-    asked = run.trained("rows_asked") if share == "row_share" else None
-    return run.trained(share) if asked is None else asked
+def _rows_that_tell(run: RunCost, namesakes: Sequence[RunCost]) -> str:
+    """Return how many rows were asked for, if that differs; else how many were kept, if that differs for one seed."""
+
+    def asked(one: RunCost) -> str:
+        return one.trained("rows_asked") or share_text(one.trained("row_share"))
+
+    if len({asked(other) for other in namesakes}) > 1:
+        return asked(run)
+    kept = {other.trained("row_share") for other in namesakes if other.trained("seed") == run.trained("seed")}
+    return share_text(run.trained("row_share")) if len(kept) > 1 else ""
 
 
 def _compute(job: StageRun[ReportAerConfig], report: AerReport, folder: Path) -> Outcome:

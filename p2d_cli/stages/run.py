@@ -162,7 +162,7 @@ class RecipeRun:
 
     def _subset_settings(self, point: Point) -> dict[str, Any]:
         """Return the settings that a point gives to its rows, heads aside."""
-        ratio = {} if point.data_ratio is None else {"ratio": point.data_ratio, "count": None}
+        ratio = {} if point.data_ratio is None else {"ratio": point.data_ratio}
         return {"method": point.data, "seed": point.seed, **ratio}
 
     def _stage(self, name: str, out: Path, *, table: dict[str, Any] | None = None, **settings: Any) -> Path:

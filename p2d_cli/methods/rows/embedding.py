@@ -25,7 +25,7 @@ class Embedding(HiddenStateMethod):
     """Cosine of a row's mean last hidden state to the mean of the target rows' (of the pool's without a target).
 
     The mean of a pool is known only once all rows have been read, so that their states wait in a file: 4 D bytes a row,
-    and as many in the journal.
+    and about 5 D in the journal.
     """
 
     name = "embedding"

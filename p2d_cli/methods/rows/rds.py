@@ -32,7 +32,7 @@ class Rds(HiddenStateMethod):
 
     def __init__(self, task: PoolTask) -> None:
         super().__init__(task)
-        self._likeness_MQ = np.full((task.pool.size, len(task.target)), np.nan, dtype=np.float32)
+        self._likeness_MQ = np.empty((task.pool.size, len(task.target)), dtype=np.float32)
 
     @classmethod
     def check_settings(cls, config: MineDataConfig) -> None:

@@ -11,7 +11,6 @@ seconds of it that a run is not charged with stand beside the report, so that it
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,13 +18,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tables import P2D, RESULTS, folder_of
 
 from p2d_cli.artifacts.evaluation import load_predictions
 from p2d_cli.core.metrics import compare_means
 from p2d_cli.runtime.seeding import generator
-
-RESULTS = Path(__file__).parent / "results"
-P2D = "heads-readout-p2d"
 
 
 def main() -> None:
@@ -35,7 +32,8 @@ def main() -> None:
         {key: row[key] for key in ("name", "metrics", "is_reference", "is_control")} | {"members": [place]}
         for place, row in enumerate(report["rows"])
     ]
-    of_p2d = next((group["name"] for group in groups if is_p2d(report, group)), None)
+    folders = {group["name"]: folder_of(report["rows"][group["members"][0]]) for group in groups}
+    of_p2d = next((group for group, its_folder in folders.items() if its_folder == P2D), None)
     scores = {
         group["name"]: row_scores([report["rows"][place]["path"] for place in group["members"]]) for group in groups
     }
@@ -48,7 +46,7 @@ def main() -> None:
         },
         "uncharged": uncharged(folder, [row["path"] for row in report["rows"]]),
         "p2d_less": {
-            folder_of(report, group): {
+            folders[group["name"]]: {
                 metric: difference(scores[group["name"]][metric], found)
                 for metric, found in scores.get(of_p2d, {}).items()
             }
@@ -73,16 +71,6 @@ def stages(evaluation: str) -> list[dict[str, Any]]:
     """Return the tokens and the seconds, by phase, of the stages that led to an evaluation."""
     ledger = json.loads((Path(evaluation) / "manifest.json").read_text(encoding="utf-8"))["ledger"]
     return [{name: entry[name] for name in ("stage", "tokens", "seconds")} for entry in ledger]
-
-
-def folder_of(report: dict[str, Any], group: dict[str, Any]) -> str:
-    """Return the folder of a group's evaluations, without their seeds."""
-    return re.sub(r"-s\d+$", "", Path(report["rows"][group["members"][0]]["path"]).name)
-
-
-def is_p2d(report: dict[str, Any], group: dict[str, Any]) -> bool:
-    """Say whether a group is p2d's heads on p2d's rows."""
-    return folder_of(report, group) == P2D
 
 
 def pool_rows(folder: Path) -> int:

@@ -50,6 +50,20 @@ def test_another_learning_rate_makes_another_group():
     assert sorted(len(group.members) for group in report.groups) == [1, 1, 2]
 
 
+def test_seeds_whose_floors_keep_other_numbers_are_one_group():
+    asked = {"rows_asked": "10%"}
+    [group, _] = views(*(run("p2d", seed, 90.0, 0.5, row_share=0.04 + seed / 100, **asked) for seed in (0, 1))).groups
+    assert group.seeds == (0, 1)
+
+
+def test_runs_of_one_seed_that_keep_other_numbers_are_not_taken_for_repeats():
+    def of_a_floor(name, seed, share):
+        found = run(name, seed, 90.0, 0.5, rows_asked="10%", row_share=share)
+        return replace(found, label="p2d")
+
+    assert views(of_a_floor("low", 0, 0.06), of_a_floor("high", 0, 0.04)).groups == ()
+
+
 def test_there_are_no_groups_without_a_second_seed():
     report = views(run("p2d", 0, 90.0, 0.5), run("other", 1, 90.0, 0.7, heads="readout"))
     assert report.groups == ()

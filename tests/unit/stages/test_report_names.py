@@ -57,6 +57,19 @@ def test_shares_that_differ_are_told():
     ]
 
 
+def test_rows_are_told_by_what_was_asked_for_and_for_one_seed_by_what_was_kept():
+    def names(*asked_kept_seed):
+        runs = (
+            run(path=f"evaluation/{place}", rows_asked=asked, row_share=kept, seed=seed)
+            for place, (asked, kept, seed) in enumerate(asked_kept_seed)
+        )
+        return [label for _, label in named(*runs)]
+
+    assert names(("10%", 0.04, 0), ("10%", 0.05, 1)) == ["pad heads, p2d rows"] * 2
+    assert names(("10%", 0.1, 0), ("as p2d", 0.04, 0)) == ["pad heads, p2d rows 10%", "pad heads, p2d rows as p2d"]
+    assert names(("10%", 0.04, 0), ("10%", 0.05, 0)) == ["pad heads, p2d rows 4%", "pad heads, p2d rows 5%"]
+
+
 def test_epochs_that_differ_are_told_after_the_shares():
     found = named(run(epochs=3.0), run(epochs=0.5))
     assert [name for name, _ in found] == ["pad heads, p2d rows, 3 epochs", "pad heads, p2d rows, 0.5 epochs"]
