@@ -150,7 +150,9 @@ def read_manifest(folder: Path, *, kind: ArtifactKind | None = None) -> Manifest
     path = folder / MANIFEST_NAME
     expected = f"an artifact of kind {kind}" if kind else "an artifact"
     if not path.is_file():
-        found = "an unfinished or foreign folder: it has no manifest.json" if folder.is_dir() else "nothing there"
+        found = "a file" if folder.exists() else "nothing there"
+        if folder.is_dir():
+            found = "an unfinished or foreign folder: it has no manifest.json"
         hint = f"give the folder that p2d {stage_writing(kind).name} wrote" if kind else "give a folder that p2d wrote"
         raise ArtifactError(f"expected {expected} at {folder}, found {found}", hint=hint)
     try:

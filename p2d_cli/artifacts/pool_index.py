@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2d_cli.artifacts.digests import digest_file
 from p2d_cli.artifacts.flushing import flush_directory, flush_file
-from p2d_cli.artifacts.locking import write_lock
+from p2d_cli.artifacts.locking import lock_path, write_lock
 from p2d_cli.artifacts.readings import PLACES, Digests, find_rows
 from p2d_cli.errors import ArtifactError, CannotCreateError, DataError
 
@@ -350,4 +350,5 @@ def read_index(folder: Path) -> _Described | None:
 
 def _is_ours(name: str) -> bool:
     """Say whether it may be there before `index.json` is: the other index, and what a process that died has left."""
-    return name in {_USERS, STATES_FOLDER} or name.startswith(f".{INDEX_NAME}.")
+    others = {_USERS, STATES_FOLDER, lock_path(Path(STATES_FOLDER)).name}
+    return name in others or name.startswith(f".{INDEX_NAME}.")

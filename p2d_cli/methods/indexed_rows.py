@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2d_cli.artifacts.digests import digest_json
-from p2d_cli.artifacts.pool_index import FLOAT16, STATES_FOLDER, PoolIndex
+from p2d_cli.artifacts.pool_index import FLOAT16, STATES_FOLDER, PoolIndex, read_index
 from p2d_cli.artifacts.readings import PLACES, Digests
 from p2d_cli.core.subset_selection import unit
 from p2d_cli.data.prompts import EncodedExample
@@ -64,10 +64,16 @@ def kept_outputs(task: PoolTask, heads_LH: NDArray[np.bool_], known: KnownRows) 
 
 
 def kept_states(task: PoolTask) -> Kept:
-    """Return what an index keeps of the last hidden states of rows, as if these were what a single head puts out."""
+    """Return what an index keeps of the last hidden states of rows, as if these were what a single head puts out.
+
+    Raises:
+        CannotCreateError: the folder that it is to lie in holds something else than an index.
+    """
     assert task.config.index is not None, "there is an index"
+    folder = Path(task.config.index).expanduser()
+    read_index(folder)
     return Kept(
-        folder=Path(task.config.index).expanduser() / STATES_FOLDER,
+        folder=folder / STATES_FOLDER,
         heads=[(0, 0)],
         size=task.reader.hidden_size,
         source=describe_context(task.reader) | {"keeps": "hidden states"},

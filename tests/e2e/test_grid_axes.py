@@ -112,4 +112,10 @@ def test_by_hand_as_many_rows_as_a_subset_has(p2d, finished, tiny_folder, few, t
     refused = p2d(*words, "--count-of", mined, "--ratio", 0.1)
     assert (refused.code, "--ratio and --count-of exclude each other" in refused.said) == (2, True)
     missing = p2d(*words, "--count-of", tmp_path / "nothing")
-    assert (missing.code, "nothing" in missing.said) == (65, True)
+    assert (missing.code, "found nothing there" in missing.said) == (65, True)
+    wrong = p2d(*words, "--count-of", few["pool"])
+    assert (wrong.code, "expected an artifact of kind subset" in wrong.said, "found a file" in wrong.said) == (
+        65,
+        True,
+        True,
+    )

@@ -42,6 +42,22 @@ def test_it_changes_no_choice_and_serves_a_second_target(mine, few, tmp_path, me
     assert second["seconds"]["index"] == pytest.approx(shard["seconds"] / 2, abs=1e-4)
 
 
+def test_a_folder_that_holds_something_else_is_refused(p2d, tiny_folder, few, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    words = ("mine-data", "--method", "embedding", "--model", tiny_folder, "--pool", few["pool"])
+    done = p2d(*words, "--index", tmp_path / "thesis", "--out", tmp_path / "out")
+    assert (done.code, "holds something else than an index" in done.said) == (73, True)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_what_a_process_that_died_has_left_is_in_nobodys_way(mine, tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / ".hidden-states.lock").touch()
+    made = mine("made", "rds", "--index", tmp_path / "index")
+    assert made["summary"]["index"]["rows_added"] == made["summary"]["rows_total"]
+
+
 def test_both_methods_share_it(p2d, mine, few, tmp_path):
     index = tmp_path / "index"
     mine("rds", "rds", "--index", index)
